@@ -1,0 +1,207 @@
+"""The configuration of a run: frozen, complete, every key known.
+
+A section says *what* is computed and belongs to the identity of the stages that read it, except `actors` and
+`workers`: these say *with what* it is computed, and may change between two invocations of the same run.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
+
+TOYWORLD = "toyworld"
+"""Value of a source or a model path that stands for the pictures, data and model made on the spot."""
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are errors, values cannot be changed after creation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The vision-language model that the run starts from."""
+
+    path: str = TOYWORLD
+    """Directory or hub id that transformers loads; for the fake engine, its YAML script."""
+    revision: str | None = None
+    """Revision of a hub id."""
+    engine: Literal["transformers", "fake"] = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations; auto is bfloat16 on a GPU and float32 on a CPU."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a model that has none."""
+    trust_remote_code: bool = False
+
+
+class PoolConfig(Section):
+    """Which images are taken, and how the pool is cut."""
+
+    source: str = TOYWORLD
+    """Folder of images (searched recursively), or Parquet file or folder with image bytes."""
+    image_column: str = "image"
+    """Column of a Parquet source: binary, or a struct with `bytes`."""
+    shard_size: Count = 256
+    """Images per shard, the unit of work and of loss."""
+    min_side_px: Count = 8
+    max_image_pixels: Count = 100_000_000
+    """Larger images are rejected from their header, before anything is decoded."""
+    max_aspect_ratio: Annotated[float, Field(ge=1.0)] = 20.0
+
+
+class PreferencesConfig(Section):
+    """How preference pairs are made (STIC section 4.1, Algorithm 1)."""
+
+    num_images: Count | None = None
+    """Use the first so many images of the pool's order; all of them when unset."""
+    hallucination_share: Share = 0.5
+    """Probability of a hallucination prompt on the clean image; else a plain prompt on a corrupted image."""
+    low_resolution_share: Share = 0.5
+    """Probability that a corruption is low resolution; else colour jitter."""
+    low_resolution_px: Count = 20
+    """Shorter side after the low-resolution corruption."""
+    jitter_brightness: Share = 0.5
+    """Brightness factor is drawn from [1 - x, 1 + x]."""
+    jitter_hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.3
+    """Hue shift is drawn from [-x, x], in turns of the colour wheel."""
+    temperature: Temperature = 0.2
+    """0 is greedy decoding."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_new_tokens: Count = 1024
+    allow_truncated: bool = False
+    """Keep pairs with an answer that was cut off at `max_new_tokens`."""
+
+
+class TuningConfig(Section):
+    """Which weights `dpo` and `sft` train."""
+
+    method: Literal["lora", "full"] = "lora"
+    lora_rank: Count = 128
+    lora_alpha: Count = 256
+    lora_dropout: Share = 0.05
+    freeze: tuple[Literal["vision_tower", "projector", "language_model"], ...] = ("vision_tower",)
+    """Parts that full fine-tuning leaves as they are. LoRA trains its matrices in the language model only."""
+
+
+class OptimisationConfig(Section):
+    """What `dpo` and `sft` share: one pass of AdamW with a cosine schedule."""
+
+    learning_rate: Positive
+    num_epochs: Count = 1
+    global_batch: Count
+    """Rows per optimiser step, over all workers and accumulation steps."""
+    warmup_share: Share = 0.03
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    max_length_tokens: Count = 4096
+    """Image, prompt and answer together; longer rows are rejected when they are written, never cut."""
+
+
+class DPOConfig(OptimisationConfig):
+    """Regularised DPO (STIC Algorithm 1)."""
+
+    learning_rate: Positive = 1e-7
+    global_batch: Count = 8
+    objective: Literal["paper", "released_code"] = "paper"
+    beta: Positive = 0.1
+    """Strength of the pull to the reference model; lambda in the paper."""
+    alpha: Annotated[float, Field(ge=0.0)] = 1 / 1024
+    """Weight of the summed log-probability of the preferred answer."""
+
+
+class InfusionConfig(Section):
+    """Instruction data, and how it is described by the model of `dpo` (STIC Algorithm 2)."""
+
+    source: str = TOYWORLD
+    """JSON file in the LLaVA format, or Parquet with the same columns."""
+    images: str | None = None
+    """Folder that the image paths are relative to; the folder of `source` when unset."""
+    num_rows: Count | None = None
+    """Take a seeded sample of so many rows; all of them when unset."""
+    temperature: Temperature = 0.2
+    max_new_tokens: Count = 1024
+    allow_truncated: bool = False
+
+
+class SFTConfig(OptimisationConfig):
+    """Likelihood fine-tuning on the infused rows, continuing the model of `dpo`."""
+
+    learning_rate: Positive = 2e-5
+    global_batch: Count = 32
+
+
+class EvaluationConfig(Section):
+    """Benchmarks, answered directly and by describe-and-respond, greedily."""
+
+    benchmarks: tuple[str, ...] = (TOYWORLD,)
+    """JSONL or Parquet files in the format of docs/evaluation.md."""
+    max_answer_tokens: Count = 128
+    max_description_tokens: Count = 1024
+    num_resamples: Count = 2000
+    """Bootstrap resamples behind each interval."""
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+
+
+class ToyworldConfig(Section):
+    """Sizes of what is made on the spot where a source is `toyworld`."""
+
+    num_pictures: Count = 96
+    num_instructions: Count = 32
+    num_questions: Count = 24
+
+
+class ActorsConfig(Section):
+    """Processes that own a model and generate."""
+
+    num_actors: Count = 1
+    num_cpus: Annotated[float, Field(ge=0.0)] = 1.0
+    """CPUs per actor."""
+    num_gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs per actor."""
+    batch_size: Count = 16
+    """Requests per forward pass; halved by an actor that runs out of GPU memory."""
+    max_retries: NotNegative = 2
+    """How often the shard of a dead actor is tried again before the stage stops."""
+
+
+class WorkersConfig(Section):
+    """Processes that train together."""
+
+    num_workers: Count = 1
+    num_cpus: Annotated[float, Field(ge=0.0)] = 1.0
+    """CPUs per worker."""
+    num_gpus: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """GPUs per worker."""
+    micro_batch: Count = 1
+    """Rows per worker and forward pass; gradient accumulation follows from the global batch."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage; 0 is plain data parallelism without DeepSpeed."""
+    gradient_checkpointing: bool = False
+    save_every_steps: Count = 200
+    max_failures: NotNegative = 3
+    """How often training restarts from its last checkpoint after losing a worker."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str
+    seed: NotNegative = 0
+    prompts: str | None = None
+    """YAML file with a prompt set; the built-in set when unset."""
+    model: ModelConfig = ModelConfig()
+    pool: PoolConfig = PoolConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    tuning: TuningConfig = TuningConfig()
+    dpo: DPOConfig = DPOConfig()
+    infusion: InfusionConfig = InfusionConfig()
+    sft: SFTConfig = SFTConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    toyworld: ToyworldConfig = ToyworldConfig()
+    actors: ActorsConfig = ActorsConfig()
+    workers: WorkersConfig = WorkersConfig()

@@ -1,0 +1,104 @@
+"""From YAML text and `--set section.field=value` to a checked `RunConfig`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import ConfigError, nearest
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a run configuration from a YAML file; what it leaves out keeps its default.
+
+    Raises ConfigError when the file is missing, is no YAML mapping, or holds an unknown key or a wrong value.
+    """
+    if not path.is_file():
+        raise ConfigError(f"No configuration file at '{path}'.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{path}' must hold a mapping of sections, found {type(data).__name__}.")
+    return build_config({"name": path.stem, **data})
+
+
+def apply_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
+    """Return `config` with each "section.field=value" applied; values are read as YAML.
+
+    Raises ConfigError for an unknown section or field, naming the valid ones and the nearest, and for a value
+    that the field does not allow.
+    """
+    data = config.model_dump()
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set needs section.field=value, got '{assignment}'.")
+        _assign(data, key.strip().split("."), text)
+    return build_config(data)
+
+
+def build_config(data: dict[str, Any]) -> RunConfig:
+    """Check `data` and return the configuration. Raises ConfigError in one line."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(dict(detail)) for detail in error.errors())) from error
+
+
+def _assign(data: dict[str, Any], keys: list[str], text: str) -> None:
+    """Set data[keys...] to the YAML value of `text`."""
+    section = data
+    for depth, key in enumerate(keys):
+        if not isinstance(section, dict) or key not in section:
+            allowed = section if isinstance(section, dict) else {}
+            raise ConfigError(_unknown(".".join(keys[:depth]), key, allowed))
+        if depth < len(keys) - 1:
+            section = section[key]
+    if isinstance(section[keys[-1]], dict):
+        fields = ", ".join(section[keys[-1]])
+        raise ConfigError(f"'{keys[-1]}' is a section; set one of its fields: {fields}.")
+    section[keys[-1]] = _read_value(text)
+
+
+def _read_value(text: str) -> Any:
+    """Read a YAML scalar or list; 1e-5 is a number here, which YAML 1.1 takes for a string."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _unknown(section: str, key: str, allowed: dict[str, Any]) -> str:
+    where = f"in section '{section}'" if section else "at the top level"
+    names = ", ".join(allowed) or "none, it is a single value"
+    return f"Unknown key '{key}' {where}.{nearest(key, allowed)} Valid: {names}."
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    """Turn one pydantic error into a line for the reader."""
+    location = [str(part) for part in detail["loc"]]
+    if detail["type"] == "extra_forbidden":
+        allowed = _fields_of(location[:-1])
+        return _unknown(".".join(location[:-1]), location[-1], allowed)
+    return f"{'.'.join(location)}={detail['input']!r}: {detail['msg']}"
+
+
+def _fields_of(section: list[str]) -> dict[str, Any]:
+    model: type[BaseModel] = RunConfig
+    for name in section:
+        annotation = model.model_fields[name].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return {}
+        model = annotation
+    return dict(model.model_fields)

@@ -1,0 +1,128 @@
+"""The run directory: names of everything in it, atomic writes, manifests, shards.
+
+Layout (docs/architecture.md): config.yaml, one folder per stage with numbered Parquet shards and a manifest.json
+that is written last, report.html and report.json.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stic_ray.core.schemas import REJECTED, check
+from stic_ray.core.storage import Location
+
+MANIFEST = "manifest.json"
+REJECTED_FAMILY = "rejected"
+
+
+def digest(value: Any) -> str:
+    """Return a short, stable hash of a JSON-like value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def shard_name(family: str, number: int) -> str:
+    """Return the fixed file name of a shard: "pairs-000007.parquet"."""
+    return f"{family}-{number:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory, or one stage's folder in it."""
+
+    location: Location
+
+    @staticmethod
+    def of(uri: str) -> "RunDir":
+        """Open the run directory at a local path or URI; nothing is created."""
+        return RunDir(Location.of(uri))
+
+    def __truediv__(self, name: str) -> "RunDir":
+        return RunDir(self.location / name)
+
+    @property
+    def uri(self) -> str:
+        """Address as the user would type it."""
+        return self.location.uri
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file atomically."""
+        (self.location / name).write(text.encode())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file atomically."""
+        self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file, or return None when there is none."""
+        location = self.location / name
+        return json.loads(location.read()) if location.exists() else None
+
+    def shards(self, family: str) -> list[Location]:
+        """Return the finished shards of a family, ordered by number."""
+        names = [f.base_name for f in self.location.files()]
+        return [self.location / n for n in names if n.startswith(f"{family}-") and n.endswith(".parquet")]
+
+    def shard_numbers(self, family: str) -> set[int]:
+        """Return the numbers of the finished shards of a family."""
+        return {int(s.name.removeprefix(f"{family}-").removesuffix(".parquet")) for s in self.shards(family)}
+
+    def write_shard(self, family: str, number: int, table: pa.Table, schema: pa.Schema) -> None:
+        """Write one shard, checked against its schema, whole or not at all."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(check(table, schema), sink, compression="zstd", row_group_size=256)
+        (self.location / shard_name(family, number)).write(sink.getvalue())
+
+    def read_table(self, family: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
+        """Read all shards of a family, in order, or the given columns of them."""
+        wanted = pa.schema([schema.field(name) for name in columns or schema.names], metadata=schema.metadata)
+        tables = [read_shard(shard, wanted) for shard in self.shards(family)]
+        return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+    def num_rows(self, families: Iterable[str]) -> int:
+        """Count rows of the finished shards from their footers."""
+        shards = [shard for family in families for shard in self.shards(family)]
+        return sum(
+            pq.read_metadata(s.filesystem.open_input_file(s.path)).num_rows for s in shards
+        )
+
+    def rejected_by_reason(self) -> dict[str, int]:
+        """Count the rejected rows by reason."""
+        reasons = self.read_table(REJECTED_FAMILY, REJECTED, ["reason"])["reason"].to_pylist()
+        return dict(sorted(Counter(reasons).items()))
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest, or None while the stage is not done."""
+        return self.read_json(MANIFEST)
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Mark the stage as done. Call it last."""
+        self.write_json(MANIFEST, {**manifest, "finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
+
+
+def read_shard(shard: Location, schema: pa.Schema) -> pa.Table:
+    """Read the columns of `schema` from one shard and check them."""
+    with shard.filesystem.open_input_file(shard.path) as stream:
+        return check(pq.read_table(stream, columns=schema.names), schema)
+
+
+def row_counts(num_rows_in: int, num_rows_written: int, rejected: Mapping[str, int]) -> dict[str, Any]:
+    """Return the row accounts of a manifest; what goes in must come out, written or rejected."""
+    num_rejected = sum(rejected.values())
+    assert num_rows_in == num_rows_written + num_rejected, (
+        f"{num_rows_in} rows in, but {num_rows_written} written and {num_rejected} rejected"
+    )
+    return {
+        "num_rows_in": num_rows_in,
+        "num_rows_written": num_rows_written,
+        "num_rows_rejected": num_rejected,
+        "rejected_by_reason": dict(rejected),
+    }

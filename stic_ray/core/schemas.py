@@ -1,0 +1,182 @@
+"""The tables between the stages, written down once: every column with its unit and meaning.
+
+Every table is checked against its schema when it is written and when it is read. The schemas carry the feature
+description of Hugging Face `datasets`, so that `load_dataset("parquet", ...)` gives an Image feature and TRL's
+trainers take the files as they are.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+import pyarrow as pa
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+"""Storage type of the Image feature of `datasets`: encoded bytes, and where they came from."""
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+"""A conversation, as TRL and chat templates take it."""
+
+CORRUPTION = pa.struct(
+    [
+        ("kind", pa.string()),
+        ("shorter_side_px", pa.int32()),
+        ("brightness_factor", pa.float64()),
+        ("hue_shift_turns", pa.float64()),
+        ("brightness_first", pa.bool_()),
+    ]
+)
+"""What was done to an image: `low_resolution` (shorter_side_px) or `colour_jitter` (the other three)."""
+
+
+class Reason(StrEnum):
+    """Why a row was rejected: the closed list."""
+
+    EMPTY_FILE = "empty_file"
+    UNREADABLE_FILE = "unreadable_file"
+    UNSUPPORTED_FORMAT = "unsupported_format"
+    UNDECODABLE_IMAGE = "undecodable_image"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_SMALL = "too_small"
+    ASPECT_RATIO = "aspect_ratio"
+    DUPLICATE = "duplicate"
+    CORRUPTION_CHANGED_NOTHING = "corruption_changed_nothing"
+    EMPTY_ANSWER = "empty_answer"
+    IDENTICAL_ANSWERS = "identical_answers"
+    TRUNCATED_ANSWER = "truncated_answer"
+    TOO_LONG = "too_long"
+    BAD_CONVERSATION = "bad_conversation"
+    SEVERAL_IMAGES = "several_images"
+
+
+def _column(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"meaning": meaning})
+
+
+def _schema(*columns: pa.Field) -> pa.Schema:
+    schema = pa.schema(columns)
+    features = {column.name: _feature(column.type) for column in schema}
+    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _feature(kind: pa.DataType) -> Any:
+    """Describe an Arrow type in the JSON of `datasets.Features`."""
+    if kind == IMAGE:
+        return {"_type": "Image"}
+    if pa.types.is_struct(kind):
+        return {kind.field(i).name: _feature(kind.field(i).type) for i in range(kind.num_fields)}
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    names = {"double": "float64"}
+    return {"dtype": names.get(str(kind), str(kind)), "_type": "Value"}
+
+
+_REJECTION = (
+    _column("reason", pa.string(), "one of `Reason`"),
+    _column("message", pa.string(), "the case in words, with the value that was refused"),
+)
+
+INDEX = _schema(
+    _column("image_id", pa.string(), "128-bit BLAKE2b of the encoded bytes, in hex: stable under renaming"),
+    _column("position", pa.int64(), "place in the pool's order, from 0; the pool of size N is position < N"),
+    _column("path", pa.string(), "path or URI of the file that holds the image"),
+    _column("row", pa.int64(), "row in a Parquet file; null for a file that is the image", nullable=True),
+    _column("width_px", pa.int32(), "after the EXIF orientation"),
+    _column("height_px", pa.int32(), "after the EXIF orientation"),
+    _column("format", pa.string(), "as its content says: JPEG, PNG, WEBP, GIF, BMP, TIFF"),
+    _column("mode", pa.string(), "Pillow's name of the pixel layout before conversion to RGB"),
+    _column("num_bytes", pa.int64(), "size of the encoded image"),
+)
+
+REJECTED = _schema(
+    _column("image_id", pa.string(), "as in the index; of instruction data, the row's own id"),
+    _column("path", pa.string(), "path or URI that the row came from"),
+    *_REJECTION,
+)
+
+PAIRS = _schema(
+    _column("image_id", pa.string(), "as in the index"),
+    _column("position", pa.int64(), "as in the index"),
+    _column("image", IMAGE, "the clean image, upright; as it came, or PNG where it was not plain RGB"),
+    _column("prompt", MESSAGES, "the plain prompt that both answers are filed under"),
+    _column("chosen", MESSAGES, "answer to the step-by-step prompt on the clean image"),
+    _column("rejected", MESSAGES, "answer to the hallucination prompt, or to the corrupted image"),
+    _column("chosen_prompt", pa.string(), "the prompt that produced `chosen`"),
+    _column("rejected_prompt", pa.string(), "the prompt that produced `rejected`"),
+    _column("negative", pa.string(), "`hallucination_prompt` or `corrupted_image`"),
+    _column("corruption", CORRUPTION, "the corruption as applied; null on a clean image", nullable=True),
+    _column("pixel_change", pa.float64(), "mean absolute change, 0 to 255; null if clean", nullable=True),
+    _column("num_image_tokens", pa.int64(), "tokens that the clean image adds to a prompt"),
+    _column("num_chosen_tokens", pa.int64(), "generated tokens"),
+    _column("num_rejected_tokens", pa.int64(), "generated tokens"),
+    _column("num_sequence_tokens", pa.int64(), "image, prompt and the longer answer, as trained on"),
+    _column("chosen_finish_reason", pa.string(), "`stop`, or `length` at the token limit"),
+    _column("rejected_finish_reason", pa.string(), "`stop`, or `length` at the token limit"),
+    _column("model", pa.string(), "path or hub id of the model that answered"),
+    _column("model_revision", pa.string(), "revision of a hub id, or a hash of the weights' index"),
+    _column("seed", pa.int64(), "the run's seed"),
+)
+
+INSTRUCTIONS = _schema(
+    _column("id", pa.string(), "the row's id in the source"),
+    _column("image_path", pa.string(), "path or URI of the image; null without one", nullable=True),
+    _column("image_bytes", pa.binary(), "encoded image of a Parquet source", nullable=True),
+    _column("messages", MESSAGES, "the conversation, placeholders of images removed"),
+)
+
+INFUSED = _schema(
+    _column("id", pa.string(), "the row's id in the source"),
+    _column("image", IMAGE, "as in the pairs; null in the text-only files", nullable=True),
+    _column("messages", MESSAGES, "the conversation, the description in front of the first question"),
+    _column("description", pa.string(), "what the model said of the image; null without one", nullable=True),
+    _column("description_prompt", pa.string(), "the prompt that asked for it", nullable=True),
+    _column("finish_reason", pa.string(), "of the description: `stop` or `length`", nullable=True),
+    _column("num_sequence_tokens", pa.int64(), "image and conversation, as trained on"),
+    _column("model", pa.string(), "path of the model that described"),
+)
+
+QUESTIONS = _schema(
+    _column("id", pa.string(), "unique in its benchmark"),
+    _column("image_path", pa.string(), "path or URI of the image", nullable=True),
+    _column("image_bytes", pa.binary(), "encoded image of a Parquet benchmark", nullable=True),
+    _column("question", pa.string(), "as asked"),
+    _column("choices", pa.list_(pa.string()), "of a multiple-choice question", nullable=True),
+    _column("answers", pa.list_(pa.string()), "accepted answers; of a multiple choice, the letter"),
+    _column("metric", pa.string(), "one of stic_ray.method.scoring.METRICS"),
+)
+
+PREDICTIONS = _schema(
+    _column("benchmark", pa.string(), "name of the benchmark file, without its ending"),
+    _column("id", pa.string(), "the question's id"),
+    _column("model", pa.string(), "`base`, `dpo`, `sft`, or the name given to a single model"),
+    _column("mode", pa.string(), "`direct` or `describe_and_respond`"),
+    _column("prompt", pa.string(), "the question as the model got it"),
+    _column("description", pa.string(), "the model's own, in describe_and_respond", nullable=True),
+    _column("response", pa.string(), "what the model said"),
+    _column("prediction", pa.string(), "the answer read out of the response; empty if none was found"),
+    _column("answers", pa.list_(pa.string()), "accepted answers"),
+    _column("metric", pa.string(), "how it was scored"),
+    _column("score", pa.float64(), "0 to 1"),
+    _column("finish_reason", pa.string(), "of the response: `stop` or `length`"),
+)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Build a table of `rows` that is checked against `schema`."""
+    return check(pa.Table.from_pylist(list(rows), schema=schema), schema)
+
+
+def check(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return `table` with exactly the columns of `schema`, or raise ValueError naming the column at fault."""
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"Table lacks the columns {missing}; it has {table.column_names}.")
+    table = table.select(schema.names)
+    for column in schema:
+        found = table.schema.field(column.name).type
+        if found != column.type:
+            raise ValueError(f"Column '{column.name}' is {found}, its schema says {column.type}.")
+        if not column.nullable and table[column.name].null_count:
+            raise ValueError(f"Column '{column.name}' holds nulls, its schema allows none.")
+    return table.cast(schema)

@@ -1,0 +1,1 @@
+"""The vision-language model behind one small protocol."""

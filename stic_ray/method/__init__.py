@@ -1,0 +1,1 @@
+"""The papers as functions: prompts, corruption, preference rows, objectives, scores. Needs no Ray."""

@@ -1,0 +1,152 @@
+"""Scenes of coloured shapes on a 3x3 grid, and their pictures.
+
+Everything about a scene follows from its ``(seed, index)`` by hashing, so a scene is the same on any machine,
+in any order, and no global random state is read or changed.
+"""
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (42, 92, 214),
+    "yellow": (242, 204, 40),
+    "purple": (132, 60, 190),
+    "orange": (244, 130, 32),
+    "cyan": (40, 190, 206),
+}
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "star")
+SIZES: dict[str, float] = {"small": 0.5, "medium": 0.7, "large": 0.95}  # share of the grid cell's side
+GRID_SIDE = 3
+MAX_NUM_OBJECTS = 4
+
+_SUPERSAMPLING = 3
+_NOISE_AMPLITUDE = 12  # largest change of one channel value, of 255
+_MAX_SHIFT = 0.12  # share of the grid cell's side
+_MAX_TURN_DEGREES = 9.0
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape: its colour, kind and size by name, and its cell (rows from the top, columns from the left)."""
+
+    colour: str
+    shape: str
+    size: str
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one picture shows: objects in different cells, no two of them of the same colour and shape."""
+
+    seed: int
+    index: int
+    objects: tuple[SceneObject, ...]
+
+
+def random_for(seed: int, index: int, purpose: str) -> random.Random:
+    """A generator that depends on these three values only."""
+    return random.Random(int.from_bytes(_digest(seed, index, purpose, num_bytes=16), "big"))
+
+
+def sample_scene(seed: int, index: int) -> Scene:
+    """The scene of this seed and index: one to four objects."""
+    generator = random_for(seed, index, "scene")
+    num_objects = generator.randint(1, MAX_NUM_OBJECTS)
+    kinds = generator.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], num_objects)
+    cells = sorted(generator.sample(range(GRID_SIDE * GRID_SIDE), num_objects))
+    objects = [
+        SceneObject(colour, shape, generator.choice(list(SIZES)), cell // GRID_SIDE, cell % GRID_SIDE)
+        for (colour, shape), cell in zip(kinds, cells, strict=True)
+    ]
+    return Scene(seed, index, tuple(objects))
+
+
+def draw_scene(scene: Scene, side_px: int = 96) -> Image.Image:
+    """The scene as a square RGB picture, with jittered shapes, a background of its own and pixel noise.
+
+    Raises:
+        ValueError: if ``side_px`` gives a grid cell less than four pixels.
+    """
+    if side_px < 4 * GRID_SIDE:
+        raise ValueError(f"side_px is {side_px}; a picture needs at least {4 * GRID_SIDE} pixels a side")
+    generator = random_for(scene.seed, scene.index, "drawing")
+    canvas_side_px = side_px * _SUPERSAMPLING
+    canvas = Image.new("RGB", (canvas_side_px, canvas_side_px), _background(generator))
+    brush = ImageDraw.Draw(canvas)
+    for item in scene.objects:
+        corners = _outline(item, canvas_side_px / GRID_SIDE, generator)
+        brush.polygon(corners, fill=_jittered(COLOURS[item.colour], generator, largest_change=14))
+    picture = canvas.resize((side_px, side_px), Image.Resampling.BOX)
+    return _with_noise(picture, scene)
+
+
+def _background(generator: random.Random) -> tuple[int, int, int]:
+    grey = generator.choice((40, 120, 200, 235))
+    return _jittered((grey, grey, grey), generator, largest_change=18)
+
+
+def _jittered(
+    colour: tuple[int, int, int], generator: random.Random, largest_change: int
+) -> tuple[int, int, int]:
+    red, green, blue = (
+        min(255, max(0, channel + generator.randint(-largest_change, largest_change))) for channel in colour
+    )
+    return red, green, blue
+
+
+def _outline(item: SceneObject, cell_px: float, generator: random.Random) -> list[tuple[float, float]]:
+    """Corners of the shape on the canvas, in pixels."""
+    radius_px = cell_px * SIZES[item.size] * generator.uniform(0.92, 1.0) / 2
+    centre_x_px = cell_px * (item.column + 0.5 + generator.uniform(-_MAX_SHIFT, _MAX_SHIFT))
+    centre_y_px = cell_px * (item.row + 0.5 + generator.uniform(-_MAX_SHIFT, _MAX_SHIFT))
+    turn = math.radians(generator.uniform(-_MAX_TURN_DEGREES, _MAX_TURN_DEGREES))
+    cosine, sine = math.cos(turn) * radius_px, math.sin(turn) * radius_px
+    return [
+        (centre_x_px + x * cosine - y * sine, centre_y_px + x * sine + y * cosine)
+        for x, y in _UNIT_OUTLINES[item.shape]
+    ]
+
+
+def _ring(num_corners: int, first_degrees: float, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
+    """Corners around the origin at equal angles, their distances taken from ``radii`` in turn."""
+    corners = []
+    for corner in range(num_corners):
+        angle = math.radians(first_degrees + 360 * corner / num_corners)
+        radius = radii[corner % len(radii)]
+        corners.append((radius * math.cos(angle), radius * math.sin(angle)))
+    return corners
+
+
+_ARM = 0.32  # half the width of the cross's arms
+_UNIT_OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "circle": _ring(40, 0),
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": _ring(3, -90),
+    "diamond": [(0.0, -1.0), (0.65, 0.0), (0.0, 1.0), (-0.65, 0.0)],
+    "cross": [
+        (-_ARM, -1.0), (_ARM, -1.0), (_ARM, -_ARM), (1.0, -_ARM), (1.0, _ARM), (_ARM, _ARM),
+        (_ARM, 1.0), (-_ARM, 1.0), (-_ARM, _ARM), (-1.0, _ARM), (-1.0, -_ARM), (-_ARM, -_ARM),
+    ],
+    "star": _ring(10, -90, (1.0, 0.42)),
+}  # fmt: skip
+
+
+def _with_noise(picture: Image.Image, scene: Scene) -> Image.Image:
+    pixels = np.asarray(picture, dtype=np.int16)
+    digest = _digest(scene.seed, scene.index, "noise", num_bytes=pixels.size)
+    noise = np.frombuffer(digest, dtype=np.uint8).astype(np.int16) % (2 * _NOISE_AMPLITUDE + 1)
+    noisy = pixels + noise.reshape(pixels.shape) - _NOISE_AMPLITUDE
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
+
+
+def _digest(seed: int, index: int, purpose: str, num_bytes: int) -> bytes:
+    return hashlib.shake_256(f"{seed}/{index}/{purpose}".encode()).digest(num_bytes)
