@@ -118,13 +118,6 @@ PAIRS = _schema(
     _column("seed", pa.int64(), "the run's seed"),
 )
 
-INSTRUCTIONS = _schema(
-    _column("id", pa.string(), "the row's id in the source"),
-    _column("image_path", pa.string(), "path or URI of the image; null without one", nullable=True),
-    _column("image_bytes", pa.binary(), "encoded image of a Parquet source", nullable=True),
-    _column("messages", MESSAGES, "the conversation, placeholders of images removed"),
-)
-
 INFUSED = _schema(
     _column("id", pa.string(), "the row's id in the source"),
     _column("image", IMAGE, "as in the pairs; null in the text-only files", nullable=True),
@@ -134,16 +127,6 @@ INFUSED = _schema(
     _column("finish_reason", pa.string(), "of the description: `stop` or `length`", nullable=True),
     _column("num_sequence_tokens", pa.int64(), "image and conversation, as trained on"),
     _column("model", pa.string(), "path of the model that described"),
-)
-
-QUESTIONS = _schema(
-    _column("id", pa.string(), "unique in its benchmark"),
-    _column("image_path", pa.string(), "path or URI of the image", nullable=True),
-    _column("image_bytes", pa.binary(), "encoded image of a Parquet benchmark", nullable=True),
-    _column("question", pa.string(), "as asked"),
-    _column("choices", pa.list_(pa.string()), "of a multiple-choice question", nullable=True),
-    _column("answers", pa.list_(pa.string()), "accepted answers; of a multiple choice, the letter"),
-    _column("metric", pa.string(), "one of stic_ray.method.scoring.METRICS"),
 )
 
 PREDICTIONS = _schema(

@@ -42,6 +42,11 @@ class Location:
         """Return the location of `name` below this one."""
         return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", f"{self.uri.rstrip('/')}/{name}")
 
+    def at(self, path: str) -> "Location":
+        """Return the location of another path of the same file system."""
+        scheme, separator, _ = self.uri.partition("://")
+        return Location(self.filesystem, path, f"{scheme}://{path}" if separator else path)
+
     @property
     def is_local(self) -> bool:
         """Whether ordinary programs can open the path."""

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+Colour = tuple[int, int, int]
+Point = tuple[float, float]
+
+COLOURS: dict[str, Colour] = {
     "red": (214, 40, 40),
     "green": (46, 160, 67),
     "blue": (42, 92, 214),
@@ -22,19 +25,19 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (40, 190, 206),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "star")
-SIZES: dict[str, float] = {"small": 0.5, "medium": 0.7, "large": 0.95}  # share of the grid cell's side
+SIZES: dict[str, float] = {"small": 0.5, "medium": 0.7, "large": 0.88}  # share of the grid cell's side
 GRID_SIDE = 3
 MAX_NUM_OBJECTS = 4
 
 _SUPERSAMPLING = 3
 _NOISE_AMPLITUDE = 12  # largest change of one channel value, of 255
-_MAX_SHIFT = 0.12  # share of the grid cell's side
+_MAX_SHIFT = 0.06  # share of the grid cell's side
 _MAX_TURN_DEGREES = 9.0
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: its colour, kind and size by name, and its cell (rows from the top, columns from the left)."""
+    """One shape: colour, kind and size by name, and its cell (rows from the top, columns from the left)."""
 
     colour: str
     shape: str
@@ -89,21 +92,19 @@ def draw_scene(scene: Scene, side_px: int = 96) -> Image.Image:
     return _with_noise(picture, scene)
 
 
-def _background(generator: random.Random) -> tuple[int, int, int]:
+def _background(generator: random.Random) -> Colour:
     grey = generator.choice((40, 120, 200, 235))
     return _jittered((grey, grey, grey), generator, largest_change=18)
 
 
-def _jittered(
-    colour: tuple[int, int, int], generator: random.Random, largest_change: int
-) -> tuple[int, int, int]:
+def _jittered(colour: Colour, generator: random.Random, largest_change: int) -> Colour:
     red, green, blue = (
         min(255, max(0, channel + generator.randint(-largest_change, largest_change))) for channel in colour
     )
     return red, green, blue
 
 
-def _outline(item: SceneObject, cell_px: float, generator: random.Random) -> list[tuple[float, float]]:
+def _outline(item: SceneObject, cell_px: float, generator: random.Random) -> list[Point]:
     """Corners of the shape on the canvas, in pixels."""
     radius_px = cell_px * SIZES[item.size] * generator.uniform(0.92, 1.0) / 2
     centre_x_px = cell_px * (item.column + 0.5 + generator.uniform(-_MAX_SHIFT, _MAX_SHIFT))
@@ -116,9 +117,9 @@ def _outline(item: SceneObject, cell_px: float, generator: random.Random) -> lis
     ]
 
 
-def _ring(num_corners: int, first_degrees: float, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
+def _ring(num_corners: int, first_degrees: float, radii: tuple[float, ...] = (1.0,)) -> list[Point]:
     """Corners around the origin at equal angles, their distances taken from ``radii`` in turn."""
-    corners = []
+    corners: list[Point] = []
     for corner in range(num_corners):
         angle = math.radians(first_degrees + 360 * corner / num_corners)
         radius = radii[corner % len(radii)]
@@ -127,7 +128,7 @@ def _ring(num_corners: int, first_degrees: float, radii: tuple[float, ...] = (1.
 
 
 _ARM = 0.32  # half the width of the cross's arms
-_UNIT_OUTLINES: dict[str, list[tuple[float, float]]] = {
+_UNIT_OUTLINES: dict[str, list[Point]] = {
     "circle": _ring(40, 0),
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": _ring(3, -90),

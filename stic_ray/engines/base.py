@@ -1,0 +1,58 @@
+"""The vision-language model as the rest of the project sees it: requests in, answers out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to the model."""
+
+    prompt: str
+    image: Image.Image | None
+    """An RGB picture, or None for a text-only question."""
+    seed: int = 0
+    """Makes the sampled answer repeatable, whatever else is in the batch."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said."""
+
+    text: str
+    num_tokens: int
+    """Generated tokens, the end-of-text token not counted."""
+    finish_reason: Literal["stop", "length"]
+    """`stop`: the model ended its answer; `length`: it was cut off at the limit."""
+    num_image_tokens: int
+    """Tokens that the image added to the prompt; 0 without an image."""
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    name: str
+    """Path or hub id, for the record."""
+    revision: str
+    """Revision of a hub id, or a fingerprint of the files."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
+        """Answer every request, in order."""
+        ...
+
+    def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
+        """Return the length of a conversation in tokens, its image not counted."""
+        ...

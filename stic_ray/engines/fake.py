@@ -1,0 +1,85 @@
+"""A scripted engine: no weights, real everything else. Tests and benchmarks of the data plane share it."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import yaml
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from stic_ray.core.errors import ModelError
+from stic_ray.core.rundir import digest
+from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.method.prompts import fill
+
+
+class Rule(BaseModel):
+    """Answers a prompt that holds the text `prompt`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    answer: str
+
+
+class Script(BaseModel):
+    """What the fake says: the answer of the first rule that fits, else `default`.
+
+    {colour} and {size} in an answer become the picture's mean colour and size, {seed} the request's seed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rules: tuple[Rule, ...] = ()
+    default: str = "A picture of {size} in {colour}."
+    seconds_per_batch: float = 0.0
+    """Time that a batch takes, as a GPU would, without using the CPU."""
+    num_image_tokens: int = 16
+
+
+class FakeEngine:
+    """Follows a script; a token is a word."""
+
+    def __init__(self, path: str, batch_size: int) -> None:
+        """Read the script at `path`. Raises ModelError when it is missing or wrong."""
+        try:
+            self.script = Script.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+        except OSError as error:
+            raise ModelError(f"The fake engine needs a YAML script at model.path='{path}': {error.strerror}.") from error
+        except (yaml.YAMLError, ValidationError) as error:
+            raise ModelError(f"The script '{path}' is wrong: {' '.join(str(error).split())}") from error
+        self.batch_size = batch_size
+        self.name = path
+        self.revision = digest(self.script.model_dump())
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
+        """Answer every request by the script."""
+        for _ in range(0, len(requests), self.batch_size):
+            time.sleep(self.script.seconds_per_batch)
+        return [self._answer(request, sampling) for request in requests]
+
+    def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
+        """Count words."""
+        return sum(len(message["content"].split()) for message in messages)
+
+    def _answer(self, request: Request, sampling: Sampling) -> Answer:
+        rule = next((rule for rule in self.script.rules if rule.prompt in request.prompt), None)
+        words = fill(
+            rule.answer if rule else self.script.default,
+            colour=_mean_colour(request.image),
+            size="x".join(map(str, request.image.size)) if request.image else "no size",
+            seed=str(request.seed),
+        ).split()
+        text = " ".join(words[: sampling.max_new_tokens])
+        reason = "length" if len(words) > sampling.max_new_tokens else "stop"
+        num_image_tokens = self.script.num_image_tokens if request.image else 0
+        return Answer(text, min(len(words), sampling.max_new_tokens), reason, num_image_tokens)
+
+
+def _mean_colour(image: Image.Image | None) -> str:
+    if image is None:
+        return "no colour"
+    red, green, blue = np.asarray(image, dtype=np.float64).reshape(-1, 3).mean(0)
+    return f"#{round(red):02x}{round(green):02x}{round(blue):02x}"

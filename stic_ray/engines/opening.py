@@ -1,0 +1,32 @@
+"""From the configuration to a loaded engine."""
+
+from pathlib import Path
+
+from stic_ray.core.config import ActorsConfig, ModelConfig
+from stic_ray.engines.base import Engine
+from stic_ray.engines.fake import FakeEngine
+
+
+def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None = None) -> Engine:
+    """Load the model of the run, or what a training stage made of it: an adapter, or a full model."""
+    if model.engine == "fake":
+        return FakeEngine(model.path, actors.batch_size)
+    from stic_ray.engines.loading import is_adapter  # the fake engine starts without torch
+    from stic_ray.engines.transformers_engine import TransformersEngine
+
+    adapter = checkpoint if checkpoint is not None and is_adapter(checkpoint) else None
+    if checkpoint is not None and adapter is None:
+        model = model.model_copy(update={"path": str(checkpoint), "revision": None})
+    return TransformersEngine(
+        model, batch_size=actors.batch_size, on_gpu=actors.num_gpus > 0, adapter=adapter
+    )
+
+
+def check_engine(model: ModelConfig) -> None:
+    """Raise ModelError when the model of the run cannot be opened here; loads no weights."""
+    if model.engine == "fake":
+        FakeEngine(model.path, 1)
+    else:
+        from stic_ray.engines.loading import check_model
+
+        check_model(model)

@@ -1,0 +1,79 @@
+"""The prompt set: every text that a model is asked (STIC section 4.1 and appendix; the wording is ours)."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from stic_ray.core.errors import ConfigError, nearest
+
+Prompt = Annotated[str, Field(min_length=1)]
+PromptList = Annotated[tuple[Prompt, ...], Field(min_length=1)]
+
+_PLACEHOLDERS = {
+    "infuse": ("{description}", "{question}"),
+    "choose": ("{question}", "{choices}"),
+    "answer_briefly": ("{question}",),
+}
+
+
+class PromptSet(BaseModel):
+    """What is asked, and how the parts of a prompt are put together."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step_by_step: PromptList
+    plain: PromptList
+    hallucination: PromptList
+    describe: Prompt
+    infuse: Prompt
+    choose: Prompt
+    answer_briefly: Prompt
+
+    @field_validator("infuse", "choose", "answer_briefly")
+    @classmethod
+    def _has_placeholders(cls, value: str, info: Any) -> str:
+        missing = [name for name in _PLACEHOLDERS[info.field_name] if name not in value]
+        if missing:
+            raise ValueError(f"lacks {' and '.join(missing)}")
+        return value
+
+    def infused(self, description: str, question: str) -> str:
+        """Put a description in front of a question."""
+        return fill(self.infuse, description=description, question=question)
+
+
+def fill(template: str, **values: str) -> str:
+    """Replace each {name} of `template` by its value; braces inside the values stay as they are."""
+    names = "|".join(map(re.escape, values))
+    return re.sub(f"{{({names})}}", lambda match: values[match[1]], template)
+
+
+def load_prompts(path: str | None) -> PromptSet:
+    """Read a prompt set from a YAML file, or the built-in one.
+
+    Raises ConfigError when the file is missing, is no YAML, or lacks a part.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8") if path else _built_in()
+        return PromptSet.model_validate(yaml.safe_load(text))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the prompt set '{path}': {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The prompt set '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        details = "; ".join(_explain(dict(detail)) for detail in error.errors())
+        raise ConfigError(f"The prompt set '{path}' is wrong: {details}") from error
+
+
+def _built_in() -> str:
+    return files("stic_ray.method").joinpath("prompts.yaml").read_text(encoding="utf-8")
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in detail["loc"]) or "file"
+    hint = nearest(key, PromptSet.model_fields) if detail["type"] == "extra_forbidden" else ""
+    return f"{key}: {detail['msg']}.{hint}"

@@ -1,0 +1,100 @@
+"""Reading the answer out of a response, and scoring it."""
+
+import re
+from collections.abc import Callable, Sequence
+
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MAX_CHOICES = len(_LETTERS)
+
+
+def choice_lines(choices: Sequence[str]) -> str:
+    """Return the choices as "A. red" lines."""
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
+
+
+def read_choice(response: str, choices: Sequence[str]) -> str:
+    """Return the letter that a response chooses, or "" when it chooses none or several.
+
+    Taken in this order: a letter alone or with punctuation at the start ("B", "(b).", "B: red"), a letter behind
+    the word "answer" or "option", the text of exactly one choice. "A red ball" is no choice of A.
+    """
+    letters = _LETTERS[: len(choices)]
+    text = response.strip()
+    start = re.match(rf"\(?([{letters}{letters.lower()}])(?:[).:,]|\s*$)", text)
+    if start:
+        return start[1].upper()
+    named = re.findall(rf"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\(?([{letters}])\b", text)
+    if named and len(set(named)) == 1:
+        return str(named[0])
+    said = _normalise(text)
+    exact = [letter for letter, choice in zip(letters, choices, strict=True) if _normalise(choice) == said]
+    inside = exact or [
+        letter for letter, choice in zip(letters, choices, strict=True) if _contains(said, _normalise(choice))
+    ]
+    return inside[0] if len(inside) == 1 else ""
+
+
+def multiple_choice(prediction: str, answers: Sequence[str]) -> float:
+    """1 when the chosen letter is an accepted one."""
+    return float(prediction.upper() in {answer.strip().upper() for answer in answers})
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 when the response equals an accepted answer, case, punctuation and articles aside."""
+    return float(_normalise(prediction) in {_normalise(answer) for answer in answers})
+
+
+def contains(prediction: str, answers: Sequence[str]) -> float:
+    """1 when an accepted answer stands in the response as whole words."""
+    return float(any(_contains(_normalise(prediction), _normalise(answer)) for answer in answers))
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy (Antol et al. 2015): a prediction is right when three of the annotators gave it.
+
+    Averaged over leaving each annotator out in turn, as the official scorer does; with fewer than four answers
+    it is an exact match.
+    """
+    given = [_normalise(answer) for answer in answers]
+    if len(given) < 4:
+        return exact_match(prediction, answers)
+    said = _normalise(prediction)
+    num_equal = given.count(said)
+    return sum(min(1.0, (num_equal - (answer == said)) / 3) for answer in given) / len(given)
+
+
+def relaxed_number(prediction: str, answers: Sequence[str]) -> float:
+    """ChartQA's relaxed accuracy: numbers may be off by 5%, other answers must match exactly."""
+    said = _number(prediction)
+    for answer in answers:
+        expected = _number(answer)
+        if said is not None and expected is not None and abs(said - expected) <= 0.05 * abs(expected):
+            return 1.0
+    return exact_match(prediction, answers)
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "multiple_choice": multiple_choice,
+    "exact_match": exact_match,
+    "contains": contains,
+    "vqa_accuracy": vqa_accuracy,
+    "relaxed_number": relaxed_number,
+}
+"""The metrics that a benchmark row may name."""
+
+
+def _normalise(text: str) -> str:
+    words = re.sub(r"[^\w\s.%-]|\.(?!\d)", " ", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def _contains(text: str, part: str) -> bool:
+    return bool(part) and f" {part} " in f" {text} "
+
+
+def _number(text: str) -> float | None:
+    cleaned = text.strip().rstrip(".%").replace(",", "").lstrip("$")
+    try:
+        return float(cleaned)
+    except ValueError:
+        return None

@@ -1,0 +1,176 @@
+"""Plots as inline SVG that takes its colours from the page, so that they follow light and dark."""
+
+import html
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from stic_ray.report.formats import label, number, percent, visible
+
+# Drawn in these colours and then renamed: matplotlib knows no CSS variables.
+_INK, _FAINT = "#010203", "#040506"
+_SERIES = ("#070809", "#0a0b0c", "#0d0e0f")
+_VARIABLES = {
+    _INK: "var(--muted)",
+    _FAINT: "var(--line)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)},
+}
+
+_WIDTH_INCHES = 4.4
+_FONT_POINTS = 9
+_MARKERS = ("o", "D", "s")
+_STYLES = ("-", "--", ":")
+_MAX_NAME_CHARACTERS = 24
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One plot of training metrics by step: its title and the metrics in it, by key and name."""
+
+    title: str
+    metrics: tuple[tuple[str, str], ...]
+    limits: tuple[float, float] | None = None
+
+
+TRAINING_CHARTS: dict[str, tuple[Chart, ...]] = {
+    "dpo": (
+        Chart("Loss", (("loss", "loss"),)),
+        Chart("Loss, DPO part", (("loss/dpo", "DPO part"),)),
+        Chart("Loss, regulariser", (("loss/regulariser", "regulariser"),)),
+        Chart("Reward margin", (("rewards/margins", "margin"),)),
+        Chart("Reward accuracy", (("rewards/accuracies", "accuracy"),), limits=(-0.04, 1.04)),
+        Chart("Rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+        Chart("Log-probabilities", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
+        Chart("Gradient norm", (("grad_norm", "norm"),)),
+        Chart("Learning rate", (("learning_rate", "rate"),)),
+    ),
+    "sft": (
+        Chart("Loss", (("loss", "loss"),)),
+        Chart("Gradient norm", (("grad_norm", "norm"),)),
+        Chart("Learning rate", (("learning_rate", "rate"),)),
+    ),
+}
+
+
+def training_plot(stage: str, chart: Chart, curves: dict[str, Any]) -> str | None:
+    """Return a chart as SVG, or None when none of its metrics has a value. A missing value is a gap."""
+    lines = [(key, name) for key, name in chart.metrics if _present(curves["metrics"].get(key, ()))]
+    if not lines:
+        return None
+    figure, axes = _figure(height_inches=2.3)
+    for (key, name), colour, style in zip(lines, _SERIES, _STYLES, strict=False):
+        values = [float("nan") if value is None else value for value in curves["metrics"][key]]
+        alone = list(_isolated(curves["metrics"][key]))
+        axes.plot(curves["steps"], values, style, color=colour, linewidth=1.6, label=name, gid=key)
+        axes.plot(
+            [curves["steps"][i] for i in alone], [values[i] for i in alone], "o", color=colour, markersize=3
+        )
+    if chart.limits:
+        axes.set_ylim(*chart.limits)
+    axes.set_xlabel("step", color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    if len(lines) > 1:
+        figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=_INK)
+    summary = "; ".join(_described(name, curves["metrics"][key]) for key, name in lines)
+    return _inline(figure, f"{stage}-{chart.title}", f"{chart.title} by step. {summary}.")
+
+
+def score_plot(benchmark: dict[str, Any], prefix: str) -> str | None:
+    """Return the scores of a benchmark in percent as dots with their intervals; None without any score."""
+    models, modes = [row["model"] for row in benchmark["models"]], benchmark["modes"]
+    figure, axes = _figure(height_inches=0.9 + 0.42 * len(models))
+    said = []
+    for i, mode in enumerate(modes):
+        offset = 0.13 * (2 * i - len(modes) + 1)
+        colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i % len(_MARKERS)]
+        cells = [(y + offset, row["cells"][mode]) for y, row in enumerate(benchmark["models"])]
+        known = [(y, cell) for y, cell in cells if cell is not None and cell["score"] is not None]
+        for y, cell in known:
+            said.append(_described_score(cell))
+            if cell["low"] is not None and cell["high"] is not None:
+                axes.plot([100 * cell["low"], 100 * cell["high"]], [y, y], "-", color=colour, linewidth=1.8)
+        dots = [100 * cell["score"] for _, cell in known]
+        axes.plot(dots, [y for y, _ in known], marker, color=colour, markersize=6, label=label(mode))
+    if not said:
+        return None
+    axes.set_yticks(range(len(models)), [_name(model) for model in models], parse_math=False)
+    axes.set_ylim(len(models) - 0.5, -0.5)
+    axes.set_xlabel("score, %", color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=_INK)
+    return _inline(
+        figure, prefix, f"Scores on {visible(benchmark['benchmark'])}, in percent: {'; '.join(said)}."
+    )
+
+
+def _figure(height_inches: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.tick_params(color=_FAINT, labelcolor=_INK, labelsize=_FONT_POINTS)
+    axes.grid(color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _inline(figure: Figure, prefix: str, description: str) -> str:
+    """Return a figure as an <svg> element to be put into HTML, its ids its own and its colours the page's."""
+    sink = io.StringIO()
+    fixed = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "stic-ray",
+        "font.size": _FONT_POINTS,
+        "legend.fontsize": 9,
+    }
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context(fixed):
+        figure.savefig(sink, format="svg", transparent=True, metadata=no_metadata)
+    svg = sink.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # its rule for * would reach the whole page
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    own = re.sub(r"[^a-z0-9]+", "-", prefix.lower()).strip("-")
+    svg = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda match: f"{match[0]}{own}-", svg)
+    svg = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], svg)
+    view_box = re.search(r'viewBox="[^"]+"', svg)
+    assert view_box is not None, "matplotlib writes a viewBox"
+    opening = f'<svg role="img" aria-label="{html.escape(description)}" {view_box[0]}>'
+    return re.sub(r"^<svg[^>]*>", lambda _: opening, svg)
+
+
+def _present(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _isolated(values: Sequence[float | None]) -> Iterator[int]:
+    """Yield the places of values between two gaps, which a line alone would not show."""
+    for i, value in enumerate(values):
+        before = values[i - 1] if i > 0 else None
+        after = values[i + 1] if i + 1 < len(values) else None
+        if value is not None and before is None and after is None:
+            yield i
+
+
+def _described(name: str, values: Sequence[float | None]) -> str:
+    present = _present(values)
+    gaps = len(values) - len(present)
+    missing = f", {gaps} missing" if gaps else ""
+    return f"{name}: first {number(present[0])}, last {number(present[-1])}, {len(present)} points{missing}"
+
+
+def _described_score(cell: dict[str, Any]) -> str:
+    return f"{visible(cell['model'])} {label(visible(cell['mode']))} {percent(cell['score'])}"
+
+
+def _name(model: str) -> str:
+    text = visible(model)
+    return text if len(text) <= _MAX_NAME_CHARACTERS else f"{text[: _MAX_NAME_CHARACTERS - 1]}…"

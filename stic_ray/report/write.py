@@ -1,0 +1,82 @@
+"""Writes report.json and report.html into the run directory."""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from stic_ray.core.rundir import RunDir
+from stic_ray.report import formats
+from stic_ray.report.collect import collect
+from stic_ray.report.plots import TRAINING_CHARTS, score_plot, training_plot
+
+_PICTURES = ("clean_image", "corrupted_image")
+
+
+def write_report(run: RunDir) -> None:
+    """Write report.json, then report.html: one page that needs no other file and no network.
+
+    Stages that did not run are shown as not run. Raises RunError when there is no such run, OSError when its files
+    cannot be read or written.
+    """
+    report = collect(run)
+    run.write_json("report.json", without_pictures(report))
+    run.write_text("report.html", render(report))
+
+
+def without_pictures(report: dict[str, Any]) -> dict[str, Any]:
+    """Return what `collect` returned without the pictures of the gallery."""
+    gallery = report["gallery"]
+    items = [{key: value for key, value in item.items() if key not in _PICTURES} for item in gallery["items"]]
+    return {**report, "gallery": {**gallery, "items": items}}
+
+
+def render(report: dict[str, Any]) -> str:
+    """Return the page of what `collect` returned; every text in it is escaped."""
+    environment = Environment(
+        loader=PackageLoader("stic_ray", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    words = (
+        formats.percent,
+        formats.points,
+        formats.number,
+        formats.duration,
+        formats.moment,
+        formats.fact,
+        formats.label,
+        formats.yaml_text,
+    )
+    environment.filters.update({word.__name__: word for word in words})
+    return environment.get_template("page.html").render(
+        report=report, score_plots=_score_plots(report), training_plots=_training_plots(report)
+    )
+
+
+def _shown(value: Any) -> Any:
+    if value is None:
+        return formats.UNKNOWN
+    return formats.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _score_plots(report: dict[str, Any]) -> list[Markup | None]:
+    plots = [
+        score_plot(benchmark, f"scores-{i}") for i, benchmark in enumerate(report["scores"]["benchmarks"])
+    ]
+    return [Markup(svg) if svg else None for svg in plots]
+
+
+def _training_plots(report: dict[str, Any]) -> dict[str, list[tuple[str, Markup | None]]]:
+    """Return for each training stage the titles of its charts, and the plots of those that have values."""
+    plots = {}
+    for training in report["training"]:
+        stage, curves = training["stage"], training["curves"]
+        drawn = [
+            (c.title, training_plot(stage, c, curves) if curves else None) for c in TRAINING_CHARTS[stage]
+        ]
+        plots[stage] = [(title, Markup(svg) if svg else None) for title, svg in drawn]
+    return plots

@@ -1,0 +1,81 @@
+"""The Ray cluster of a run: connecting, what it must hold, and giving it back between stages."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+TASK_CPUS = 0.25
+"""CPUs reserved by a task that mostly waits for storage, so that actors cannot starve it."""
+
+_RELEASE_TIMEOUT_S = 120.0
+_WORKER_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def connect(config: RunConfig) -> None:
+    """Join the cluster at RAY_ADDRESS, or start a Ray of our own on this machine.
+
+    Raises ConfigError when this machine lacks the GPUs that the configuration asks for.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": _WORKER_ENVIRONMENT}}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address=os.environ["RAY_ADDRESS"], **options)
+        return
+    # CPUs are Ray's book-keeping: more actors than cores run, only slower.
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)), **options)
+    num_gpus = ray.cluster_resources().get("GPU", 0.0)
+    for setting, asked in _gpus_asked(config).items():
+        if asked > num_gpus:
+            ray.shutdown()
+            raise ConfigError(
+                f"{setting} ask for {asked:g} GPUs, this machine has {num_gpus:g}. Set RAY_ADDRESS to a cluster "
+                f"that has them, or lower the setting."
+            )
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Run a stage, then wait until the CPUs and GPUs it held are free again for the next one."""
+    before = _free()
+    yield
+    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
+    while any(_free()[kind] < amount for kind, amount in before.items()):
+        if time.monotonic() > deadline:
+            logger.warning("the stage's resources are not free after %.0f s: %s, had %s", _RELEASE_TIMEOUT_S, _free(), before)
+            return
+        time.sleep(0.1)
+
+
+def _free() -> dict[str, float]:
+    available = ray.available_resources()
+    return {kind: available.get(kind, 0.0) for kind in ("CPU", "GPU")}
+
+
+def _cpus_needed(config: RunConfig) -> int:
+    generation = config.actors.num_actors * config.actors.num_cpus
+    training = config.workers.num_workers * config.workers.num_cpus
+    return int(max(generation, training)) + 1
+
+
+def _gpus_asked(config: RunConfig) -> dict[str, float]:
+    return {
+        "actors.num_gpus and actors.num_actors": config.actors.num_gpus * config.actors.num_actors,
+        "workers.num_gpus and workers.num_workers": config.workers.num_gpus * config.workers.num_workers,
+    }

@@ -1,0 +1,274 @@
+"""Stage `evaluation`: benchmarks answered directly and by describe-and-respond (DaR; STIC section 4.3).
+
+The format of a benchmark is described in docs/evaluation.md.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stic_ray.core.config import EvaluationConfig, RunConfig
+from stic_ray.core.errors import SourceError, nearest
+from stic_ray.core.randomness import seed_for
+from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
+from stic_ray.core.schemas import PREDICTIONS, REJECTED, Reason, table_of
+from stic_ray.core.storage import Location
+from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.opening import open_engine
+from stic_ray.method.images import ImageLimits, ImageRejected, decode, inspect
+from stic_ray.method.preferences import Rejection
+from stic_ray.method.prompts import fill, load_prompts
+from stic_ray.method.scoring import MAX_CHOICES, METRICS, choice_lines, read_choice
+from stic_ray.method.statistics import bootstrap_mean
+from stic_ray.stages.fetch import fetch_indexed, with_images
+from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
+
+MODES = ("direct", "describe_and_respond")
+BASELINE = ("base", "direct")
+
+
+def run_evaluation(config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """Score the base model, the model of `dpo` and the model of `sft` below `run`/evaluation."""
+    trained = {stage: (run / stage).location / "checkpoint" for stage in ("dpo", "sft")}
+    return evaluate(config, run / "evaluation", {"base": None, **trained})
+
+
+def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | None]) -> dict[str, Any]:
+    """Answer all benchmarks with each model (None is the run's base model), keep the answers, write scores.json.
+
+    Returns the manifest's row accounts: a row is a question in a mode for a model. Raises SourceError for a
+    benchmark that is missing or of another format.
+    """
+    questions = [q for uri in config.evaluation.benchmarks for q in read_benchmark(uri)]
+    tasks = _tasks(questions, config.pool.shard_size)
+    for model, checkpoint in models.items():
+        job = ShardJob(
+            stage=f"evaluation of {model}",
+            output=output,
+            families={f"{REJECTED_FAMILY}-{model}": REJECTED, f"predictions-{model}": PREDICTIONS},
+            load=_load_questions,
+            make_worker=lambda model=model, checkpoint=checkpoint: Examinee(config, model, checkpoint),
+        )
+        run_shards(job, tasks, config.actors)
+    predictions = [row for model in models for row in output.read_table(f"predictions-{model}", PREDICTIONS).to_pylist()]
+    if not predictions:
+        raise SourceError(f"Not one question could be asked: {output.rejected_by_reason()}.")
+    output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
+    return row_counts(len(questions) * len(MODES) * len(models), len(predictions), output.rejected_by_reason())
+
+
+def read_benchmark(uri: str) -> list[dict[str, Any]]:
+    """Return the questions of a benchmark file, checked.
+
+    Raises SourceError naming the row and the field at fault.
+    """
+    source = Location.of(uri)
+    if not source.exists() or source.is_folder():
+        raise SourceError(f"evaluation.benchmarks: '{uri}' is no file; it needs JSONL or Parquet.")
+    rows = _parquet_questions(source) if source.path.endswith(".parquet") else _jsonl_questions(source)
+    questions = [_question(number, row, source) for number, row in enumerate(rows)]
+    if not questions:
+        raise SourceError(f"evaluation.benchmarks: '{uri}' holds no questions.")
+    ids = [question["id"] for question in questions]
+    repeated = next((identity for identity in ids if ids.count(identity) > 1), None) if len(set(ids)) < len(ids) else None
+    if repeated is not None:
+        raise SourceError(f"evaluation.benchmarks: '{uri}' uses the id '{repeated}' more than once.")
+    return questions
+
+
+def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig, seed: int) -> list[dict[str, Any]]:
+    """Return mean score and interval per benchmark, model and mode, and the paired difference to the base model."""
+    scores: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in predictions:
+        scores.setdefault((row["benchmark"], row["model"], row["mode"]), {})[row["id"]] = row["score"]
+
+    def interval(values: Sequence[float], prefix: str) -> dict[str, float]:
+        found = bootstrap_mean(
+            values, num_resamples=config.num_resamples, confidence=config.confidence, seed=seed_for(seed, "", "bootstrap")
+        )
+        name = "difference" if prefix else "score"
+        return {name: found.mean, f"{prefix}low": found.low, f"{prefix}high": found.high}
+
+    summary = []
+    for (benchmark, model, mode), by_id in sorted(scores.items()):
+        row = {"benchmark": benchmark, "model": model, "mode": mode, "num_questions": len(by_id)}
+        row |= {"difference": None, "difference_low": None, "difference_high": None}
+        baseline = scores.get((benchmark, *BASELINE), {})
+        both = sorted(by_id.keys() & baseline.keys())
+        if both and (model, mode) != BASELINE:
+            row |= interval([by_id[i] - baseline[i] for i in both], "difference_")
+        summary.append({**row, **interval(list(by_id.values()), "")})
+    return summary
+
+
+class Examinee:
+    """Answers the questions of a shard in both modes; owns a model."""
+
+    def __init__(self, config: RunConfig, name: str, checkpoint: Location | None) -> None:
+        """Load the base model, or what a training stage left in `checkpoint`."""
+        self.config = config
+        self.name = name
+        self.prompts = load_prompts(config.prompts)
+        self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
+        pool = config.pool
+        self.limits = ImageLimits(pool.min_side_px, pool.max_image_pixels, pool.max_aspect_ratio)
+
+    def __call__(self, shard: pa.Table) -> Tables:
+        """Return two predictions, or two rejected rows, for each question."""
+        predictions, rejected = [], []
+        for batch in shard.to_batches(max_chunksize=self.config.actors.batch_size):
+            asked = []
+            for row in batch.to_pylist():
+                picture = self._picture(row)
+                if isinstance(picture, Rejection):
+                    rejected += [rejected_row(row["id"], row["path"] or "", picture) for _ in MODES]
+                else:
+                    asked.append((row, picture))
+            predictions += self._answer(asked)
+        return {
+            f"{REJECTED_FAMILY}-{self.name}": table_of(rejected, REJECTED),
+            f"predictions-{self.name}": table_of(predictions, PREDICTIONS),
+        }
+
+    def _picture(self, row: dict[str, Any]) -> Any:
+        if row["path"] is None:
+            return None
+        if row["fetch_error"] is not None:
+            return Rejection(Reason.UNREADABLE_FILE, row["fetch_error"])
+        try:
+            inspect(row["encoded"] or b"", self.limits)
+            return decode(row["encoded"])
+        except ImageRejected as error:
+            return Rejection(error.reason, error.message)
+
+    def _answer(self, asked: list[tuple[dict[str, Any], Any]]) -> list[dict[str, Any]]:
+        config = self.config.evaluation
+        seen = [(row, picture) for row, picture in asked if picture is not None]
+        described = self.engine.generate(
+            [Request(self.prompts.describe, picture) for _, picture in seen], Sampling(config.max_description_tokens)
+        )
+        descriptions = {row["id"]: answer.text for (row, _), answer in zip(seen, described, strict=True)}
+        prompts = {(row["id"], mode): self._prompt(row, mode, descriptions) for row, _ in asked for mode in MODES}
+        requests = [Request(prompts[row["id"], mode], picture) for row, picture in asked for mode in MODES]
+        responses = iter(self.engine.generate(requests, Sampling(config.max_answer_tokens)))
+        return [
+            self._prediction(row, mode, prompts[row["id"], mode], descriptions.get(row["id"]), next(responses))
+            for row, _ in asked
+            for mode in MODES
+        ]
+
+    def _prompt(self, row: dict[str, Any], mode: str, descriptions: Mapping[str, str]) -> str:
+        if row["choices"]:
+            prompt = fill(self.prompts.choose, question=row["question"], choices=choice_lines(row["choices"]))
+        else:
+            prompt = fill(self.prompts.answer_briefly, question=row["question"])
+        if mode == "direct" or row["id"] not in descriptions:  # a question without an image has no description
+            return prompt
+        return self.prompts.infused(descriptions[row["id"]], prompt)
+
+    def _prediction(
+        self, row: dict[str, Any], mode: str, prompt: str, description: str | None, answer: Answer
+    ) -> dict[str, Any]:
+        prediction = read_choice(answer.text, row["choices"]) if row["choices"] else answer.text
+        return {
+            "benchmark": row["benchmark"],
+            "id": row["id"],
+            "model": self.name,
+            "mode": mode,
+            "prompt": prompt,
+            "description": description if mode != "direct" else None,
+            "response": answer.text,
+            "prediction": prediction,
+            "answers": row["answers"],
+            "metric": row["metric"],
+            "score": METRICS[row["metric"]](prediction, row["answers"]),
+            "finish_reason": answer.finish_reason,
+        }
+
+
+def _tasks(questions: list[dict[str, Any]], size: int) -> list[ShardTask]:
+    return [
+        ShardTask(number, {"rows": questions[start : start + size]})
+        for number, start in enumerate(range(0, len(questions), size))
+    ]
+
+
+def _load_questions(task: ShardTask) -> pa.Table:
+    rows = task.payload["rows"]
+    fetched = iter(fetch_indexed([row for row in rows if row["path"] is not None], "image"))
+    images = [None if row["path"] is None else next(fetched) for row in rows]
+    text = ("benchmark", "id", "path", "question", "metric")
+    schema = pa.schema(
+        [(name, pa.string()) for name in text]
+        + [("row", pa.int64()), ("choices", pa.list_(pa.string())), ("answers", pa.list_(pa.string()))]
+    )
+    return with_images(pa.Table.from_pylist(rows, schema=schema), images)
+
+
+def _jsonl_questions(source: Location) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(source.read().decode("utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceError(f"evaluation.benchmarks: '{source.uri}', line {number}: no JSON ({error.msg}).") from error
+        if not isinstance(row, dict):
+            raise SourceError(f"evaluation.benchmarks: '{source.uri}', line {number}: no JSON object.")
+        rows.append(row)
+    return rows
+
+
+def _parquet_questions(source: Location) -> list[dict[str, Any]]:
+    try:
+        with source.filesystem.open_input_file(source.path) as stream:
+            schema = pq.read_schema(stream)
+        in_rows = "image" in schema.names and not pa.types.is_string(schema.field("image").type)
+        with source.filesystem.open_input_file(source.path) as stream:
+            table = pq.read_table(stream, columns=[n for n in schema.names if n != "image" or not in_rows])
+    except pa.ArrowInvalid as error:
+        raise SourceError(f"evaluation.benchmarks: '{source.uri}' is no Parquet: {str(error).splitlines()[0]}") from error
+    return [{**row, "row": number if in_rows else None} for number, row in enumerate(table.to_pylist())]
+
+
+def _question(number: int, row: Mapping[str, Any], source: Location) -> dict[str, Any]:
+    """Check one row of a benchmark and bring it into one form."""
+
+    def refuse(problem: str) -> SourceError:
+        return SourceError(f"evaluation.benchmarks: '{source.uri}', row {number}: {problem}")
+
+    choices = row.get("choices") or None
+    answers = row.get("answers") or ([row["answer"]] if row.get("answer") is not None else [])
+    metric = row.get("metric") or ("multiple_choice" if choices else "exact_match")
+    if not isinstance(row.get("question"), str) or not row["question"].strip():
+        raise refuse("no 'question'.")
+    if not isinstance(answers, list) or not answers:
+        raise refuse("neither 'answer' nor 'answers'.")
+    if metric not in METRICS:
+        raise refuse(f"unknown metric '{metric}'.{nearest(str(metric), METRICS)} Valid: {', '.join(METRICS)}.")
+    if (metric == "multiple_choice") != bool(choices):
+        raise refuse("'choices' and the metric multiple_choice go together.")
+    if choices and not 2 <= len(choices) <= MAX_CHOICES:
+        raise refuse(f"{len(choices)} choices; from 2 to {MAX_CHOICES} can be asked.")
+    if choices and any(str(a).strip().upper() not in choice_lines(choices[:]).replace("\n", " ") for a in answers):
+        raise refuse(f"the answer {answers} is no letter of the {len(choices)} choices.")
+    path, image = None, row.get("image")
+    if row.get("row") is not None:
+        path = source.uri
+    elif image:
+        folder = source.at(source.path.rsplit("/", 1)[0])
+        path = str(image) if str(image).startswith("/") or "://" in str(image) else (folder / str(image)).uri
+    return {
+        "benchmark": source.name.rsplit(".", 1)[0],
+        "id": str(row.get("id", number)),
+        "path": path,
+        "row": row.get("row"),
+        "question": row["question"],
+        "choices": [str(choice) for choice in choices] if choices else None,
+        "answers": [str(answer) for answer in answers],
+        "metric": metric,
+    }

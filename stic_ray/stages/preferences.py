@@ -1,0 +1,156 @@
+"""Stage `preferences`: from the index to preference pairs (STIC Algorithm 1, first stage)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import SourceError
+from stic_ray.core.randomness import seed_for
+from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, row_counts
+from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, Reason, table_of
+from stic_ray.core.storage import Location
+from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.opening import open_engine
+from stic_ray.method.images import ImageRejected, decode_for_storage
+from stic_ray.method.preferences import (
+    AnswerText,
+    PairPlan,
+    Rejection,
+    judge_pair,
+    pair_row,
+    picture_for_rejected,
+    plan_pair,
+)
+from stic_ray.method.prompts import load_prompts
+from stic_ray.stages.fetch import fetch_indexed, with_images
+from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
+
+
+def build_preferences(config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """Write pairs and rejected shards below `run`/preferences and return the manifest's row accounts.
+
+    Raises SourceError when not one pair is left.
+    """
+    pool, output = run / "pool", run / "preferences"
+    shard_size = config.pool.shard_size
+    num_images = min(config.preferences.num_images or 2**62, pool.num_rows(["index"]))
+    tasks = [
+        ShardTask(number, {"index": shard.uri, "num_rows": min(shard_size, num_images - number * shard_size)})
+        for number, shard in enumerate(pool.shards("index"))
+        if number * shard_size < num_images
+    ]
+    job = ShardJob(
+        stage="preferences",
+        output=output,
+        families={REJECTED_FAMILY: REJECTED, "pairs": PAIRS},
+        load=lambda task: _load_shard(task, config.pool.image_column),
+        make_worker=lambda: PairMaker(config),
+    )
+    run_shards(job, tasks, config.actors)
+    accounts = row_counts(num_images, output.num_rows(["pairs"]), output.rejected_by_reason())
+    if not accounts["num_rows_written"]:
+        raise SourceError(
+            f"Not one of {num_images} images gave a preference pair: {accounts['rejected_by_reason']}. "
+            f"The rejected rows are in '{output.uri}'; delete that folder to try again with other settings."
+        )
+    return accounts
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An image on its way to a pair."""
+
+    row: dict[str, Any]
+    plan: PairPlan
+    clean: Image.Image
+    stored: bytes
+    for_rejected: Image.Image
+    pixel_change: float | None
+
+
+class PairMaker:
+    """Makes the pairs of a shard; owns the model."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Load the base model of the run."""
+        self.config = config
+        self.prompts = load_prompts(config.prompts)
+        self.engine = open_engine(config.model, config.actors)
+        self.sampling = Sampling(
+            config.preferences.max_new_tokens, config.preferences.temperature, config.preferences.top_p
+        )
+
+    def __call__(self, shard: pa.Table) -> Tables:
+        """Return pairs and rejected rows, together as many as the shard has images."""
+        pairs, rejected = [], []
+        for batch in shard.to_batches(max_chunksize=self.config.actors.batch_size):  # bounds the decoded pictures
+            rows = batch.to_pylist()
+            for row, pair in zip(rows, self._make_pairs(rows), strict=True):
+                if isinstance(pair, Rejection):
+                    rejected.append(rejected_row(row["image_id"], row["path"], pair))
+                else:
+                    pairs.append(pair)
+        return {REJECTED_FAMILY: table_of(rejected, REJECTED), "pairs": table_of(pairs, PAIRS)}
+
+    def _make_pairs(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | Rejection]:
+        prepared = [self._prepare(row) for row in rows]
+        requests = [r for p in prepared if isinstance(p, _Candidate) for r in self._requests(p)]
+        answers = iter(self.engine.generate(requests, self.sampling))
+        return [p if isinstance(p, Rejection) else self._finish(p, next(answers), next(answers)) for p in prepared]
+
+    def _prepare(self, row: dict[str, Any]) -> _Candidate | Rejection:
+        if row["encoded"] is None:
+            return Rejection(Reason.UNREADABLE_FILE, row["fetch_error"])
+        try:
+            clean, stored = decode_for_storage(row["encoded"])
+        except ImageRejected as error:
+            return Rejection(error.reason, error.message)
+        plan = plan_pair(row["image_id"], self.config.seed, self.config.preferences, self.prompts)
+        picture = picture_for_rejected(plan, clean)
+        return picture if isinstance(picture, Rejection) else _Candidate(row, plan, clean, stored, *picture)
+
+    def _requests(self, candidate: _Candidate) -> tuple[Request, Request]:
+        """The two requests of an image travel next to each other, in one batch where that has room."""
+        identity, seed = candidate.row["image_id"], self.config.seed
+        return (
+            Request(candidate.plan.chosen_prompt, candidate.clean, seed_for(seed, identity, "chosen")),
+            Request(candidate.plan.rejected_prompt, candidate.for_rejected, seed_for(seed, identity, "rejected")),
+        )
+
+    def _finish(self, candidate: _Candidate, chosen: Answer, rejected: Answer) -> dict[str, Any] | Rejection:
+        def count_tokens(answer: str) -> int:
+            conversation = [
+                {"role": "user", "content": candidate.plan.prompt},
+                {"role": "assistant", "content": answer},
+            ]
+            return self.engine.count_text_tokens(conversation, with_image=True) + chosen.num_image_tokens
+
+        texts = [AnswerText(answer.text, answer.num_tokens, answer.finish_reason) for answer in (chosen, rejected)]
+        length = judge_pair(
+            *texts,
+            self.config.preferences,
+            count_tokens=count_tokens,
+            max_length_tokens=self.config.dpo.max_length_tokens,
+        )
+        if isinstance(length, Rejection):
+            return length
+        return {
+            "image_id": candidate.row["image_id"],
+            "position": candidate.row["position"],
+            "image": {"bytes": candidate.stored, "path": candidate.row["path"]},
+            **pair_row(candidate.plan, *texts),
+            "pixel_change": candidate.pixel_change,
+            "num_image_tokens": chosen.num_image_tokens,
+            "num_sequence_tokens": length,
+            "model": self.engine.name,
+            "model_revision": self.engine.revision,
+            "seed": self.config.seed,
+        }
+
+
+def _load_shard(task: ShardTask, image_column: str) -> pa.Table:
+    index = read_shard(Location.of(task.payload["index"]), INDEX).slice(0, task.payload["num_rows"])
+    return with_images(index, fetch_indexed(index.to_pylist(), image_column))

@@ -1,0 +1,180 @@
+"""Shards through Ray Data: one input shard becomes one set of output files with fixed names.
+
+Load (a task, near the storage) -> work (an actor pool, or tasks) -> publish (a task). A shard travels as one row
+that holds its tables as Arrow IPC bytes: Ray Data splits and merges blocks on the way, but never a row. Images
+travel encoded. The file of the main family is published last, so its presence says that the shard is done.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+
+from stic_ray.core.config import ActorsConfig
+from stic_ray.core.errors import StageError, UserError
+from stic_ray.core.rundir import RunDir
+from stic_ray.method.preferences import Rejection
+from stic_ray.stages.cluster import TASK_CPUS
+
+logger = logging.getLogger(__name__)
+
+Tables = dict[str, pa.Table]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One input shard: its number, which names the output, and whatever its loader needs."""
+
+    number: int
+    payload: Mapping[str, Any]
+
+
+class ShardWorker(Protocol):
+    """Owns what is expensive to set up, a model above all."""
+
+    def __call__(self, shard: pa.Table) -> Tables:
+        """Return the output tables by family, all families of the job."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """How a stage turns shards into files."""
+
+    stage: str
+    output: RunDir
+    families: Mapping[str, pa.Schema]
+    """Output families with their schemas; the last one is the main family."""
+    load: Callable[[ShardTask], pa.Table]
+    make_worker: Callable[[], ShardWorker]
+
+    @property
+    def main_family(self) -> str:
+        """The family whose file marks a shard as done."""
+        return list(self.families)[-1]
+
+
+class _Worker:
+    """Adapts a ShardWorker to rows of Ray Data."""
+
+    def __init__(self, job: ShardJob) -> None:
+        self.work = job.make_worker()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        tables = self.work(_unpack(row["shard"]))
+        return {"number": row["number"], "tables": [_pack(table) for table in tables.values()], "names": list(tables)}
+
+
+def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig | None) -> None:
+    """Do the shards that are not done yet, with a pool of actors or, where `actors` is None, with plain tasks.
+
+    Raises UserError as the worker raised it, and StageError for any other failure: finished shards stay, and a
+    rerun does the others.
+    """
+    done = job.output.shard_numbers(job.main_family)
+    todo = [task for task in tasks if task.number not in done]
+    if done:
+        logger.info("%s: %d of %d shards are already there", job.stage, len(tasks) - len(todo), len(tasks))
+    if not todo:
+        return
+    progress = _Progress(job.stage, len(todo))
+    try:
+        for row in _dataset(job, todo, actors).iter_rows():
+            progress.advance(row["num_rows"])
+    except (ray.exceptions.RayError, RuntimeError, OSError) as error:
+        raise _explain(job.stage, error) from error
+
+
+def rejected_row(identity: str, path: str, rejection: Rejection) -> dict[str, Any]:
+    """Return a row of the table `rejected`."""
+    return {"image_id": identity, "path": path, "reason": rejection.reason, "message": rejection.message}
+
+
+def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | None) -> Dataset:
+    rows = [{"number": task.number, "payload": json.dumps(task.payload)} for task in todo]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        lambda row: {"number": row["number"], "shard": _pack(job.load(_task(row)))}, num_cpus=TASK_CPUS
+    )
+    if actors is None:
+        worked = dataset.map(lambda row: _Worker(job)(row), num_cpus=1)
+    else:
+        worked = dataset.map(
+            _Worker,
+            fn_constructor_args=(job,),
+            compute=ActorPoolStrategy(size=min(actors.num_actors, len(rows))),
+            num_cpus=actors.num_cpus,
+            num_gpus=actors.num_gpus,
+            max_restarts=-1,
+            max_task_retries=actors.max_retries,
+        )
+    return worked.map(lambda row: _publish(job, row), num_cpus=TASK_CPUS)
+
+
+def _task(row: dict[str, Any]) -> ShardTask:
+    return ShardTask(row["number"], json.loads(row["payload"]))
+
+
+def _publish(job: ShardJob, row: dict[str, Any]) -> dict[str, Any]:
+    tables = {name: _unpack(data) for name, data in zip(row["names"], row["tables"], strict=True)}
+    assert set(tables) == set(job.families), f"{job.stage} gave {sorted(tables)}, expected {sorted(job.families)}"
+    for family, schema in job.families.items():
+        if tables[family].num_rows or family == job.main_family:
+            job.output.write_shard(family, row["number"], tables[family], schema)
+    return {"num_rows": sum(table.num_rows for table in tables.values())}
+
+
+def _pack(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpack(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
+
+
+def _explain(stage: str, error: BaseException) -> Exception:
+    """Return the user's error inside a failed task, or a StageError that names the stage and the cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        inner = getattr(cause, "cause", None)
+        if isinstance(cause, UserError):
+            return cause
+        if isinstance(inner, UserError):
+            return inner
+        if isinstance(inner, OSError):
+            return StageError(f"{stage} could not read or write: {inner}. Mend this and run the same command again.")
+        cause = inner or cause.__cause__
+    last_line = [line for line in str(error).splitlines() if line.strip()][-1:]
+    return StageError(f"{stage} stopped: {last_line[0].strip() if last_line else type(error).__name__}")
+
+
+class _Progress:
+    """Logs how far a stage is, how fast, and how long still."""
+
+    def __init__(self, stage: str, num_shards: int) -> None:
+        self.stage, self.num_shards = stage, num_shards
+        self.num_done = self.num_rows = 0
+        self.start_s = self.logged_s = time.monotonic()
+
+    def advance(self, num_rows: int) -> None:
+        self.num_done += 1
+        self.num_rows += num_rows
+        now_s = time.monotonic()
+        if now_s - self.logged_s < 5 and self.num_done < self.num_shards:
+            return
+        self.logged_s = now_s
+        elapsed_s = now_s - self.start_s
+        left_s = elapsed_s / self.num_done * (self.num_shards - self.num_done)
+        rate = self.num_rows / elapsed_s if elapsed_s else 0.0
+        logger.info(
+            "%s: %d/%d shards, %d rows, %.1f rows/s, %.0f s left",
+            self.stage, self.num_done, self.num_shards, self.num_rows, rate, left_s,
+        )
