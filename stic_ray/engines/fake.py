@@ -47,7 +47,9 @@ class FakeEngine:
         try:
             self.script = Script.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
         except OSError as error:
-            raise ModelError(f"The fake engine needs a YAML script at model.path='{path}': {error.strerror}.") from error
+            raise ModelError(
+                f"The fake engine needs a YAML script at model.path='{path}': {error.strerror}."
+            ) from error
         except (yaml.YAMLError, ValidationError) as error:
             raise ModelError(f"The script '{path}' is wrong: {' '.join(str(error).split())}") from error
         self.batch_size = batch_size

@@ -74,7 +74,9 @@ def load_processor(model: ModelConfig) -> ProcessorMixin:
     return processor
 
 
-def load_model(model: ModelConfig, *, dtype: torch.dtype, adapter: Path | None = None) -> PreTrainedModel | PeftModel:
+def load_model(
+    model: ModelConfig, *, dtype: torch.dtype, adapter: Path | None = None, trainable: bool = False
+) -> PreTrainedModel | PeftModel:
     """Load the weights (safetensors only) on the CPU, with an adapter on top when one is given.
 
     The adapter is applied, not merged: in bfloat16 a merge would round small updates away. It is checked to be
@@ -86,7 +88,8 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype, adapter: Path | None =
         )
     if adapter is None:
         return base
-    adapted = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False)
+    # Training keeps the adapter in float32, where PEFT puts it: small steps vanish in bfloat16.
+    adapted = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, autocast_adapter_dtype=trainable)
     check_adapter_active(adapted, adapter)
     return adapted
 
@@ -103,7 +106,9 @@ def check_adapter_active(model: PeftModel, adapter: Path) -> None:
                 raise ModelError(f"The adapter '{adapter}' does not fit its base model: '{key}' was not loaded.")
             num_active += bool(".lora_B." in key and expected.any())
     layers = [module for module in model.modules() if hasattr(module, "lora_B") and hasattr(module, "active_adapters")]
-    inactive = [layer for layer in layers if layer.disable_adapters or model.active_adapter not in layer.active_adapters]
+    inactive = [
+        layer for layer in layers if layer.disable_adapters or model.active_adapter not in layer.active_adapters
+    ]
     if not layers or inactive or not num_active:
         raise ModelError(f"The adapter '{adapter}' changes nothing: {num_active} of its matrices are not zero.")
 

@@ -17,9 +17,7 @@ def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | Non
     adapter = checkpoint if checkpoint is not None and is_adapter(checkpoint) else None
     if checkpoint is not None and adapter is None:
         model = model.model_copy(update={"path": str(checkpoint), "revision": None})
-    return TransformersEngine(
-        model, batch_size=actors.batch_size, on_gpu=actors.num_gpus > 0, adapter=adapter
-    )
+    return TransformersEngine(model, batch_size=actors.batch_size, on_gpu=actors.num_gpus > 0, adapter=adapter)
 
 
 def check_engine(model: ModelConfig) -> None:

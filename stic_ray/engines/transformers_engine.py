@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.loading import choose_dtype, fingerprint, load_model, load_processor
+from stic_ray.engines.rendering import render
 
 logger = logging.getLogger(__name__)
 
@@ -101,23 +102,6 @@ class TransformersEngine:
             finish_reason="length" if end is None else "stop",
             num_image_tokens=num_prompt_tokens - num_text_tokens if request.image is not None else 0,
         )
-
-
-def render(
-    processor: object, messages: Sequence[dict[str, str]], *, with_image: bool, add_generation_prompt: bool
-) -> str:
-    """Return a conversation in the model's chat template, the image in front of the first question."""
-    structured = []
-    image_placed = not with_image
-    for message in messages:
-        content: list[dict[str, str]] = [{"type": "text", "text": message["content"]}]
-        if message["role"] == "user" and not image_placed:
-            content.insert(0, {"type": "image"})
-            image_placed = True
-        structured.append({"role": message["role"], "content": content})
-    return processor.apply_chat_template(  # type: ignore[attr-defined]
-        structured, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
 
 
 class SeededNoise(LogitsProcessor):

@@ -58,7 +58,9 @@ def released() -> Iterator[None]:
     deadline = time.monotonic() + _RELEASE_TIMEOUT_S
     while any(_free()[kind] < amount for kind, amount in before.items()):
         if time.monotonic() > deadline:
-            logger.warning("the stage's resources are not free after %.0f s: %s, had %s", _RELEASE_TIMEOUT_S, _free(), before)
+            logger.warning(
+                "the stage's resources are not free after %.0f s: %s, had %s", _RELEASE_TIMEOUT_S, _free(), before
+            )
             return
         time.sleep(0.1)
 

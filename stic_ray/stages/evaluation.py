@@ -3,15 +3,13 @@
 The format of a benchmark is described in docs/evaluation.md.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stic_ray.core.config import EvaluationConfig, RunConfig
-from stic_ray.core.errors import SourceError, nearest
+from stic_ray.core.errors import SourceError
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
 from stic_ray.core.schemas import PREDICTIONS, REJECTED, Reason, table_of
@@ -21,9 +19,9 @@ from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import ImageLimits, ImageRejected, decode, inspect
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import fill, load_prompts
-from stic_ray.method.scoring import MAX_CHOICES, METRICS, choice_lines, read_choice
+from stic_ray.method.scoring import METRICS, choice_lines, read_choice
 from stic_ray.method.statistics import bootstrap_mean
-from stic_ray.stages.fetch import fetch_indexed, with_images
+from stic_ray.stages.benchmarks import load_questions, read_benchmark
 from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
 
 MODES = ("direct", "describe_and_respond")
@@ -49,34 +47,17 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
             stage=f"evaluation of {model}",
             output=output,
             families={f"{REJECTED_FAMILY}-{model}": REJECTED, f"predictions-{model}": PREDICTIONS},
-            load=_load_questions,
+            load=load_questions,
             make_worker=lambda model=model, checkpoint=checkpoint: Examinee(config, model, checkpoint),
         )
         run_shards(job, tasks, config.actors)
-    predictions = [row for model in models for row in output.read_table(f"predictions-{model}", PREDICTIONS).to_pylist()]
+    predictions = [
+        row for model in models for row in output.read_table(f"predictions-{model}", PREDICTIONS).to_pylist()
+    ]
     if not predictions:
         raise SourceError(f"Not one question could be asked: {output.rejected_by_reason()}.")
     output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
     return row_counts(len(questions) * len(MODES) * len(models), len(predictions), output.rejected_by_reason())
-
-
-def read_benchmark(uri: str) -> list[dict[str, Any]]:
-    """Return the questions of a benchmark file, checked.
-
-    Raises SourceError naming the row and the field at fault.
-    """
-    source = Location.of(uri)
-    if not source.exists() or source.is_folder():
-        raise SourceError(f"evaluation.benchmarks: '{uri}' is no file; it needs JSONL or Parquet.")
-    rows = _parquet_questions(source) if source.path.endswith(".parquet") else _jsonl_questions(source)
-    questions = [_question(number, row, source) for number, row in enumerate(rows)]
-    if not questions:
-        raise SourceError(f"evaluation.benchmarks: '{uri}' holds no questions.")
-    ids = [question["id"] for question in questions]
-    repeated = next((identity for identity in ids if ids.count(identity) > 1), None) if len(set(ids)) < len(ids) else None
-    if repeated is not None:
-        raise SourceError(f"evaluation.benchmarks: '{uri}' uses the id '{repeated}' more than once.")
-    return questions
 
 
 def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig, seed: int) -> list[dict[str, Any]]:
@@ -87,7 +68,10 @@ def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig
 
     def interval(values: Sequence[float], prefix: str) -> dict[str, float]:
         found = bootstrap_mean(
-            values, num_resamples=config.num_resamples, confidence=config.confidence, seed=seed_for(seed, "", "bootstrap")
+            values,
+            num_resamples=config.num_resamples,
+            confidence=config.confidence,
+            seed=seed_for(seed, "", "bootstrap"),
         )
         name = "difference" if prefix else "score"
         return {name: found.mean, f"{prefix}low": found.low, f"{prefix}high": found.high}
@@ -194,81 +178,3 @@ def _tasks(questions: list[dict[str, Any]], size: int) -> list[ShardTask]:
         ShardTask(number, {"rows": questions[start : start + size]})
         for number, start in enumerate(range(0, len(questions), size))
     ]
-
-
-def _load_questions(task: ShardTask) -> pa.Table:
-    rows = task.payload["rows"]
-    fetched = iter(fetch_indexed([row for row in rows if row["path"] is not None], "image"))
-    images = [None if row["path"] is None else next(fetched) for row in rows]
-    text = ("benchmark", "id", "path", "question", "metric")
-    schema = pa.schema(
-        [(name, pa.string()) for name in text]
-        + [("row", pa.int64()), ("choices", pa.list_(pa.string())), ("answers", pa.list_(pa.string()))]
-    )
-    return with_images(pa.Table.from_pylist(rows, schema=schema), images)
-
-
-def _jsonl_questions(source: Location) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(source.read().decode("utf-8", errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SourceError(f"evaluation.benchmarks: '{source.uri}', line {number}: no JSON ({error.msg}).") from error
-        if not isinstance(row, dict):
-            raise SourceError(f"evaluation.benchmarks: '{source.uri}', line {number}: no JSON object.")
-        rows.append(row)
-    return rows
-
-
-def _parquet_questions(source: Location) -> list[dict[str, Any]]:
-    try:
-        with source.filesystem.open_input_file(source.path) as stream:
-            schema = pq.read_schema(stream)
-        in_rows = "image" in schema.names and not pa.types.is_string(schema.field("image").type)
-        with source.filesystem.open_input_file(source.path) as stream:
-            table = pq.read_table(stream, columns=[n for n in schema.names if n != "image" or not in_rows])
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"evaluation.benchmarks: '{source.uri}' is no Parquet: {str(error).splitlines()[0]}") from error
-    return [{**row, "row": number if in_rows else None} for number, row in enumerate(table.to_pylist())]
-
-
-def _question(number: int, row: Mapping[str, Any], source: Location) -> dict[str, Any]:
-    """Check one row of a benchmark and bring it into one form."""
-
-    def refuse(problem: str) -> SourceError:
-        return SourceError(f"evaluation.benchmarks: '{source.uri}', row {number}: {problem}")
-
-    choices = row.get("choices") or None
-    answers = row.get("answers") or ([row["answer"]] if row.get("answer") is not None else [])
-    metric = row.get("metric") or ("multiple_choice" if choices else "exact_match")
-    if not isinstance(row.get("question"), str) or not row["question"].strip():
-        raise refuse("no 'question'.")
-    if not isinstance(answers, list) or not answers:
-        raise refuse("neither 'answer' nor 'answers'.")
-    if metric not in METRICS:
-        raise refuse(f"unknown metric '{metric}'.{nearest(str(metric), METRICS)} Valid: {', '.join(METRICS)}.")
-    if (metric == "multiple_choice") != bool(choices):
-        raise refuse("'choices' and the metric multiple_choice go together.")
-    if choices and not 2 <= len(choices) <= MAX_CHOICES:
-        raise refuse(f"{len(choices)} choices; from 2 to {MAX_CHOICES} can be asked.")
-    if choices and any(str(a).strip().upper() not in choice_lines(choices[:]).replace("\n", " ") for a in answers):
-        raise refuse(f"the answer {answers} is no letter of the {len(choices)} choices.")
-    path, image = None, row.get("image")
-    if row.get("row") is not None:
-        path = source.uri
-    elif image:
-        folder = source.at(source.path.rsplit("/", 1)[0])
-        path = str(image) if str(image).startswith("/") or "://" in str(image) else (folder / str(image)).uri
-    return {
-        "benchmark": source.name.rsplit(".", 1)[0],
-        "id": str(row.get("id", number)),
-        "path": path,
-        "row": row.get("row"),
-        "question": row["question"],
-        "choices": [str(choice) for choice in choices] if choices else None,
-        "answers": [str(answer) for answer in answers],
-        "metric": metric,
-    }

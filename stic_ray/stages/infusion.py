@@ -5,11 +5,9 @@ through to text-*.parquet, because TRL's collator has no place for an absent ima
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stic_ray.core.config import InfusionConfig, RunConfig
 from stic_ray.core.errors import SourceError, nearest
@@ -23,10 +21,13 @@ from stic_ray.method.images import ImageLimits, ImageRejected, decode_for_storag
 from stic_ray.method.infusion import Messages, infuse, read_conversation
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import load_prompts
-from stic_ray.stages.fetch import fetch_indexed, with_images
+from stic_ray.stages.records import folder_of, image_place, load_records, read_records
 from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
 
 _CONVERSATIONS = "conversations"
+_ROWS = pa.schema(
+    [("id", pa.string()), ("path", pa.string()), ("row", pa.int64()), ("problem", pa.string()), ("turns", pa.string())]
+)
 
 
 def build_infusion(config: RunConfig, run: RunDir) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def build_infusion(config: RunConfig, run: RunDir) -> dict[str, Any]:
         stage="infusion",
         output=output,
         families={REJECTED_FAMILY: REJECTED, "text": INFUSED, "rows": INFUSED},
-        load=_load_rows,
+        load=lambda task: load_records(task.payload["rows"], _ROWS),
         make_worker=lambda: Infuser(config, checkpoint),
     )
     run_shards(job, tasks, config.actors)
@@ -63,15 +64,22 @@ def read_instructions(config: InfusionConfig) -> list[dict[str, Any]]:
 
     Raises SourceError when the source is missing or of another format.
     """
-    source = Location.of(config.source)
-    if not source.exists() or source.is_folder():
-        raise SourceError(f"infusion.source='{config.source}' is no file; it needs LLaVA-format JSON or Parquet.")
-    images = Location.of(config.images) if config.images else source.at(source.path.rsplit("/", 1)[0])
-    rows = _parquet_rows(source) if source.path.endswith(".parquet") else _json_rows(source)
-    found = [_place(number, row, source, images) for number, row in enumerate(rows)]
-    if not found:
-        raise SourceError(f"infusion.source='{config.source}' holds no rows.")
-    return found
+    setting = f"infusion.source='{config.source}'"
+    source, rows = read_records(config.source, "infusion.source")
+    if not any(_CONVERSATIONS in row for row in rows):
+        names = list(rows[0])
+        raise SourceError(
+            f"{setting} has no '{_CONVERSATIONS}'.{nearest(_CONVERSATIONS, names)} Its columns: {', '.join(names)}."
+        )
+    folder = Location.of(config.images) if config.images else folder_of(source)
+    return [
+        {
+            "id": str(row.get("id", number)),
+            **image_place(row, source, folder),
+            "turns": json.dumps(row.get(_CONVERSATIONS)),
+        }
+        for number, row in enumerate(rows)
+    ]
 
 
 class Infuser:
@@ -165,67 +173,3 @@ def _sample(rows: list[dict[str, Any]], config: RunConfig) -> list[dict[str, Any
         return rows
     drawn = sorted(range(len(rows)), key=lambda number: seed_for(config.seed, str(number), "instructions"))
     return [rows[number] for number in sorted(drawn[:wanted])]
-
-
-def _load_rows(task: ShardTask) -> pa.Table:
-    rows = task.payload["rows"]
-    with_image = [row for row in rows if row["path"] is not None]
-    fetched = iter(fetch_indexed(with_image, "image"))
-    images = [None if row["path"] is None else next(fetched) for row in rows]
-    schema = pa.schema(
-        [("id", pa.string()), ("path", pa.string()), ("row", pa.int64()), ("turns", pa.string()), ("problem", pa.string())]
-    )
-    return with_images(pa.Table.from_pylist(rows, schema=schema), images)
-
-
-def _json_rows(source: Location) -> Iterator[dict[str, Any]]:
-    try:
-        rows = json.loads(source.read())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"infusion.source='{source.uri}' is not valid JSON: {error}") from error
-    if not isinstance(rows, list) or any(not isinstance(row, dict) for row in rows):
-        raise SourceError(f"infusion.source='{source.uri}' must be a JSON list of rows with id, image, {_CONVERSATIONS}.")
-    if rows and not any(_CONVERSATIONS in row for row in rows):
-        raise _no_conversations(source, list(rows[0]))
-    yield from rows
-
-
-def _parquet_rows(source: Location) -> Iterator[dict[str, Any]]:
-    try:
-        with source.filesystem.open_input_file(source.path) as stream:
-            schema = pq.read_schema(stream)
-        if _CONVERSATIONS not in schema.names:
-            raise _no_conversations(source, schema.names)
-        holds_paths = "image" in schema.names and pa.types.is_string(schema.field("image").type)
-        columns = [n for n in ("id", _CONVERSATIONS, "image") if n in schema.names and (n != "image" or holds_paths)]
-        with source.filesystem.open_input_file(source.path) as stream:
-            table = pq.read_table(stream, columns=columns)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"infusion.source='{source.uri}' is no Parquet file: {str(error).splitlines()[0]}") from error
-    in_rows = "image" in schema.names and not holds_paths
-    for row in table.to_pylist():
-        yield {**row, "image_in_row": in_rows}
-
-
-def _no_conversations(source: Location, names: list[str]) -> SourceError:
-    return SourceError(
-        f"infusion.source='{source.uri}' has no '{_CONVERSATIONS}'.{nearest(_CONVERSATIONS, names)} "
-        f"Its columns: {', '.join(names)}."
-    )
-
-
-def _place(number: int, row: Mapping[str, Any], source: Location, images: Location) -> dict[str, Any]:
-    """Say where a row's image is: a file, a row of the Parquet source, or nowhere."""
-    image = row.get("image")
-    problem = None
-    if isinstance(image, list):
-        problem = f"{len(image)} images; one image per row" if len(image) > 1 else None
-        image = image[0] if image else None
-    place: dict[str, Any] = {"path": None, "row": None}
-    if row.get("image_in_row"):
-        place = {"path": source.uri, "row": number}
-    elif image:
-        path = str(image)
-        place["path"] = path if path.startswith("/") or "://" in path else (images / path).uri
-    turns = json.dumps(row.get(_CONVERSATIONS))
-    return {"id": str(row.get("id", number)), **place, "turns": turns, "problem": problem}

@@ -173,7 +173,9 @@ def _merge(config: RunConfig, scan: RunDir, output: RunDir) -> dict[str, Any]:
         output.write_shard(REJECTED_FAMILY, 0, rejected, REJECTED)
     for number, start in enumerate(range(0, ordered.num_rows, config.pool.shard_size)):
         output.write_shard("index", number, ordered.slice(start, config.pool.shard_size), INDEX)
-    return row_counts(found.num_rows + rejected.num_rows - duplicates.num_rows, kept.num_rows, output.rejected_by_reason())
+    return row_counts(
+        found.num_rows + rejected.num_rows - duplicates.num_rows, kept.num_rows, output.rejected_by_reason()
+    )
 
 
 def _first_of_each(ids: pa.ChunkedArray) -> pa.Array:

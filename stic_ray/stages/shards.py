@@ -176,5 +176,10 @@ class _Progress:
         rate = self.num_rows / elapsed_s if elapsed_s else 0.0
         logger.info(
             "%s: %d/%d shards, %d rows, %.1f rows/s, %.0f s left",
-            self.stage, self.num_done, self.num_shards, self.num_rows, rate, left_s,
+            self.stage,
+            self.num_done,
+            self.num_shards,
+            self.num_rows,
+            rate,
+            left_s,
         )

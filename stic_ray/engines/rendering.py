@@ -1,0 +1,76 @@
+"""Conversations in a model's chat template."""
+
+from collections.abc import Sequence
+
+from transformers import ProcessorMixin
+
+from stic_ray.core.errors import ModelError
+
+Message = dict[str, str]
+Pieces = list[tuple[str, bool]]
+"""Consecutive pieces of a rendered conversation, each with whether it is an answer."""
+
+
+def render(
+    processor: ProcessorMixin, messages: Sequence[Message], *, with_image: bool, add_generation_prompt: bool
+) -> str:
+    """Return a conversation as text, the image's placeholder in front of the first question."""
+    structured = []
+    image_placed = not with_image
+    for message in messages:
+        content: list[dict[str, str]] = [{"type": "text", "text": message["content"]}]
+        if message["role"] == "user" and not image_placed:
+            content.insert(0, {"type": "image"})
+            image_placed = True
+        structured.append({"role": message["role"], "content": content})
+    return str(processor.apply_chat_template(structured, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+
+def turn_end(processor: ProcessorMixin) -> str:
+    """Return what must be added to an answer so that the model learns to stop: "" or the end-of-text token.
+
+    Many templates close an assistant's turn with a special token; LLaVA's leave it open.
+    """
+    probe = "answer"
+    conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": probe}]
+    text = render(processor, conversation, with_image=False, add_generation_prompt=False)
+    tail = text.rsplit(probe, 1)[1]
+    closed = any(token in tail for token in processor.tokenizer.all_special_tokens)
+    return "" if closed else str(processor.tokenizer.eos_token)
+
+
+def split_answers(processor: ProcessorMixin, messages: Sequence[Message], *, with_image: bool) -> Pieces:
+    """Return the rendered conversation in pieces, each with whether it is an answer.
+
+    An answer piece ends with the token that ends the turn; what a template puts behind it is no answer. Raises
+    ModelError for a template whose text up to a turn is not the beginning of the text with that turn.
+    """
+    end = turn_end(processor)
+    closed = [{**m, "content": m["content"] + end} if m["role"] == "assistant" else m for m in messages]
+    whole = render(processor, closed, with_image=with_image, add_generation_prompt=False)
+    pieces: Pieces = []
+    done = 0
+    for number, message in enumerate(closed):
+        if message["role"] != "assistant":
+            continue
+        before = render(processor, closed[:number], with_image=with_image, add_generation_prompt=True)
+        start = len(before)
+        found = whole.find(message["content"].strip(), start)
+        if not whole.startswith(before) or found < 0 or whole[start:found].strip():
+            raise ModelError(
+                "The chat template does not keep earlier turns as they are when a turn is added, so answers cannot "
+                "be told from questions; give another with model.chat_template=FILE."
+            )
+        stop = found + len(message["content"].strip())
+        stop += 0 if end else _length_of_end(whole[stop:], processor.tokenizer.all_special_tokens)
+        pieces += [(whole[done:start], False), (whole[start:stop], True)]
+        done = stop
+    pieces.append((whole[done:], False))
+    return [(text, is_answer) for text, is_answer in pieces if text]
+
+
+def _length_of_end(tail: str, special_tokens: Sequence[str]) -> int:
+    """Return how far the first special token of `tail` reaches."""
+    ends = [(tail.index(token), len(token)) for token in special_tokens if token and token in tail]
+    place, length = min(ends)
+    return place + length

@@ -1,0 +1,1 @@
+"""Stages `dpo` and `sft`: TRL's trainers in Ray Train workers under DeepSpeed ZeRO."""

@@ -1,0 +1,83 @@
+"""Stages `dpo` and `sft` on the driver: what they read, the worker group, and what is left at the end."""
+
+from typing import Any
+
+import ray.exceptions
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from stic_ray.core.config import OptimisationConfig, RunConfig
+from stic_ray.core.errors import StageError
+from stic_ray.core.rundir import RunDir, digest, row_counts
+from stic_ray.stages.training.setup import accumulation_steps
+from stic_ray.stages.training.worker import train_worker
+
+_ATTEMPTS = "training"
+
+
+def train_dpo(config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """Train on the pairs from the base model; leaves checkpoint, metrics.jsonl and result.json in `run`/dpo."""
+    return _train("dpo", config, config.dpo, run, (run / "preferences", ["pairs"]), start=None)
+
+
+def train_sft(config: RunConfig, run: RunDir) -> dict[str, Any]:
+    """Train on the infused rows from the model of `dpo`; leaves the same files in `run`/sft."""
+    start = (run / "dpo").location / "checkpoint"
+    return _train("sft", config, config.sft, run, (run / "infusion", ["rows", "text"]), start=start.uri)
+
+
+def _train(
+    stage: str,
+    config: RunConfig,
+    optimisation: OptimisationConfig,
+    run: RunDir,
+    data: tuple[RunDir, list[str]],
+    start: str | None,
+) -> dict[str, Any]:
+    output, (source, families) = run / stage, data
+    workers = config.workers
+    accumulation_steps(optimisation.global_batch, workers)
+    num_rows = source.num_rows(families)
+    settings = {
+        "stage": stage,
+        "config": config.model_dump(),
+        "output": output.uri,
+        "files": [shard.uri for family in families for shard in source.shards(family)],
+        "start": start,
+    }
+    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows])
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.num_gpus > 0,
+            resources_per_worker={"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})},
+        ),
+        run_config=RayRunConfig(
+            name=f"attempt-{identity}",  # the same command finds its checkpoints again, another configuration does not
+            storage_path=(output / _ATTEMPTS).uri,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
+        raise _explain(stage, error) from error
+    result = output.read_json("result.json")
+    assert result is not None, f"{stage} ended without an error and without result.json"
+    (output / _ATTEMPTS).location.delete_folder()
+    return {**row_counts(num_rows, result["num_rows"], {}), "num_steps": result["num_steps"]}
+
+
+def _explain(stage: str, error: BaseException) -> StageError:
+    failures = getattr(error, "worker_failures", None) or {}
+    reasons = {" ".join(str(failure).strip().splitlines()[-1:]) for failure in failures.values()} or {str(error)}
+    return StageError(
+        f"{stage} stopped after its restarts were used up: {'; '.join(sorted(reasons))[:500]}. "
+        "The same command goes on from the last checkpoint."
+    )

@@ -1,0 +1,195 @@
+"""From the configuration to a TRL trainer: arguments, DeepSpeed, model parts, data."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, Trainer
+from trl import DPOConfig as TRLDPOConfig
+from trl import SFTConfig as TRLSFTConfig
+from trl import SFTTrainer
+
+from stic_ray.core.config import ModelConfig, OptimisationConfig, RunConfig, TuningConfig, WorkersConfig
+from stic_ray.core.errors import ConfigError
+from stic_ray.engines.loading import choose_dtype, is_adapter, load_model, load_processor, parts_of
+from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator
+from stic_ray.stages.training.trainers import RegularisedDPOTrainer
+
+
+def accumulation_steps(global_batch: int, workers: WorkersConfig) -> int:
+    """Return how many forward passes make one optimiser step. Raises ConfigError when that is no whole number."""
+    at_once = workers.num_workers * workers.micro_batch
+    if global_batch % at_once:
+        raise ConfigError(
+            f"global_batch={global_batch} is not divisible by workers.num_workers={workers.num_workers} x "
+            f"workers.micro_batch={workers.micro_batch} = {at_once}; change one of the three."
+        )
+    return global_batch // at_once
+
+
+def start_deepspeed(workers: WorkersConfig) -> None:
+    """Bring up DeepSpeed's own communication, which ZeRO-3 needs before a model is built."""
+    if workers.zero_stage == 0:
+        return
+    import deepspeed
+    import deepspeed.ops
+
+    if workers.num_gpus == 0:
+        # The shared-memory operator would be compiled on first use (39 s); plain gloo gives the same results.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if workers.num_gpus else "gloo", verbose=False)
+
+
+def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> RegularisedDPOTrainer:
+    """Return the trainer of stage `dpo`, the policy starting from the run's base model."""
+    model = config.model
+    dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
+    processor = load_processor(model)
+    arguments = TRLDPOConfig(
+        **_arguments(config, config.dpo, folder),
+        disable_dropout=False,
+        trust_remote_code=model.trust_remote_code,
+        model_init_kwargs={"dtype": str(dtype).removeprefix("torch."), "revision": model.revision},
+    )
+    trainer = RegularisedDPOTrainer(
+        model=model.path,
+        args=arguments,
+        settings=config.dpo,
+        train_dataset=_read(files, ["image", "prompt", "chosen", "rejected"], folder),
+        processing_class=processor,
+        data_collator=PreferenceCollator(processor=processor),
+        peft_config=_lora(model, config.tuning) if config.tuning.method == "lora" else None,
+    )
+    if config.tuning.method == "full":
+        _freeze(trainer.model, config.tuning)
+    return trainer
+
+
+def make_sft_trainer(config: RunConfig, files: Sequence[Path], folder: Path, start: Path) -> SFTTrainer:
+    """Return the trainer of stage `sft`, going on from the adapter or model that `dpo` left in `start`."""
+    dtype = choose_dtype(config.model, on_gpu=config.workers.num_gpus > 0)
+    processor = load_processor(config.model)
+    arguments = TRLSFTConfig(**_arguments(config, config.sft, folder))  # before the model: ZeRO-3 partitions it
+    if is_adapter(start):
+        model = load_model(config.model, dtype=dtype, adapter=start, trainable=True)
+    else:
+        model = load_model(config.model.model_copy(update={"path": str(start), "revision": None}), dtype=dtype)
+        _freeze(model, config.tuning)
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_read(files, ["image", "messages"], folder),
+        processing_class=processor,
+        data_collator=AnswersOnlyCollator(processor=processor),
+    )
+
+
+def describe_parts(trainer: Trainer) -> dict[str, Any]:
+    """Say which parts of the model are trained, and which are frozen."""
+    model = trainer.model
+    num_trainable: dict[str, int] = {}
+    parts = {prefix: part for part, prefixes in parts_of(model).items() for prefix in prefixes}
+    for name, parameter in model.named_parameters():
+        part = next((part for prefix, part in parts.items() if name.startswith(prefix)), "lm_head")
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        num_trainable[part] = num_trainable.get(part, 0) + (size if parameter.requires_grad else 0)
+    return {
+        "num_trainable_parameters": sum(num_trainable.values()),
+        "trained": sorted(part for part, number in num_trainable.items() if number),
+        "frozen": sorted(part for part, number in num_trainable.items() if not number),
+    }
+
+
+def _arguments(config: RunConfig, stage: OptimisationConfig, folder: Path) -> dict[str, Any]:
+    workers = config.workers
+    on_gpu = workers.num_gpus > 0
+    return {
+        "output_dir": str(folder),
+        "seed": config.seed,
+        "num_train_epochs": stage.num_epochs,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": stage.warmup_share,  # below 1 it is a share of all steps
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "per_device_train_batch_size": workers.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(stage.global_batch, workers),
+        "gradient_checkpointing": workers.gradient_checkpointing,
+        "max_length": None,  # TRL would cut through image tokens; lengths were bounded when the rows were written
+        "bf16": on_gpu and choose_dtype(config.model, on_gpu=True) is torch.bfloat16,
+        "use_cpu": not on_gpu,
+        "dataloader_num_workers": 4 if on_gpu else 0,
+        "save_steps": workers.save_every_steps,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "deepspeed": _deepspeed(workers) if workers.zero_stage else None,
+    }
+
+
+def _deepspeed(workers: WorkersConfig) -> dict[str, Any]:
+    return {
+        "zero_optimization": {
+            "stage": workers.zero_stage,
+            "overlap_comm": workers.num_gpus > 0,
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "bf16": {"enabled": "auto"},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def _read(files: Sequence[Path], columns: list[str], folder: Path) -> Dataset:
+    """Map the Parquet files; images are decoded when a batch is made. The Arrow copy lives and goes with `folder`."""
+    dataset = load_dataset(
+        "parquet",
+        data_files=[str(file) for file in files],
+        split="train",
+        columns=columns,
+        cache_dir=str(folder / "data"),
+    )
+    assert isinstance(dataset, Dataset), "a split of Parquet files is a map-style dataset"
+    return dataset
+
+
+def _lora(model: ModelConfig, tuning: TuningConfig) -> LoraConfig:
+    """LoRA on all linear layers of the language model."""
+    with init_empty_weights():
+        settings = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        skeleton = AutoModelForImageTextToText.from_config(settings, trust_remote_code=model.trust_remote_code)
+    prefixes = parts_of(skeleton)["language_model"]
+    layers = {
+        name.rsplit(".", 1)[-1]
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear) and any(name.startswith(f"{prefix}.") for prefix in prefixes)
+    }
+    inside = "|".join(prefix.replace(".", r"\.") for prefix in prefixes)
+    return LoraConfig(
+        r=tuning.lora_rank,
+        lora_alpha=tuning.lora_alpha,
+        lora_dropout=tuning.lora_dropout,
+        target_modules=rf"({inside})\..*\.({'|'.join(sorted(layers))})",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _freeze(model: nn.Module, tuning: TuningConfig) -> None:
+    parts = parts_of(model)
+    frozen = tuple(prefix for part in tuning.freeze for prefix in parts[part])
+    for name, parameter in model.named_parameters():
+        if frozen and name.startswith(frozen):
+            parameter.requires_grad_(False)

@@ -1,0 +1,122 @@
+"""What each training worker runs: build the trainer, train from the last checkpoint, save, report."""
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch.distributed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.rundir import RunDir
+from stic_ray.core.storage import Location
+from stic_ray.stages.training.saved import check_changed
+from stic_ray.stages.training.setup import describe_parts, make_dpo_trainer, make_sft_trainer, start_deepspeed
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Run one worker of stage `settings["stage"]`; rank 0 leaves checkpoint, metrics and result in the run."""
+    config = RunConfig.model_validate(settings["config"])
+    stage, output = settings["stage"], RunDir.of(settings["output"])
+    rank = ray.train.get_context().get_world_rank()
+    folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{stage}_"))
+    try:
+        start_deepspeed(config.workers)
+        files = [Location.of(uri).local_copy() for uri in settings["files"]]
+        start = Location.of(settings["start"]).local_copy() if settings["start"] else None
+        trainer: Trainer
+        if start is None:
+            trainer = make_dpo_trainer(config, files, folder)
+        else:
+            trainer = make_sft_trainer(config, files, folder, start)
+        facts = describe_parts(trainer)
+        trainer.add_callback(_Reporter(stage, len(trainer.train_dataset)))
+        began_s = time.monotonic()
+        trainer.train(resume_from_checkpoint=_resume_folder(folder))
+        seconds = time.monotonic() - began_s
+        trainer.save_model(str(folder / "final"))
+        torch.distributed.barrier()
+        if rank == 0:
+            _leave(trainer, folder / "final", output, {**facts, "seconds": seconds}, config, start)
+        torch.distributed.barrier()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Reporter(TrainerCallback):
+    """Hands checkpoints to Ray Train, says how far training is, and stops it when the loss is no number.
+
+    Every rank reports what it wrote to its own folder, and Ray merges the folders: model and optimiser state of
+    rank 0, and each rank's random state and ZeRO shard. The stock callback races on a shared folder.
+    """
+
+    def __init__(self, stage: str, num_rows: int) -> None:
+        self.stage, self.num_rows = stage, num_rows
+        self.began_s = time.monotonic()
+        self.first_step: int | None = None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.first_step is None:
+            self.first_step, self.began_s = state.global_step, time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{self.stage}: the loss is {loss} at step {state.global_step}; lower {self.stage}.learning_rate"
+            )
+        due = state.global_step == state.max_steps or state.global_step % max(1, state.max_steps // 20) == 0
+        if state.is_world_process_zero and due:
+            num_steps = state.global_step - (self.first_step or 0)
+            seconds_per_step = (time.monotonic() - self.began_s) / max(1, num_steps)
+            rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+            print(
+                f"{self.stage}: step {state.global_step}/{state.max_steps}, loss {loss:.4f}, "
+                f"{rows / seconds_per_step:.2f} rows/s, "
+                f"{(state.max_steps - state.global_step) * seconds_per_step:.0f} s left",
+                flush=True,
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        last = get_last_checkpoint(args.output_dir)
+        checkpoint = ray.train.Checkpoint.from_directory(last) if last else None
+        ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+
+
+def _resume_folder(folder: Path) -> str | None:
+    """Return a local copy of the last checkpoint that Ray Train holds for this attempt, if there is one."""
+    checkpoint = ray.train.get_checkpoint()
+    return checkpoint.to_directory(str(folder / "resume")) if checkpoint else None
+
+
+def _leave(
+    trainer: Trainer, final: Path, output: RunDir, facts: dict[str, Any], config: RunConfig, start: Path | None
+) -> None:
+    """Check what was saved, and move it into the run directory."""
+    trainer.processing_class.save_pretrained(final)
+    facts |= check_changed(final, config.model, start)
+    lines = [json.dumps(entry) for entry in trainer.state.log_history if "loss" in entry]
+    output.write_text("metrics.jsonl", "\n".join(lines) + "\n")
+    state = trainer.state
+    facts |= {"num_steps": state.global_step, "num_rows": len(trainer.train_dataset), "last_loss": _last_loss(state)}
+    (output.location / "checkpoint").upload_folder(final)
+    output.write_json("result.json", facts)
+
+
+def _last_loss(state: TrainerState) -> float | None:
+    return next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)
