@@ -22,7 +22,7 @@ from stic_ray.method.corruption import Corruption, corrupt, draw_corruption, low
 from stic_ray.report.collect import collect
 from stic_ray.report.curves import MAX_POINTS, read_curves
 from stic_ray.report.formats import duration, number, points, visible
-from stic_ray.report.gallery import Candidate, choose, corruption_caption
+from stic_ray.report.gallery import Candidate, choose, corruption_caption, data_uri
 from stic_ray.report.plots import TRAINING_CHARTS, training_plot
 from stic_ray.report.write import render, write_report
 
@@ -67,8 +67,8 @@ def pair(position: int) -> dict[str, Any]:
         corruption = draw_corruption(
             random.Random(position), PreferencesConfig(low_resolution_share=0.0, jitter_brightness=0.5)
         )
-    chosen = f"A picture of coloured squares, number {position}. {LONG_WORD if position == 1 else ''}"
-    rejected = {0: HOSTILE, 2: ARABIC}.get(position, f"Something else, number {position}.")
+    chosen = f"A picture of coloured squares, number {position}. It shows {'one more square, ' * 20}and no more."
+    rejected = [HOSTILE, LONG_WORD, ARABIC, *["Something else."] * 3][position % 6]
     return {
         "image_id": f"{position * 2654435761 % 2**32:032x}",
         "position": position,
@@ -94,8 +94,8 @@ def pair(position: int) -> dict[str, Any]:
 
 
 def write_pairs(stage: RunDir, pairs: list[dict[str, Any]], per_shard: int = PAIRS_PER_SHARD) -> None:
-    for number, start in enumerate(range(0, len(pairs), per_shard)):
-        stage.write_shard("pairs", number, table_of(pairs[start : start + per_shard], PAIRS), PAIRS)
+    for shard, start in enumerate(range(0, len(pairs), per_shard)):
+        stage.write_shard("pairs", shard, table_of(pairs[start : start + per_shard], PAIRS), PAIRS)
 
 
 def write_rejected(stage: RunDir, counts: dict[str, int]) -> None:
@@ -189,12 +189,8 @@ def write_run(path: Path) -> RunDir:
         write_rejected(run / stage, counts)
     write_lines(run / "dpo", dpo_lines())
     write_lines(run / "sft", [{"step": s, "loss": 2.0 / s, "learning_rate": 1e-5} for s in range(1, 21)])
-    (run / "dpo").write_json(
-        "result.json", {"num_steps": 40, "trainable": ["q_proj", "<v_proj>"], "seconds": 61.0}
-    )
-    (run / "sft").write_json(
-        "result.json", {"num_steps": 20, "num_trainable_parameters": 1234567, "frozen": []}
-    )
+    (run / "dpo").write_json("result.json", {"num_steps": 40, "trainable": ["q_proj", "<v_proj>"], "seconds": 61.0})
+    (run / "sft").write_json("result.json", {"num_steps": 20, "num_trainable_parameters": 1234567, "frozen": []})
     (run / "evaluation").write_json("scores.json", scores())
     for i, stage in enumerate(STAGES):
         rejected = REJECTED_BY_STAGE.get(stage, {})
@@ -275,19 +271,15 @@ def test_score_table_shows_scores_intervals_and_differences(page: Page) -> None:
 
 def test_model_text_is_escaped_and_control_characters_are_visible(source: str, page: Page) -> None:
     assert not page.all("script") and not page.all("b")
-    assert "<script>alert('x')</script> \"quoted\" & <b>bold</b> nul:␀ bell:␇" in page.text
+    assert "<script>alert('x')</script> \"quoted\" & <b>bold</b> nul:\\x00 bell:\\x07" in page.text
     assert ARABIC in page.text and LONG_WORD in page.text
     assert "colours & <shapes>" in page.text and "<v_proj>" in page.text
     assert not set(source) & set(map(chr, [*range(9), 11, 12, *range(13, 32), 127]))
 
 
 def test_page_needs_no_other_file(source: str, page: Page) -> None:
-    addresses = [
-        a[key]
-        for _, a in page.elements
-        for key in ("src", "href", "xlink:href", "action", "srcset")
-        if key in a
-    ]
+    keys = ("src", "href", "xlink:href", "action", "srcset", "poster", "data")
+    addresses = [a[key] for _, a in page.elements for key in keys if key in a]
     assert len(addresses) > 24
     assert [each[:80] for each in addresses if not each.startswith(("data:image/", "#"))] == []
     assert not [tag for tag, _ in page.elements if tag in ("link", "iframe", "object", "base", "form")]
@@ -298,13 +290,9 @@ def test_page_needs_no_other_file(source: str, page: Page) -> None:
 def test_ids_are_unique_and_every_reference_has_its_target(page: Page) -> None:
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
-    targets = [
-        a[key][1:]
-        for _, a in page.elements
-        for key in ("href", "xlink:href")
-        if a.get(key, "").startswith("#")
-    ]
-    assert set(targets) <= set(ids)
+    targets = {a[key][1:] for _, a in page.elements for key in ("href", "xlink:href") if key in a}
+    clips = {a["clip-path"][5:-1] for _, a in page.elements if "clip-path" in a}
+    assert len(targets) > 10 and clips and targets | clips <= set(ids)
 
 
 def test_page_is_accessible(page: Page) -> None:
@@ -319,6 +307,7 @@ def decoded(uri: str) -> Image.Image:
 
 
 def test_gallery_is_balanced_and_shows_corrupted_pictures_that_differ(run: RunDir, page: Page) -> None:
+    stored = {row["image_id"]: row for row in map(pair, range(NUM_PAIRS))}
     items = collect(run)["gallery"]["items"]
     kinds = [item["kind"] for item in items]
     assert kinds == ["hallucination_prompt", "low_resolution", "colour_jitter"] * 8
@@ -331,8 +320,10 @@ def test_gallery_is_balanced_and_shows_corrupted_pictures_that_differ(run: RunDi
             assert item["corrupted_image"] is None and item["caption"] is None
             continue
         corrupted = decoded(item["corrupted_image"])
-        assert pixel_change(clean, corrupted) == pytest.approx(item["pixel_change"], rel=0.25)
+        assert pixel_change(clean, corrupted) > 0.5 * item["pixel_change"] > 1.0
         assert min(corrupted.size) == 20 or item["kind"] == "colour_jitter"
+        original = Image.open(io.BytesIO(stored[item["image_id"]]["image"]["bytes"]))
+        assert item["corrupted_image"] == data_uri(corrupt(original, item["corruption"]))
         assert item["caption"] in page.text
 
 
@@ -344,9 +335,7 @@ def test_gallery_shows_the_prompts_and_facts_of_each_answer(run: RunDir) -> None
         row = expected[item["image_id"]]
         chosen, rejected = item["answers"]
         assert chosen["text"] == row["chosen"][0]["content"] and chosen["prompt"] == row["chosen_prompt"]
-        assert (
-            rejected["text"] == row["rejected"][0]["content"] and rejected["prompt"] == row["rejected_prompt"]
-        )
+        assert rejected["text"] == row["rejected"][0]["content"] and rejected["prompt"] == row["rejected_prompt"]
         assert chosen["num_tokens"] == row["num_chosen_tokens"]
         assert rejected["finish_reason"] == row["rejected_finish_reason"]
         assert item["prompt"] == "Describe this picture."
@@ -364,7 +353,7 @@ def test_gallery_does_not_depend_on_how_the_pairs_are_cut(tmp_path: Path) -> Non
 
 
 def test_gallery_fills_up_from_the_other_kinds() -> None:
-    candidates = [Candidate(f"{i:02d}", "low_resolution", 0, i) for i in range(9)]
+    candidates = [Candidate(f"{i:02d}", "low_resolution", 0, 8 - i) for i in reversed(range(9))]
     candidates.append(Candidate("99", "hallucination_prompt", 0, 9))
     assert [c.image_id for c in choose(candidates, 4)] == ["99", "00", "01", "02"]
     assert len(choose(candidates, 24)) == 10
@@ -385,7 +374,7 @@ def test_damaged_stored_picture_is_named_and_the_rest_stays(tmp_path: Path) -> N
     write_report(run)
     page = Page((run.location / "report.html").read().decode())
     assert "The stored image cannot be shown: undecodable_image" in page.text
-    assert len(page.all("img")) == 2 and "Something else, number 1." in page.text
+    assert len(page.all("img")) == 2 and LONG_WORD in page.text
 
 
 @pytest.mark.parametrize(
@@ -417,13 +406,9 @@ def test_report_json_holds_the_numbers_of_the_manifests(run: RunDir) -> None:
             assert stage[key] == written[key]
         assert stage["rows_per_second"] == pytest.approx(written["num_rows_in"] / written["seconds"])
     best = report["headline"]["best"]
-    assert (best["benchmark"], best["model"]) == ("toyworld", "sft") and best["difference"] == pytest.approx(
-        0.12
-    )
+    assert (best["benchmark"], best["model"]) == ("toyworld", "sft") and best["difference"] == pytest.approx(0.12)
     assert len(report["gallery"]["items"]) == 24
-    assert report["training"][0]["curves"]["metrics"]["loss/dpo"] == [
-        line["loss/dpo"] for line in dpo_lines()
-    ]
+    assert report["training"][0]["curves"]["metrics"]["loss/dpo"] == [line["loss/dpo"] for line in dpo_lines()]
 
 
 def test_rejected_rows_are_counted_and_shown_by_example(run: RunDir, page: Page) -> None:
@@ -494,7 +479,7 @@ def test_intervals_without_bounds_are_not_known(tmp_path: Path) -> None:
 
 
 def test_models_and_benchmarks_of_any_name_are_drawn(tmp_path: Path) -> None:
-    names = ["$\\frac{", "模型 <二>", "x" * 200, "line\nbreak\x00"]
+    names = ["$\\frac{$", "模型 <二>", "x" * 200, "line\nbreak\x00"]
     rows = [{**scores()[0], "model": name, "benchmark": name, "mode": name} for name in names]
     report = with_scores(tmp_path, rows)
     page = Page(render(report))
@@ -503,10 +488,11 @@ def test_models_and_benchmarks_of_any_name_are_drawn(tmp_path: Path) -> None:
 
 
 def test_missing_metric_is_a_gap_and_not_a_zero(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]]
     lines = [{"step": step, "loss": 1.0 + step, "rewards/margins": 0.5} for step in range(1, 10)]
     del lines[3]["loss"]
     lines[6]["loss"] = math.nan
-    lines[8]["loss"] = None  # type: ignore[typeddict-item]
+    lines[8]["loss"] = None
     write_lines(RunDir.of(str(tmp_path)) / "dpo", lines)
     curves = read_curves(RunDir.of(str(tmp_path)) / "dpo")
     assert curves is not None
@@ -516,15 +502,13 @@ def test_missing_metric_is_a_gap_and_not_a_zero(tmp_path: Path) -> None:
     svg = training_plot("dpo", by_title["Loss"], curves)
     assert svg is not None and "6 points, 3 missing" in svg
     line = svg.partition('id="dpo-loss-loss"')[2].partition("</g>")[0]
-    assert line.count("M ") == 2  # steps 1 to 3 and 5 to 6; step 8 stands alone, as a dot
+    assert (line.count("M "), line.count("L ")) == (3, 3)  # steps 1 to 3, 5 to 6, and 8 alone
     assert training_plot("dpo", by_title["Gradient norm"], curves) is None
 
 
 def test_metrics_of_a_resumed_and_killed_training(tmp_path: Path) -> None:
     stage = RunDir.of(str(tmp_path))
-    text = "".join(
-        json.dumps({"step": s, "loss": v}) + "\n" for s, v in [(1, 9.0), (2, 8.0), (2, 5.0), (1, 7.0)]
-    )
+    text = "".join(json.dumps({"step": s, "loss": v}) + "\n" for s, v in [(1, 9.0), (2, 8.0), (2, 5.0), (1, 7.0)])
     stage.write_text("metrics.jsonl", text + '{"train_runtime": 3}\n{"step": 3, "lo')
     curves = read_curves(stage)
     assert curves is not None
@@ -569,4 +553,4 @@ def test_values_as_words() -> None:
         "12,345.7",
     ]
     assert [points(d) for d in (None, 0.042, -0.1)] == ["–", "+4.2", "\u221210.0"]
-    assert visible("a\x00\r\n\x85\x7f\ud800b") == "a␀\n\ufffd␡\ufffdb"
+    assert visible("a\x00\r\n\x85\x7f\ud800b") == "a\\x00\n\\x85\\x7f\ufffdb"

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from stic_ray.core.errors import ConfigError
+
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -205,3 +207,14 @@ class RunConfig(Section):
     toyworld: ToyworldConfig = ToyworldConfig()
     actors: ActorsConfig = ActorsConfig()
     workers: WorkersConfig = WorkersConfig()
+
+
+def accumulation_steps(global_batch: int, workers: WorkersConfig) -> int:
+    """Return how many forward passes make one optimiser step. Raises ConfigError when that is no whole number."""
+    at_once = workers.num_workers * workers.micro_batch
+    if global_batch % at_once:
+        raise ConfigError(
+            f"global_batch={global_batch} is not divisible by workers.num_workers={workers.num_workers} x "
+            f"workers.micro_batch={workers.micro_batch} = {at_once}; change one of the three."
+        )
+    return global_batch // at_once

@@ -89,9 +89,7 @@ class RunDir:
     def num_rows(self, families: Iterable[str]) -> int:
         """Count rows of the finished shards from their footers."""
         shards = [shard for family in families for shard in self.shards(family)]
-        return sum(
-            pq.read_metadata(s.filesystem.open_input_file(s.path)).num_rows for s in shards
-        )
+        return sum(pq.read_metadata(s.filesystem.open_input_file(s.path)).num_rows for s in shards)
 
     def rejected_by_reason(self) -> dict[str, int]:
         """Count the rejected rows by reason."""

@@ -51,7 +51,8 @@ class Reason(StrEnum):
 
 
 def _column(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = False) -> pa.Field:
-    return pa.field(name, kind, nullable=nullable, metadata={"meaning": meaning})
+    # Arrow's own flag stays "nullable": `datasets` ignores the feature description of a column that is not.
+    return pa.field(name, kind, metadata={"meaning": meaning, "required": "no" if nullable else "yes"})
 
 
 def _schema(*columns: pa.Field) -> pa.Schema:
@@ -160,6 +161,6 @@ def check(table: pa.Table, schema: pa.Schema) -> pa.Table:
         found = table.schema.field(column.name).type
         if found != column.type:
             raise ValueError(f"Column '{column.name}' is {found}, its schema says {column.type}.")
-        if not column.nullable and table[column.name].null_count:
+        if (column.metadata or {}).get(b"required") == b"yes" and table[column.name].null_count:
             raise ValueError(f"Column '{column.name}' holds nulls, its schema allows none.")
     return table.cast(schema)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -30,7 +30,6 @@ _PART_NAMES: dict[Part, tuple[str, ...]] = {
     "projector": ("multi_modal_projector", "connector", "image_newline"),
     "language_model": ("language_model", "text_model"),
 }
-_ADAPTER_FILE = "adapter_model.safetensors"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError)
 
 
@@ -98,19 +97,22 @@ def check_adapter_active(model: PeftModel, adapter: Path) -> None:
     """Raise ModelError unless every tensor of the adapter's file is loaded, active, and not all are zero."""
     loaded = dict(model.named_parameters())
     num_active = 0
-    with safe_open(adapter / _ADAPTER_FILE, framework="pt") as stored:
-        for key in stored.keys():
-            name = key.replace(".weight", f".{model.active_adapter}.weight")
-            expected = stored.get_tensor(key)
-            if name not in loaded or not torch.equal(loaded[name].cpu(), expected.to(loaded[name].dtype)):
-                raise ModelError(f"The adapter '{adapter}' does not fit its base model: '{key}' was not loaded.")
-            num_active += bool(".lora_B." in key and expected.any())
+    for key, expected in read_adapter(adapter).items():
+        name = key.replace(".weight", f".{model.active_adapter}.weight")
+        if name not in loaded or not torch.equal(loaded[name].cpu(), expected.to(loaded[name].dtype)):
+            raise ModelError(f"The adapter '{adapter}' does not fit its base model: '{key}' was not loaded.")
+        num_active += bool(".lora_B." in key and expected.any())
     layers = [module for module in model.modules() if hasattr(module, "lora_B") and hasattr(module, "active_adapters")]
     inactive = [
         layer for layer in layers if layer.disable_adapters or model.active_adapter not in layer.active_adapters
     ]
     if not layers or inactive or not num_active:
         raise ModelError(f"The adapter '{adapter}' changes nothing: {num_active} of its matrices are not zero.")
+
+
+def read_adapter(adapter: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a saved adapter."""
+    return load_file(adapter / "adapter_model.safetensors")
 
 
 def is_adapter(checkpoint: Path) -> bool:

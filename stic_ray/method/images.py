@@ -107,9 +107,7 @@ def _open(encoded: bytes) -> Image.Image:
             return Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
         allowed = ", ".join(FORMATS)
-        raise ImageRejected(
-            Reason.UNSUPPORTED_FORMAT, f"starts with {encoded[:8]!r}, none of {allowed}"
-        ) from None
+        raise ImageRejected(Reason.UNSUPPORTED_FORMAT, f"starts with {encoded[:8]!r}, none of {allowed}") from None
     except Image.DecompressionBombError as error:
         raise ImageRejected(Reason.TOO_MANY_PIXELS, str(error)) from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:
@@ -130,9 +128,7 @@ def _check_limits(width: int, height: int, limits: ImageLimits) -> None:
             Reason.TOO_MANY_PIXELS, f"{width} x {height} px, more than pool.max_image_pixels={limits.max_pixels}"
         )
     if min(width, height) < limits.min_side_px:
-        raise ImageRejected(
-            Reason.TOO_SMALL, f"{width} x {height} px, less than pool.min_side_px={limits.min_side_px}"
-        )
+        raise ImageRejected(Reason.TOO_SMALL, f"{width} x {height} px, less than pool.min_side_px={limits.min_side_px}")
     if max(width, height) > limits.max_aspect_ratio * min(width, height):
         raise ImageRejected(
             Reason.ASPECT_RATIO, f"{width} x {height} px, over pool.max_aspect_ratio={limits.max_aspect_ratio:g}"
@@ -156,9 +152,9 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     """Map 16-bit greys by their full range, and 32-bit or float greys by the range that they use."""
     values = np.asarray(image).astype(np.float64)
     values = np.where(np.isfinite(values), values, 0.0)
-    if image.mode.startswith("I;16") or (image.mode == "I" and 0 <= values.min() and 255 < values.max() <= 65535):
+    if image.mode.startswith("I;16") or (image.mode == "I" and values.min() >= 0 and 255 < values.max() <= 65535):
         low, high = 0.0, 65535.0
-    elif 0 <= values.min() and values.max() <= 255 and values.max() > 1:
+    elif values.min() >= 0 and values.max() <= 255 and values.max() > 1:
         low, high = 0.0, 255.0
     else:
         low, high = float(values.min()), float(values.max())

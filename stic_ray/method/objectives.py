@@ -39,9 +39,7 @@ def regularised_dpo(logps: PairLogps, *, beta: float, alpha: float) -> Objective
     rejected_rewards = beta * (logps.policy_rejected - logps.reference_rejected)
     dpo = -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
     regulariser = -alpha * logps.policy_chosen.mean()
-    return ObjectiveTerms(
-        dpo + regulariser, dpo, regulariser, chosen_rewards.detach(), rejected_rewards.detach()
-    )
+    return ObjectiveTerms(dpo + regulariser, dpo, regulariser, chosen_rewards.detach(), rejected_rewards.detach())
 
 
 def answer_logps(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,17 @@ def read_choice(response: str, choices: Sequence[str]) -> str:
     return inside[0] if len(inside) == 1 else ""
 
 
+def letter_of(answer: str | int, choices: Sequence[str]) -> str | None:
+    """Return the letter of a right answer given as letter, as number from 0, or as the text of a choice."""
+    letters = _LETTERS[: len(choices)]
+    if isinstance(answer, int):
+        return letters[answer] if 0 <= answer < len(choices) else None
+    if answer in choices:
+        return letters[list(choices).index(answer)]
+    letter = answer.strip().upper()
+    return letter if len(letter) == 1 and letter in letters else None
+
+
 def multiple_choice(prediction: str, answers: Sequence[str]) -> float:
     """1 when the chosen letter is an accepted one."""
     return float(prediction.upper() in {answer.strip().upper() for answer in answers})

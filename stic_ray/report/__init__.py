@@ -1,1 +1,1 @@
-"""The report of a run: one self-contained HTML page and the same facts as JSON, read from the run directory alone."""
+"""The report of a run: a self-contained HTML page and the same facts as JSON, read from the run directory."""

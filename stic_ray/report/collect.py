@@ -1,4 +1,4 @@
-"""A run directory as one plain dict: everything that the page shows, and nothing that the run does not hold."""
+"""A run directory as one plain dict: all that the page shows, and nothing that the run does not hold."""
 
 import math
 import re
@@ -42,9 +42,9 @@ _PASSWORD = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+@")
 def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
     """Read a run directory into plain, JSON-safe values; what the run does not hold is None, NaN included.
 
-    Reads manifests, metrics and scores whole, of the pairs only as many rows as the gallery shows (from the first
-    `gallery.MAX_SHARDS` shards), and of the rejected rows a few examples. Raises RunError when there is no such
-    folder or its config.yaml is no YAML mapping, OSError when a file cannot be read.
+    Reads manifests, metrics and scores whole, of the pairs only the rows that the gallery shows (out of the
+    first `gallery.MAX_SHARDS` shards), and of the rejected rows a few examples. Raises RunError when there is
+    no such folder or its config.yaml is no YAML mapping, OSError when a file cannot be read.
     """
     if not run.location.is_folder():
         raise RunError(f"No run at '{run.uri}'; start one with --run {run.uri}.")
@@ -53,9 +53,7 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
     manifests = {stage: (run / stage).manifest for stage in STAGES}
     statuses = {stage: _status(run / stage, manifests[stage]) for stage in STAGES}
     scores = _scores(run, config)
-    finished = [
-        moment for manifest in manifests.values() if manifest and (moment := manifest.get("finished_at"))
-    ]
+    finished = [manifest["finished_at"] for manifest in manifests.values() if manifest]
     report = {
         "name": config.get("name") or run.location.name,
         "uri": run.uri,
@@ -220,10 +218,7 @@ def _rejected(stage: RunDir, name: str, status: str, manifest: Mapping[str, Any]
             if len(known) < MAX_EXAMPLES:
                 message = shortened(row["message"], _MAX_MESSAGE_CHARACTERS)
                 known.append({"image_id": row["image_id"], "path": row["path"], "message": message})
-    reasons = [
-        {"reason": reason, "count": counts.get(reason), "examples": known}
-        for reason, known in examples.items()
-    ]
+    reasons = [{"reason": reason, "count": counts.get(reason), "examples": known} for reason, known in examples.items()]
     return {
         "stage": name,
         "status": status,

@@ -3,9 +3,11 @@
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from stic_ray.core.rundir import RunDir
+
+_T = TypeVar("_T")
 
 METRICS_FILE = "metrics.jsonl"
 MAX_POINTS = 400
@@ -15,10 +17,13 @@ MAX_POINTS = 400
 def read_curves(stage: RunDir) -> dict[str, Any] | None:
     """Read the training metrics of a stage; None when it has none.
 
-    Returns `steps` (optimiser steps, rising), `metrics` (for each numeric key one value per step, None where it was
-    not logged or not finite), `num_missing` (per key, before averaging), `steps_per_point` (1, or the window of the
-    averages), `num_resumes` (how often the step count went back) and `num_skipped_lines` (no JSON object with a step:
-    a line cut short by a crash). Where training went back and logged a step again, the later value holds.
+    Returns
+    - `steps`: optimiser steps, rising;
+    - `metrics`: for each numeric key one value per step, None where it was not logged or not finite;
+    - `num_missing`: how many of these are None, before averaging;
+    - `steps_per_point`: 1, or the number of logged steps that each point is the mean of;
+    - `num_resumes`: how often the step count went back; of a step logged twice the later values hold;
+    - `num_skipped_lines`: lines that are no JSON object with a step, such as one cut short by a crash.
     """
     location = stage.location / METRICS_FILE
     if not location.exists():
@@ -34,9 +39,7 @@ def read_curves(stage: RunDir) -> dict[str, Any] | None:
     window = max(1, math.ceil(len(steps) / MAX_POINTS))
     return {
         "steps": [chunk[-1] for chunk in _windows(steps, window)],
-        "metrics": {
-            key: [_mean(chunk) for chunk in _windows(values, window)] for key, values in series.items()
-        },
+        "metrics": {key: [_mean(chunk) for chunk in _windows(values, window)] for key, values in series.items()},
         "num_missing": {key: sum(value is None for value in values) for key, values in series.items()},
         "steps_per_point": window,
         "num_resumes": sum(after[0] < before[0] for before, after in zip(records, records[1:], strict=False)),
@@ -54,9 +57,7 @@ def _record(line: str) -> tuple[int, dict[str, float | None]] | None:
     if step is None:
         return None
     numeric = {
-        key: _finite(value)
-        for key, value in record.items()
-        if key != "step" and (value is None or _is_number(value))
+        key: _finite(value) for key, value in record.items() if key != "step" and (value is None or _is_number(value))
     }
     return int(step), numeric
 
@@ -69,7 +70,7 @@ def _finite(value: Any) -> float | None:
     return float(value) if _is_number(value) and math.isfinite(value) else None
 
 
-def _windows[T](values: Sequence[T], window: int) -> list[Sequence[T]]:
+def _windows(values: Sequence[_T], window: int) -> list[Sequence[_T]]:
     return [values[start : start + window] for start in range(0, len(values), window)]
 
 

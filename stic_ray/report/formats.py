@@ -26,15 +26,13 @@ _MAX_LIST_ITEMS = 20
 
 
 def visible(text: str) -> str:
-    """Return text that any browser shows: control characters as pictures, what UTF-8 cannot hold as U+FFFD."""
-    return _INVISIBLE.sub(_picture, text.replace("\r\n", "\n").replace("\r", "\n"))
+    """Return text that any browser shows: control characters as "\\x07", what UTF-8 lacks as U+FFFD."""
+    return _INVISIBLE.sub(_named, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def _picture(match: re.Match[str]) -> str:
+def _named(match: re.Match[str]) -> str:
     code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else "\ufffd"
+    return f"\\x{code:02x}" if code < 0x100 else "\ufffd"
 
 
 def shortened(text: str, max_characters: int) -> str:

@@ -30,9 +30,7 @@ _MAX_TEXT_CHARACTERS = 6000
 _LOSSLESS_PIXELS = 64 * 64  # below this PNG is small, and JPEG would blur what the picture is there to show
 _JPEG_QUALITY = 82
 _CHOICE = pa.schema([PAIRS.field(name) for name in ("image_id", "negative", "corruption")])
-_SHOWN = pa.schema(
-    [field for field in PAIRS if field.name not in ("position", "model", "model_revision", "seed")]
-)
+_SHOWN = pa.schema([field for field in PAIRS if field.name not in ("position", "model", "model_revision", "seed")])
 
 
 class Candidate(NamedTuple):
@@ -47,8 +45,8 @@ class Candidate(NamedTuple):
 def collect_gallery(stage: RunDir, num_pairs: int) -> dict[str, Any]:
     """Return a sample of the pairs in a stage's folder, and what it is a sample of.
 
-    The choice depends on the image ids alone. Memory holds the ids of `MAX_SHARDS` shards and a few rows at a
-    time, never a table of images.
+    The choice depends on the image ids alone. Memory holds the ids of `MAX_SHARDS` shards and the images of one
+    row group at a time, however large the pool.
     """
     shards = stage.shards(_PAIRS_FAMILY)
     read = shards[:MAX_SHARDS]
@@ -77,7 +75,7 @@ def choose(candidates: Sequence[Candidate], num_pairs: int) -> list[Candidate]:
 
 
 def corruption_caption(corruption: Mapping[str, Any], pixel_change: float | None) -> str:
-    """Return what was done to an image, in its order and units: "shorter side 20 px; mean change 9.1 of 255"."""
+    """Return what was done to an image, in order: "shorter side 20 px; mean change 9.1 of 255"."""
     if corruption["kind"] == "low_resolution":
         done = f"shorter side {corruption['shorter_side_px']} px"
     else:
@@ -96,17 +94,16 @@ def _candidates(shard: Location, number: int) -> Iterator[Candidate]:
     rows = read_shard(shard, _CHOICE).to_pylist()
     for row, values in enumerate(rows):
         corruption = values["corruption"]
-        yield Candidate(
-            values["image_id"], corruption["kind"] if corruption else values["negative"], number, row
-        )
+        yield Candidate(values["image_id"], corruption["kind"] if corruption else values["negative"], number, row)
 
 
 def _rows(shard: Location, wanted: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the wanted rows of a shard, ascending; reads it in small batches and stops at the last one."""
+    """Yield the wanted rows of a shard, ascending; reads in small batches, and no further than the last one."""
     if not wanted:
         return
     start = 0
     with shard.filesystem.open_input_file(shard.path) as stream:
+        # Batches hold half the memory of a whole row group, whose images would all become one table.
         for batch in pq.ParquetFile(stream).iter_batches(_BATCH_ROWS, columns=_SHOWN.names):
             here = [row for row in wanted if start <= row < start + batch.num_rows]
             if here:
@@ -170,6 +167,6 @@ def data_uri(picture: Image.Image) -> str:
         small.save(buffer, "PNG", optimize=True)
         kind = "png"
     else:
-        small.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+        small.save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
         kind = "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

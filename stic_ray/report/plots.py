@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import RcKeyType
 
 from stic_ray.report.formats import label, number, percent, visible
 
@@ -68,17 +70,16 @@ def training_plot(stage: str, chart: Chart, curves: dict[str, Any]) -> str | Non
     for (key, name), colour, style in zip(lines, _SERIES, _STYLES, strict=False):
         values = [float("nan") if value is None else value for value in curves["metrics"][key]]
         alone = list(_isolated(curves["metrics"][key]))
+        dots = [curves["steps"][i] for i in alone], [values[i] for i in alone]
         axes.plot(curves["steps"], values, style, color=colour, linewidth=1.6, label=name, gid=key)
-        axes.plot(
-            [curves["steps"][i] for i in alone], [values[i] for i in alone], "o", color=colour, markersize=3
-        )
+        axes.plot(*dots, "o", color=colour, markersize=3)
     if chart.limits:
         axes.set_ylim(*chart.limits)
-    axes.set_xlabel("step", color=_INK)
+    axes.set_xlabel("step", color=_INK, fontsize=_FONT_POINTS)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     if len(lines) > 1:
-        figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=_INK)
+        _legend(figure)
     summary = "; ".join(_described(name, curves["metrics"][key]) for key, name in lines)
     return _inline(figure, f"{stage}-{chart.title}", f"{chart.title} by step. {summary}.")
 
@@ -88,6 +89,9 @@ def score_plot(benchmark: dict[str, Any], prefix: str) -> str | None:
     models, modes = [row["model"] for row in benchmark["models"]], benchmark["modes"]
     figure, axes = _figure(height_inches=0.9 + 0.42 * len(models))
     said = []
+    reference = [row["cells"].get("direct") for row in benchmark["models"] if row["model"] == "base"]
+    if reference and reference[0] is not None and reference[0]["score"] is not None:
+        axes.axvline(100 * reference[0]["score"], color=_INK, linewidth=0.9, linestyle=(0, (3, 3)))
     for i, mode in enumerate(modes):
         offset = 0.13 * (2 * i - len(modes) + 1)
         colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i % len(_MARKERS)]
@@ -98,17 +102,16 @@ def score_plot(benchmark: dict[str, Any], prefix: str) -> str | None:
             if cell["low"] is not None and cell["high"] is not None:
                 axes.plot([100 * cell["low"], 100 * cell["high"]], [y, y], "-", color=colour, linewidth=1.8)
         dots = [100 * cell["score"] for _, cell in known]
-        axes.plot(dots, [y for y, _ in known], marker, color=colour, markersize=6, label=label(mode))
+        axes.plot(dots, [y for y, _ in known], marker, color=colour, markersize=6, label=_name(label(mode)))
     if not said:
         return None
     axes.set_yticks(range(len(models)), [_name(model) for model in models], parse_math=False)
     axes.set_ylim(len(models) - 0.5, -0.5)
-    axes.set_xlabel("score, %", color=_INK)
+    axes.set_xlabel("score, %", color=_INK, fontsize=_FONT_POINTS)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=_INK)
-    return _inline(
-        figure, prefix, f"Scores on {visible(benchmark['benchmark'])}, in percent: {'; '.join(said)}."
-    )
+    _legend(figure)
+    summary = f"Scores on {visible(benchmark['benchmark'])}, in percent: {'; '.join(said)}."
+    return _inline(figure, prefix, summary)
 
 
 def _figure(height_inches: float) -> tuple[Figure, Axes]:
@@ -122,17 +125,19 @@ def _figure(height_inches: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _legend(figure: Figure) -> None:
+    legend = figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=_INK, fontsize=_FONT_POINTS)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
 def _inline(figure: Figure, prefix: str, description: str) -> str:
     """Return a figure as an <svg> element to be put into HTML, its ids its own and its colours the page's."""
     sink = io.StringIO()
-    fixed = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "stic-ray",
-        "font.size": _FONT_POINTS,
-        "legend.fontsize": 9,
-    }
+    fixed: dict[RcKeyType, Any] = {"svg.fonttype": "none", "svg.hashsalt": "stic-ray"}
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(fixed):
+    with matplotlib.rc_context(fixed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text, in its own fonts
         figure.savefig(sink, format="svg", transparent=True, metadata=no_metadata)
     svg = sink.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -171,6 +176,6 @@ def _described_score(cell: dict[str, Any]) -> str:
     return f"{visible(cell['model'])} {label(visible(cell['mode']))} {percent(cell['score'])}"
 
 
-def _name(model: str) -> str:
-    text = visible(model)
+def _name(word: str) -> str:
+    text = " ".join(visible(word).split())
     return text if len(text) <= _MAX_NAME_CHARACTERS else f"{text[: _MAX_NAME_CHARACTERS - 1]}…"

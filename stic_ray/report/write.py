@@ -16,8 +16,8 @@ _PICTURES = ("clean_image", "corrupted_image")
 def write_report(run: RunDir) -> None:
     """Write report.json, then report.html: one page that needs no other file and no network.
 
-    Stages that did not run are shown as not run. Raises RunError when there is no such run, OSError when its files
-    cannot be read or written.
+    Stages that did not run are shown as not run. Raises RunError when there is no such run, OSError when its
+    files cannot be read or written.
     """
     report = collect(run)
     run.write_json("report.json", without_pictures(report))
@@ -64,9 +64,7 @@ def _shown(value: Any) -> Any:
 
 
 def _score_plots(report: dict[str, Any]) -> list[Markup | None]:
-    plots = [
-        score_plot(benchmark, f"scores-{i}") for i, benchmark in enumerate(report["scores"]["benchmarks"])
-    ]
+    plots = [score_plot(benchmark, f"scores-{i}") for i, benchmark in enumerate(report["scores"]["benchmarks"])]
     return [Markup(svg) if svg else None for svg in plots]
 
 
@@ -75,8 +73,6 @@ def _training_plots(report: dict[str, Any]) -> dict[str, list[tuple[str, Markup 
     plots = {}
     for training in report["training"]:
         stage, curves = training["stage"], training["curves"]
-        drawn = [
-            (c.title, training_plot(stage, c, curves) if curves else None) for c in TRAINING_CHARTS[stage]
-        ]
+        drawn = [(c.title, training_plot(stage, c, curves) if curves else None) for c in TRAINING_CHARTS[stage]]
         plots[stage] = [(title, Markup(svg) if svg else None) for title, svg in drawn]
     return plots

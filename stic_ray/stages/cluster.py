@@ -20,6 +20,7 @@ _RELEASE_TIMEOUT_S = 120.0
 _WORKER_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore",
 }
@@ -34,7 +35,11 @@ def connect(config: RunConfig) -> None:
         return
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": _WORKER_ENVIRONMENT}}
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # plans and paths; our own lines say how far a stage is
+    environment = dict(_WORKER_ENVIRONMENT)
+    if config.workers.num_gpus == 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+    options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": environment}}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address=os.environ["RAY_ADDRESS"], **options)
         return

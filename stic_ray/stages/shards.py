@@ -98,20 +98,22 @@ def rejected_row(identity: str, path: str, rejection: Rejection) -> dict[str, An
 
 def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | None) -> Dataset:
     rows = [{"number": task.number, "payload": json.dumps(task.payload)} for task in todo]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset.set_name(job.stage.replace(" ", "_"))
+    loaded = dataset.map(
         lambda row: {"number": row["number"], "shard": _pack(job.load(_task(row)))}, num_cpus=TASK_CPUS
     )
     if actors is None:
-        worked = dataset.map(lambda row: _Worker(job)(row), num_cpus=1)
+        worked = loaded.map(lambda row: _Worker(job)(row), num_cpus=1)
     else:
-        worked = dataset.map(
+        worked = loaded.map(
             _Worker,
             fn_constructor_args=(job,),
             compute=ActorPoolStrategy(size=min(actors.num_actors, len(rows))),
             num_cpus=actors.num_cpus,
             num_gpus=actors.num_gpus,
-            max_restarts=-1,
-            max_task_retries=actors.max_retries,
+            # Unbounded retries, Ray Data's default, would try an image that kills its actor for ever.
+            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": actors.max_retries},
         )
     return worked.map(lambda row: _publish(job, row), num_cpus=TASK_CPUS)
 

@@ -29,9 +29,7 @@ MAX_NUM_SCENES = 1_000_000_000
 _JPEG_QUALITY = 90
 
 
-def write_assets(
-    directory: Path, *, seed: int, num_pictures: int, num_instructions: int, num_questions: int
-) -> None:
+def write_assets(directory: Path, *, seed: int, num_pictures: int, num_instructions: int, num_questions: int) -> None:
     """Write the toy world into ``directory``, or do nothing if it exists: it is complete or absent.
 
     Below ``directory``: ``pictures/`` holds the unlabeled pool; ``instructions/instructions.json`` is

@@ -102,7 +102,7 @@ def _train_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=[PAD, END, IMAGE, *ROLES],
+        special_tokens=[*ROLES, PAD, END, IMAGE],  # padding is not 0, which `pad_token_id or ...` takes for none
         show_progress=False,
     )
     core.train_from_iterator(sample_sentences(_CORPUS_SEED, 0, _NUM_CORPUS_SCENES), trainer)

@@ -8,10 +8,9 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from stic_ray.core.config import OptimisationConfig, RunConfig
+from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import RunDir, digest, row_counts
-from stic_ray.stages.training.setup import accumulation_steps
 from stic_ray.stages.training.worker import train_worker
 
 _ATTEMPTS = "training"
@@ -19,26 +18,24 @@ _ATTEMPTS = "training"
 
 def train_dpo(config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Train on the pairs from the base model; leaves checkpoint, metrics.jsonl and result.json in `run`/dpo."""
-    return _train("dpo", config, config.dpo, run, (run / "preferences", ["pairs"]), start=None)
+    return _train("dpo", config, run, (run / "preferences", ["pairs"]), start=None)
 
 
 def train_sft(config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Train on the infused rows from the model of `dpo`; leaves the same files in `run`/sft."""
     start = (run / "dpo").location / "checkpoint"
-    return _train("sft", config, config.sft, run, (run / "infusion", ["rows", "text"]), start=start.uri)
+    return _train("sft", config, run, (run / "infusion", ["rows", "text"]), start=start.uri)
 
 
 def _train(
     stage: str,
     config: RunConfig,
-    optimisation: OptimisationConfig,
     run: RunDir,
     data: tuple[RunDir, list[str]],
     start: str | None,
 ) -> dict[str, Any]:
     output, (source, families) = run / stage, data
     workers = config.workers
-    accumulation_steps(optimisation.global_batch, workers)
     num_rows = source.num_rows(families)
     settings = {
         "stage": stage,

@@ -1,15 +1,13 @@
 """Checks on what training saved: it must differ from its start, and an adapter from zero."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import StageError
-from stic_ray.engines.loading import is_adapter, load_model
+from stic_ray.engines.loading import is_adapter, load_model, read_adapter
 
 
 def check_changed(saved: Path, model: ModelConfig, start: Path | None) -> dict[str, Any]:
@@ -19,8 +17,8 @@ def check_changed(saved: Path, model: ModelConfig, start: Path | None) -> dict[s
     matrices start at zero. (LoRA under ZeRO-3 has saved empty adapters: github.com/huggingface/trl/issues/4416.)
     """
     if is_adapter(saved):
-        before = dict(_tensors(start)) if start is not None else {}
-        after = dict(_tensors(saved))
+        before = read_adapter(start) if start is not None else {}
+        after = read_adapter(saved)
         num_nonzero = sum(bool(t.any()) for name, t in after.items() if ".lora_B." in name)
         num_changed = sum(name not in before or not torch.equal(t, before[name]) for name, t in after.items())
         if not num_nonzero or not num_changed:
@@ -39,9 +37,3 @@ def check_changed(saved: Path, model: ModelConfig, start: Path | None) -> dict[s
     if not num_changed:
         raise StageError("training left the model as it was: not one tensor changed")
     return {"num_tensors": len(after), "num_changed_tensors": num_changed}
-
-
-def _tensors(adapter: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as stored:
-        for name in stored.keys():
-            yield name, stored.get_tensor(name)

@@ -14,22 +14,17 @@ from trl import DPOConfig as TRLDPOConfig
 from trl import SFTConfig as TRLSFTConfig
 from trl import SFTTrainer
 
-from stic_ray.core.config import ModelConfig, OptimisationConfig, RunConfig, TuningConfig, WorkersConfig
-from stic_ray.core.errors import ConfigError
+from stic_ray.core.config import (
+    ModelConfig,
+    OptimisationConfig,
+    RunConfig,
+    TuningConfig,
+    WorkersConfig,
+    accumulation_steps,
+)
 from stic_ray.engines.loading import choose_dtype, is_adapter, load_model, load_processor, parts_of
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator
 from stic_ray.stages.training.trainers import RegularisedDPOTrainer
-
-
-def accumulation_steps(global_batch: int, workers: WorkersConfig) -> int:
-    """Return how many forward passes make one optimiser step. Raises ConfigError when that is no whole number."""
-    at_once = workers.num_workers * workers.micro_batch
-    if global_batch % at_once:
-        raise ConfigError(
-            f"global_batch={global_batch} is not divisible by workers.num_workers={workers.num_workers} x "
-            f"workers.micro_batch={workers.micro_batch} = {at_once}; change one of the three."
-        )
-    return global_batch // at_once
 
 
 def start_deepspeed(workers: WorkersConfig) -> None:

@@ -1,6 +1,7 @@
 """What each training worker runs: build the trainer, train from the last checkpoint, save, report."""
 
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import ray.train
 import torch.distributed
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from stic_ray.core.config import RunConfig
@@ -24,6 +25,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Run one worker of stage `settings["stage"]`; rank 0 leaves checkpoint, metrics and result in the run."""
     config = RunConfig.model_validate(settings["config"])
     stage, output = settings["stage"], RunDir.of(settings["output"])
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     rank = ray.train.get_context().get_world_rank()
     folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{stage}_"))
     try:
@@ -36,6 +38,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         else:
             trainer = make_sft_trainer(config, files, folder, start)
         facts = describe_parts(trainer)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Reporter(stage, len(trainer.train_dataset)))
         began_s = time.monotonic()
         trainer.train(resume_from_checkpoint=_resume_folder(folder))

@@ -1,0 +1,99 @@
+"""The command line that all jobs share: options, logging, exit status."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import ConfigError, SticError
+from stic_ray.core.overrides import apply_overrides, load_config
+from stic_ray.core.rundir import RunDir
+from stic_ray.pipeline import STAGE_NAMES, plan, run_pipeline
+from stic_ray.recipes import RECIPES, recipe
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and exit status 1, like every other mistake of the user's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that every job has."""
+    found = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--recipe", help=f"named run: {', '.join(RECIPES)} (default: demo)")
+    found.add_argument("--config", metavar="FILE", help="YAML run configuration, instead of a recipe")
+    found.add_argument("--run", metavar="URI", help="run directory, local or s3://, gs:// (default: runs/<name>)")
+    found.add_argument(
+        "--set", metavar="SECTION.FIELD=VALUE", action="append", default=[], dest="overrides", help="repeatable"
+    )
+    found.add_argument("--dry-run", action="store_true", help="print configuration and plan, touch nothing")
+    return found
+
+
+def read_config(options: argparse.Namespace) -> tuple[RunConfig, RunDir, dict[str, Any]]:
+    """Return configuration, run directory, and what config.yaml records of the command. Raises ConfigError."""
+    if options.recipe and options.config:
+        raise ConfigError("Give --recipe or --config, not both.")
+    config = load_config(Path(options.config)) if options.config else recipe(options.recipe or "demo")
+    config = apply_overrides(config, options.overrides)
+    name = options.config or options.recipe or "demo"
+    facts = {"recipe": name, "overrides": list(options.overrides)}
+    return config, RunDir.of(options.run or f"runs/{config.name}"), facts
+
+
+def full_pipeline(description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """Run the pipeline as the command line says."""
+    options_of = parser(description)
+    options_of.add_argument(
+        "--stages", metavar="A,B", default=",".join(STAGE_NAMES), help=f"only these of: {', '.join(STAGE_NAMES)}"
+    )
+    options = options_of.parse_args(arguments)
+    config, run, facts = read_config(options)
+    stages = [name.strip() for name in options.stages.split(",") if name.strip()]
+    if options.dry_run:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        print(f"run: {run.uri}", *plan(config, run, stages), sep="\n")
+        return
+    run_pipeline(config, run, stages, facts)
+    print_results(run)
+
+
+def print_results(run: RunDir) -> None:
+    """Say where a run's results are, as far as they are there."""
+    places = {
+        "report": "report.html",
+        "model after dpo": "dpo/checkpoint",
+        "model after sft": "sft/checkpoint",
+        "pairs": "preferences",
+        "scores": "evaluation/scores.json",
+    }
+    for what, name in places.items():
+        location = run.location / name
+        if location.exists():
+            print(f"{what + ':':<16} {location.uri}")
+
+
+def main(job: Callable[[str | None], None], description: str | None) -> NoReturn:
+    """Run a job and exit: 0 when all that was asked for is there, 1 with one line for a mistake of the user's."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for name in ("ray", "ray.data", "datasets", "transformers", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
+    try:
+        job(description)
+    except SticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
