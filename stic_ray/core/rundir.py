@@ -77,7 +77,15 @@ class RunDir:
     def write_shard(self, family: str, number: int, table: pa.Table, schema: pa.Schema) -> None:
         """Write one shard, checked against its schema, whole or not at all."""
         sink = pa.BufferOutputStream()
-        pq.write_table(check(table, schema), sink, compression="zstd", row_group_size=256)
+        # Images do not repeat: a dictionary of them is one giant page that every reader must hold.
+        pq.write_table(
+            check(table, schema),
+            sink,
+            compression="zstd",
+            row_group_size=256,
+            use_dictionary=False,
+            write_batch_size=16,
+        )
         (self.location / shard_name(family, number)).write(sink.getvalue())
 
     def read_table(self, family: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
