@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -96,16 +97,15 @@ def load_model(
 def check_adapter_active(model: PeftModel, adapter: Path) -> None:
     """Raise ModelError unless every tensor of the adapter's file is loaded, active, and not all are zero."""
     loaded = dict(model.named_parameters())
+    name_of_adapter = model.active_adapter
     num_active = 0
     for key, expected in read_adapter(adapter).items():
-        name = key.replace(".weight", f".{model.active_adapter}.weight")
+        name = key.replace(".weight", f".{name_of_adapter}.weight")
         if name not in loaded or not torch.equal(loaded[name].cpu(), expected.to(loaded[name].dtype)):
             raise ModelError(f"The adapter '{adapter}' does not fit its base model: '{key}' was not loaded.")
         num_active += bool(".lora_B." in key and expected.any())
-    layers = [module for module in model.modules() if hasattr(module, "lora_B") and hasattr(module, "active_adapters")]
-    inactive = [
-        layer for layer in layers if layer.disable_adapters or model.active_adapter not in layer.active_adapters
-    ]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    inactive = [layer for layer in layers if layer.disable_adapters or name_of_adapter not in layer.active_adapters]
     if not layers or inactive or not num_active:
         raise ModelError(f"The adapter '{adapter}' changes nothing: {num_active} of its matrices are not zero.")
 

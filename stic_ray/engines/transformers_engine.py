@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -24,9 +25,9 @@ class TransformersEngine:
         self.revision = fingerprint(model)
         self.batch_size = batch_size
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        self.processor = load_processor(model)
-        weights = load_model(model, dtype=choose_dtype(model, on_gpu=on_gpu), adapter=adapter)
-        self.model = weights.to(self.device).eval()
+        self.processor: Any = load_processor(model)
+        weights: Any = load_model(model, dtype=choose_dtype(model, on_gpu=on_gpu), adapter=adapter)
+        self.model: Any = weights.to(self.device).eval()
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         self.end_ids = sorted({*ends, self.processor.tokenizer.eos_token_id} - {None})

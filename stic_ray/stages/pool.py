@@ -5,11 +5,12 @@ duplicates are rejected, the rest is ordered by a seeded hash of the image id an
 size N is the first N images of that order.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stic_ray.core.config import PoolConfig, RunConfig
@@ -51,7 +52,7 @@ def build_pool(config: RunConfig, run: RunDir) -> dict[str, Any]:
         output=scan,
         families={REJECTED_FAMILY: REJECTED, "scan": _SCAN},
         load=lambda task: _load_images(source, task.payload),
-        make_worker=lambda: lambda images: _inspect_all(images, limits),
+        make_worker=lambda: partial(_inspect_all, limits=limits),
     )
     run_shards(job, tasks, actors=None)
     accounts = _merge(config, scan, output)
@@ -137,9 +138,9 @@ def _read(file: Location) -> dict[str, Any]:
         return {"bytes": b"", "error": " ".join(str(error).split())}
 
 
-def _inspect_all(images: pa.Table, limits: ImageLimits) -> Tables:
+def _inspect_all(shard: pa.Table, limits: ImageLimits) -> Tables:
     accepted, rejected = [], []
-    for image in images.to_pylist():
+    for image in shard.to_pylist():
         encoded = image["bytes"]
         identity = {"image_id": image_id(encoded), "path": image["path"]}
         try:
@@ -164,7 +165,8 @@ def _merge(config: RunConfig, scan: RunDir, output: RunDir) -> dict[str, Any]:
     if not kept.num_rows and not rejected.num_rows:
         raise SourceError(f"pool.source='{config.pool.source}' is empty: its Parquet files hold no rows.")
     if not kept.num_rows:
-        reasons = ", ".join(f"{n['counts']} {n['values']}" for n in pc.value_counts(rejected["reason"]).to_pylist())
+        counts = Counter(rejected["reason"].to_pylist())
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()))
         raise SourceError(f"pool.source='{config.pool.source}' holds no image that can be used: {reasons}.")
     keys = pa.array([seed_for(config.seed, identity, "order") for identity in kept["image_id"].to_pylist()])
     ordered = kept.append_column("key", keys).sort_by([("key", "ascending"), ("image_id", "ascending")])
@@ -179,21 +181,22 @@ def _merge(config: RunConfig, scan: RunDir, output: RunDir) -> dict[str, Any]:
 
 
 def _first_of_each(ids: pa.ChunkedArray) -> pa.Array:
+    """Return a mask of the rows whose id did not stand before."""
     seen: set[str] = set()
-    return pa.array([not (i in seen or seen.add(i)) for i in ids.to_pylist()])
+    mask = []
+    for identity in ids.to_pylist():
+        mask.append(identity not in seen)
+        seen.add(identity)
+    return pa.array(mask, pa.bool_())
 
 
 def _duplicate_rows(found: pa.Table, first: pa.Array) -> pa.Table:
-    original = dict(zip(*(found.filter(first)[name].to_pylist() for name in ("image_id", "path")), strict=True))
-    return table_of(
-        [
-            {
-                "image_id": row["image_id"],
-                "path": row["path"],
-                "reason": Reason.DUPLICATE,
-                "message": f"same bytes as '{original[row['image_id']]}'",
-            }
-            for row in found.filter(pc.invert(first)).select(["image_id", "path"]).to_pylist()
-        ],
-        REJECTED,
-    )
+    original: dict[str, str] = {}
+    duplicates = []
+    for row, is_first in zip(found.select(["image_id", "path"]).to_pylist(), first.to_pylist(), strict=True):
+        if is_first:
+            original[row["image_id"]] = row["path"]
+        else:
+            message = f"same bytes as '{original[row['image_id']]}'"
+            duplicates.append({**row, "reason": Reason.DUPLICATE, "message": message})
+    return table_of(duplicates, REJECTED)

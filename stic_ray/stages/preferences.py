@@ -128,9 +128,10 @@ class PairMaker:
             ]
             return self.engine.count_text_tokens(conversation, with_image=True) + chosen.num_image_tokens
 
-        texts = [AnswerText(answer.text, answer.num_tokens, answer.finish_reason) for answer in (chosen, rejected)]
+        preferred, dispreferred = _text_of(chosen), _text_of(rejected)
         length = judge_pair(
-            *texts,
+            preferred,
+            dispreferred,
             self.config.preferences,
             count_tokens=count_tokens,
             max_length_tokens=self.config.dpo.max_length_tokens,
@@ -141,7 +142,7 @@ class PairMaker:
             "image_id": candidate.row["image_id"],
             "position": candidate.row["position"],
             "image": {"bytes": candidate.stored, "path": candidate.row["path"]},
-            **pair_row(candidate.plan, *texts),
+            **pair_row(candidate.plan, preferred, dispreferred),
             "pixel_change": candidate.pixel_change,
             "num_image_tokens": chosen.num_image_tokens,
             "num_sequence_tokens": length,
@@ -149,6 +150,10 @@ class PairMaker:
             "model_revision": self.engine.revision,
             "seed": self.config.seed,
         }
+
+
+def _text_of(answer: Answer) -> AnswerText:
+    return AnswerText(answer.text, answer.num_tokens, answer.finish_reason)
 
 
 def _load_shard(task: ShardTask, image_column: str) -> pa.Table:

@@ -10,10 +10,11 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pyarrow as pa
 import ray
+import ray.exceptions
 from ray.data import ActorPoolStrategy, Dataset
 
 from stic_ray.core.config import ActorsConfig
@@ -107,7 +108,7 @@ def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | No
         worked = loaded.map(lambda row: _Worker(job)(row), num_cpus=1)
     else:
         worked = loaded.map(
-            _Worker,
+            cast(Any, _Worker),  # Ray types functions only
             fn_constructor_args=(job,),
             compute=ActorPoolStrategy(size=min(actors.num_actors, len(rows))),
             num_cpus=actors.num_cpus,

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from stic_ray.engines.loading import image_token_id
@@ -49,7 +48,7 @@ class AnswersOnlyCollator:
     conversation is cut at its answers instead, and every piece is tokenised by itself.
     """
 
-    processor: ProcessorMixin
+    processor: Any
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return input_ids, attention_mask, labels and, where a row has an image, pixel values."""

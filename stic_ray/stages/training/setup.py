@@ -10,9 +10,9 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, Trainer
-from trl import DPOConfig as TRLDPOConfig
-from trl import SFTConfig as TRLSFTConfig
-from trl import SFTTrainer
+from trl.trainer.dpo_config import DPOConfig as TRLDPOConfig
+from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from stic_ray.core.config import (
     ModelConfig,
@@ -61,7 +61,7 @@ def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> 
         peft_config=_lora(model, config.tuning) if config.tuning.method == "lora" else None,
     )
     if config.tuning.method == "full":
-        _freeze(trainer.model, config.tuning)
+        _freeze(model_of(trainer), config.tuning)
     return trainer
 
 
@@ -84,9 +84,15 @@ def make_sft_trainer(config: RunConfig, files: Sequence[Path], folder: Path, sta
     )
 
 
+def model_of(trainer: Trainer) -> nn.Module:
+    """Return the model that a trainer trains."""
+    assert isinstance(trainer.model, nn.Module), "the trainer was made with a model"
+    return trainer.model
+
+
 def describe_parts(trainer: Trainer) -> dict[str, Any]:
     """Say which parts of the model are trained, and which are frozen."""
-    model = trainer.model
+    model = model_of(trainer)
     num_trainable: dict[str, int] = {}
     parts = {prefix: part for part, prefixes in parts_of(model).items() for prefix in prefixes}
     for name, parameter in model.named_parameters():

@@ -1,10 +1,11 @@
 """TRL's DPO trainer with STIC's objective."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from trl import DPOTrainer
+from torch import nn
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from stic_ray.core.config import DPOConfig
 from stic_ray.method.objectives import (
@@ -72,6 +73,7 @@ class RegularisedDPOTrainer(DPOTrainer):
             "logps/chosen": logps.policy_chosen,
             "logps/rejected": logps.policy_rejected,
         }
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics["train" if cast(nn.Module, self.model).training else "eval"]
         for name, value in values.items():
-            metrics[name].append(self.accelerator.gather(value.detach().float()).mean().item())
+            gathered = cast(torch.Tensor, self.accelerator.gather(value.detach().float()))
+            metrics[name].append(gathered.mean().item())

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray.train
 import torch.distributed
+from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -39,7 +40,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             trainer = make_sft_trainer(config, files, folder, start)
         facts = describe_parts(trainer)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Reporter(stage, len(trainer.train_dataset)))
+        trainer.add_callback(_Reporter(stage))
         began_s = time.monotonic()
         trainer.train(resume_from_checkpoint=_resume_folder(folder))
         seconds = time.monotonic() - began_s
@@ -59,8 +60,8 @@ class _Reporter(TrainerCallback):
     rank 0, and each rank's random state and ZeRO shard. The stock callback races on a shared folder.
     """
 
-    def __init__(self, stage: str, num_rows: int) -> None:
-        self.stage, self.num_rows = stage, num_rows
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
         self.began_s = time.monotonic()
         self.first_step: int | None = None
 
@@ -111,12 +112,13 @@ def _leave(
     trainer: Trainer, final: Path, output: RunDir, facts: dict[str, Any], config: RunConfig, start: Path | None
 ) -> None:
     """Check what was saved, and move it into the run directory."""
-    trainer.processing_class.save_pretrained(final)
+    dataset = trainer.train_dataset
+    assert isinstance(dataset, Dataset), "training reads a map-style dataset"
     facts |= check_changed(final, config.model, start)
     lines = [json.dumps(entry) for entry in trainer.state.log_history if "loss" in entry]
     output.write_text("metrics.jsonl", "\n".join(lines) + "\n")
     state = trainer.state
-    facts |= {"num_steps": state.global_step, "num_rows": len(trainer.train_dataset), "last_loss": _last_loss(state)}
+    facts |= {"num_steps": state.global_step, "num_rows": dataset.num_rows, "last_loss": _last_loss(state)}
     (output.location / "checkpoint").upload_folder(final)
     output.write_json("result.json", facts)
 
