@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,10 +83,8 @@ def print_results(run: RunDir) -> None:
 def main(job: Callable[[str | None], None], description: str | None) -> NoReturn:
     """Run a job and exit: 0 when all that was asked for is there, 1 with one line for a mistake of the user's."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for name in ("ray", "ray.data", "datasets", "transformers", "httpx"):
+    for name in ("ray", "datasets", "transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "TQDM_DISABLE"):
-        os.environ.setdefault(name, "1")
     try:
         job(description)
     except SticError as error:

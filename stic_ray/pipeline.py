@@ -4,6 +4,7 @@ Reading order for a newcomer: STAGES, then `run_pipeline`.
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -125,8 +126,11 @@ def resolve(config: RunConfig, run: RunDir) -> RunConfig:
 
 
 def _run_stages(todo: Sequence[Stage], config: RunConfig, resolved: RunConfig, run: RunDir) -> None:
-    from stic_ray.engines.opening import check_engine  # heavy, and not needed where every stage is done
-    from stic_ray.stages import cluster
+    from stic_ray.stages import cluster  # heavy, and not needed where every stage is done
+
+    for name, value in cluster.process_environment(resolved).items():
+        os.environ.setdefault(name, value)  # before torch and its friends are imported
+    from stic_ray.engines.opening import check_engine
 
     check_engine(resolved.model)
     cluster.connect(resolved)

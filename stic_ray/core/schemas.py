@@ -108,7 +108,7 @@ PAIRS = _schema(
     _column("negative", pa.string(), "`hallucination_prompt` or `corrupted_image`"),
     _column("corruption", CORRUPTION, "the corruption as applied; null on a clean image", nullable=True),
     _column("pixel_change", pa.float64(), "mean absolute change, 0 to 255; null if clean", nullable=True),
-    _column("num_image_tokens", pa.int64(), "tokens that the clean image adds to a prompt"),
+    _column("num_image_tokens", pa.int64(), "positions that hold a piece of the clean image"),
     _column("num_chosen_tokens", pa.int64(), "generated tokens"),
     _column("num_rejected_tokens", pa.int64(), "generated tokens"),
     _column("num_sequence_tokens", pa.int64(), "image, prompt and the longer answer, as trained on"),

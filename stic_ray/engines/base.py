@@ -38,7 +38,9 @@ class Answer:
     finish_reason: Literal["stop", "length"]
     """`stop`: the model ended its answer; `length`: it was cut off at the limit."""
     num_image_tokens: int
-    """Tokens that the image added to the prompt; 0 without an image."""
+    """Positions of the prompt that hold a piece of the image; 0 without an image."""
+    num_added_tokens: int
+    """By how many tokens the image made the prompt longer than its text with a placeholder."""
 
 
 class Engine(Protocol):

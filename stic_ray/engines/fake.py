@@ -77,7 +77,8 @@ class FakeEngine:
         text = " ".join(words[: sampling.max_new_tokens])
         reason = "length" if len(words) > sampling.max_new_tokens else "stop"
         num_image_tokens = self.script.num_image_tokens if request.image else 0
-        return Answer(text, min(len(words), sampling.max_new_tokens), reason, num_image_tokens)
+        num_tokens = min(len(words), sampling.max_new_tokens)
+        return Answer(text, num_tokens, reason, num_image_tokens, num_added_tokens=num_image_tokens)
 
 
 def _mean_colour(image: Image.Image | None) -> str:

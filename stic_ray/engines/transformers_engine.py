@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Answer, Request, Sampling
-from stic_ray.engines.loading import choose_dtype, fingerprint, load_model, load_processor
+from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, load_model, load_processor
 from stic_ray.engines.rendering import render
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,7 @@ class TransformersEngine:
 
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
         """Return the tokens of a conversation in the chat template, the image counted as its placeholder."""
-        text = render(self.processor, messages, with_image=with_image, add_generation_prompt=False)
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._num_tokens(render(self.processor, messages, with_image=with_image, add_generation_prompt=False))
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
@@ -87,21 +86,27 @@ class TransformersEngine:
             logits_processor=_processors([request.seed for request in requests], sampling, self.device),
         )
         num_prompt_tokens = inputs["attention_mask"].sum(1).tolist()
+        num_image_tokens = (inputs["input_ids"] == image_token_id(self.processor)).sum(1).tolist()
         new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         return [
-            self._read_answer(ids, num_tokens, text, request)
-            for ids, num_tokens, text, request in zip(new_ids, num_prompt_tokens, texts, requests, strict=True)
+            self._read_answer(ids, num_image, num_prompt - self._num_tokens(text))
+            for ids, num_image, num_prompt, text in zip(
+                new_ids, num_image_tokens, num_prompt_tokens, texts, strict=True
+            )
         ]
 
-    def _read_answer(self, ids: list[int], num_prompt_tokens: int, text: str, request: Request) -> Answer:
+    def _num_tokens(self, text: str) -> int:
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _read_answer(self, ids: list[int], num_image_tokens: int, num_added_tokens: int) -> Answer:
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         said = ids if end is None else ids[:end]
-        num_text_tokens = len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         return Answer(
             text=self.processor.tokenizer.decode(said, skip_special_tokens=True).strip(),
             num_tokens=len(said),
             finish_reason="length" if end is None else "stop",
-            num_image_tokens=num_prompt_tokens - num_text_tokens if request.image is not None else 0,
+            num_image_tokens=num_image_tokens,
+            num_added_tokens=num_added_tokens,
         )
 
 

@@ -17,13 +17,20 @@ TASK_CPUS = 0.25
 """CPUs reserved by a task that mostly waits for storage, so that actors cannot starve it."""
 
 _RELEASE_TIMEOUT_S = 120.0
-_WORKER_ENVIRONMENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_DISABLE": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "PYTHONWARNINGS": "ignore",
-}
+
+
+def process_environment(config: RunConfig) -> dict[str, str]:
+    """Return the environment that driver and workers share: no telemetry, no progress bars among the log lines."""
+    environment = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+    }
+    return environment | ({"DS_ACCELERATOR": "cpu"} if config.workers.num_gpus == 0 else {})
 
 
 def connect(config: RunConfig) -> None:
@@ -33,13 +40,7 @@ def connect(config: RunConfig) -> None:
     """
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # plans and paths; our own lines say how far a stage is
-    environment = dict(_WORKER_ENVIRONMENT)
-    if config.workers.num_gpus == 0:
-        environment["DS_ACCELERATOR"] = "cpu"
-    options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": environment}}
+    options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": process_environment(config)}}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address=os.environ["RAY_ADDRESS"], **options)
         return

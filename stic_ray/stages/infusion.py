@@ -150,7 +150,7 @@ class Infuser:
                 )
             messages = infuse(messages, answer.text, self.prompts)
         length = self.engine.count_text_tokens(messages, with_image=answer is not None)
-        length += answer.num_image_tokens if answer else 0
+        length += answer.num_added_tokens if answer else 0
         limit = self.config.sft.max_length_tokens
         if length > limit:
             return Rejection(Reason.TOO_LONG, f"{length} tokens, more than sft.max_length_tokens={limit}")

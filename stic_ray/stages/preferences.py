@@ -126,7 +126,7 @@ class PairMaker:
                 {"role": "user", "content": candidate.plan.prompt},
                 {"role": "assistant", "content": answer},
             ]
-            return self.engine.count_text_tokens(conversation, with_image=True) + chosen.num_image_tokens
+            return self.engine.count_text_tokens(conversation, with_image=True) + chosen.num_added_tokens
 
         preferred, dispreferred = _text_of(chosen), _text_of(rejected)
         length = judge_pair(

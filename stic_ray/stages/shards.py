@@ -8,6 +8,7 @@ travel encoded. The file of the main family is published last, so its presence s
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -16,6 +17,7 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 from ray.data import ActorPoolStrategy, Dataset
+from ray.util.annotations import RayDeprecationWarning
 
 from stic_ray.core.config import ActorsConfig
 from stic_ray.core.errors import StageError, UserError
@@ -85,6 +87,9 @@ def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig |
     if not todo:
         return
     progress = _Progress(job.stage, len(todo))
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # plans and paths; our own lines say how far a stage is
+    # Ray 2.60 deprecates `max_task_retries` in map() for 2.64 without having another place for it yet.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
     try:
         for row in _dataset(job, todo, actors).iter_rows():
             progress.advance(row["num_rows"])
@@ -114,7 +119,8 @@ def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | No
             num_cpus=actors.num_cpus,
             num_gpus=actors.num_gpus,
             # Unbounded retries, Ray Data's default, would try an image that kills its actor for ever.
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": actors.max_retries},
+            max_restarts=-1,
+            max_task_retries=actors.max_retries,
         )
     return worked.map(lambda row: _publish(job, row), num_cpus=TASK_CPUS)
 

@@ -112,6 +112,7 @@ def _leave(
     trainer: Trainer, final: Path, output: RunDir, facts: dict[str, Any], config: RunConfig, start: Path | None
 ) -> None:
     """Check what was saved, and move it into the run directory."""
+    (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same in words
     dataset = trainer.train_dataset
     assert isinstance(dataset, Dataset), "training reads a map-style dataset"
     facts |= check_changed(final, config.model, start)
