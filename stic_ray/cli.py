@@ -1,6 +1,7 @@
 """The command line that all jobs share: options, logging, exit status."""
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,8 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, SticError
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.rundir import RunDir
-from stic_ray.pipeline import STAGE_NAMES, plan, run_pipeline
+from stic_ray.pipeline import STAGE_NAMES, run_evaluation_alone, run_pipeline
+from stic_ray.plan import plan
 from stic_ray.recipes import RECIPES, recipe
 
 
@@ -63,6 +65,28 @@ def full_pipeline(description: str | None, arguments: Sequence[str] | None = Non
         return
     run_pipeline(config, run, stages, facts)
     print_results(run)
+
+
+def evaluate(description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """Score one model, and a checkpoint trained from it, as the command line says."""
+    options_of = parser(description)
+    options_of.add_argument("--model", metavar="PATH", help="directory or hub id; the same as --set model.path=PATH")
+    options_of.add_argument("--checkpoint", metavar="URI", help="adapter or model that was trained from it")
+    options_of.add_argument("--benchmark", metavar="FILE", action="append", help="JSONL or Parquet; repeatable")
+    options = options_of.parse_args(arguments)
+    given = {"model.path": options.model, "evaluation.benchmarks": options.benchmark and tuple(options.benchmark)}
+    options.overrides += [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
+    config, run, facts = read_config(options)
+    if options.dry_run:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        print(f"run: {run.uri}", *plan(config, run, ["evaluation"]), sep="\n")
+        return
+    run_evaluation_alone(config, run, options.checkpoint, facts)
+    for row in (run / "evaluation").read_json("scores.json"):
+        print(
+            f"{row['benchmark']:<20} {row['model']:<12} {row['mode']:<22} {row['score']:.3f} "
+            f"[{row['low']:.3f}, {row['high']:.3f}] of {row['num_questions']} questions"
+        )
 
 
 def print_results(run: RunDir) -> None:

@@ -37,7 +37,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and activations; auto is bfloat16 on a GPU and float32 on a CPU."""
     chat_template: str | None = None
-    """File with a Jinja chat template, for a model that has none."""
+    """Jinja chat template, or a file with one, for a model that has none."""
     trust_remote_code: bool = False
 
 

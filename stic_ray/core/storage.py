@@ -102,6 +102,10 @@ class Location:
                 self.filesystem.delete_file(temporary)
             raise
 
+    def delete(self) -> None:
+        """Remove the file."""
+        self.filesystem.delete_file(self.path)
+
     def delete_folder(self) -> None:
         """Remove the folder and all below it, if it is there."""
         if self.is_folder():

@@ -36,6 +36,9 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, AttributeError, T
 
 def check_model(model: ModelConfig) -> None:
     """Raise ModelError when `model` cannot be loaded here; reads configuration and processor, no weights."""
+    local = model.path.startswith((".", "/", "~")) or model.path.count("/") > 1  # a hub id is "name" or "owner/name"
+    if local and not Path(model.path).is_dir():
+        raise ModelError(f"model.path='{model.path}' is no directory.")
     with _explained(model):
         config = AutoConfig.from_pretrained(model.path, **_hub_arguments(model))
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not model.trust_remote_code:
@@ -63,7 +66,7 @@ def load_processor(model: ModelConfig) -> ProcessorMixin:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.chat_template is not None:
-        processor.chat_template = _read_template(model.chat_template)
+        processor.chat_template = model.chat_template
     if not processor.chat_template:
         processor.chat_template = tokenizer.chat_template
     if not processor.chat_template:
@@ -179,14 +182,8 @@ def _explained(model: ModelConfig) -> Iterator[None]:
             raise ModelError(
                 f"model.path='{model.path}' needs torchvision: install the extra stic-ray[torchvision]."
             ) from error
-        raise ModelError(f"Cannot load model.path='{model.path}': {first[:300]}") from error
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"Cannot read model.chat_template='{path}': {error.strerror}.") from error
+        where = "" if Path(model.path).is_dir() else " is no directory here, and as a hub id"
+        raise ModelError(f"model.path='{model.path}'{where} cannot be loaded: {first[:300]}") from error
 
 
 def _lacks_bos(processor: ProcessorMixin) -> bool:

@@ -4,6 +4,7 @@ The format of a benchmark is described in docs/evaluation.md.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import ImageLimits, ImageRejected, decode, inspect
 from stic_ray.method.preferences import Rejection
-from stic_ray.method.prompts import fill, load_prompts
+from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.scoring import METRICS, choice_lines, read_choice
 from stic_ray.method.statistics import bootstrap_mean
 from stic_ray.stages.benchmarks import load_questions, read_benchmark
@@ -28,12 +29,6 @@ MODES = ("direct", "describe_and_respond")
 BASELINE = ("base", "direct")
 
 
-def run_evaluation(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Score the base model, the model of `dpo` and the model of `sft` below `run`/evaluation."""
-    trained = {stage: (run / stage).location / "checkpoint" for stage in ("dpo", "sft")}
-    return evaluate(config, run / "evaluation", {"base": None, **trained})
-
-
 def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | None]) -> dict[str, Any]:
     """Answer all benchmarks with each model (None is the run's base model), keep the answers, write scores.json.
 
@@ -41,6 +36,7 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     benchmark that is missing or of another format.
     """
     questions = [q for uri in config.evaluation.benchmarks for q in read_benchmark(uri)]
+    prompts = load_prompts(config.prompts)
     tasks = _tasks(questions, config.pool.shard_size)
     for model, checkpoint in models.items():
         job = ShardJob(
@@ -48,7 +44,7 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
             output=output,
             families={f"{REJECTED_FAMILY}-{model}": REJECTED, f"predictions-{model}": PREDICTIONS},
             load=load_questions,
-            make_worker=lambda model=model, checkpoint=checkpoint: Examinee(config, model, checkpoint),
+            make_worker=partial(Examinee, config, prompts, model, checkpoint),
         )
         run_shards(job, tasks, config.actors)
     predictions = [
@@ -91,11 +87,11 @@ def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig
 class Examinee:
     """Answers the questions of a shard in both modes; owns a model."""
 
-    def __init__(self, config: RunConfig, name: str, checkpoint: Location | None) -> None:
+    def __init__(self, config: RunConfig, prompts: PromptSet, name: str, checkpoint: Location | None) -> None:
         """Load the base model, or what a training stage left in `checkpoint`."""
         self.config = config
         self.name = name
-        self.prompts = load_prompts(config.prompts)
+        self.prompts = prompts
         self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
         pool = config.pool
         self.limits = ImageLimits(pool.min_side_px, pool.max_image_pixels, pool.max_aspect_ratio)

@@ -5,6 +5,7 @@ through to text-*.parquet, because TRL's collator has no place for an absent ima
 """
 
 import json
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import ImageLimits, ImageRejected, decode_for_storage, inspect
 from stic_ray.method.infusion import Messages, infuse, read_conversation
 from stic_ray.method.preferences import Rejection
-from stic_ray.method.prompts import load_prompts
+from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.records import folder_of, image_place, load_records, read_records
 from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
 
@@ -47,7 +48,7 @@ def build_infusion(config: RunConfig, run: RunDir) -> dict[str, Any]:
         output=output,
         families={REJECTED_FAMILY: REJECTED, "text": INFUSED, "rows": INFUSED},
         load=lambda task: load_records(task.payload["rows"], _ROWS),
-        make_worker=lambda: Infuser(config, checkpoint),
+        make_worker=partial(Infuser, config, load_prompts(config.prompts), checkpoint),
     )
     run_shards(job, tasks, config.actors)
     accounts = row_counts(len(rows), output.num_rows(["rows", "text"]), output.rejected_by_reason())
@@ -85,10 +86,10 @@ def read_instructions(config: InfusionConfig) -> list[dict[str, Any]]:
 class Infuser:
     """Infuses the rows of a shard; owns the model of `dpo`."""
 
-    def __init__(self, config: RunConfig, checkpoint: Location) -> None:
+    def __init__(self, config: RunConfig, prompts: PromptSet, checkpoint: Location) -> None:
         """Load the model that `dpo` left in `checkpoint`."""
         self.config = config
-        self.prompts = load_prompts(config.prompts)
+        self.prompts = prompts
         self.engine = open_engine(config.model, config.actors, checkpoint.local_copy())
         self.sampling = Sampling(config.infusion.max_new_tokens, config.infusion.temperature)
         pool = config.pool

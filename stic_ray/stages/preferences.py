@@ -1,6 +1,7 @@
 """Stage `preferences`: from the index to preference pairs (STIC Algorithm 1, first stage)."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from stic_ray.method.preferences import (
     picture_for_rejected,
     plan_pair,
 )
-from stic_ray.method.prompts import load_prompts
+from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetch_indexed, with_images
 from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
 
@@ -47,7 +48,7 @@ def build_preferences(config: RunConfig, run: RunDir) -> dict[str, Any]:
         output=output,
         families={REJECTED_FAMILY: REJECTED, "pairs": PAIRS},
         load=lambda task: _load_shard(task, config.pool.image_column),
-        make_worker=lambda: PairMaker(config),
+        make_worker=partial(PairMaker, config, load_prompts(config.prompts)),
     )
     run_shards(job, tasks, config.actors)
     accounts = row_counts(num_images, output.num_rows(["pairs"]), output.rejected_by_reason())
@@ -74,10 +75,10 @@ class _Candidate:
 class PairMaker:
     """Makes the pairs of a shard; owns the model."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, prompts: PromptSet) -> None:
         """Load the base model of the run."""
         self.config = config
-        self.prompts = load_prompts(config.prompts)
+        self.prompts = prompts
         self.engine = open_engine(config.model, config.actors)
         self.sampling = Sampling(
             config.preferences.max_new_tokens, config.preferences.temperature, config.preferences.top_p

@@ -1,0 +1,31 @@
+"""The stages as functions of (configuration, run directory, checkpoint or None), by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.rundir import RunDir
+from stic_ray.core.storage import Location
+from stic_ray.stages.evaluation import evaluate
+from stic_ray.stages.infusion import build_infusion
+from stic_ray.stages.pool import build_pool
+from stic_ray.stages.preferences import build_preferences
+from stic_ray.stages.training.launch import train_dpo, train_sft
+
+
+def run_evaluation(config: RunConfig, run: RunDir, checkpoint: str | None) -> dict[str, Any]:
+    """Score the base model and what came of it: the given checkpoint, or those of `dpo` and `sft`."""
+    trained = {"dpo": (run / "dpo").location / "checkpoint", "sft": (run / "sft").location / "checkpoint"}
+    if checkpoint is not None:
+        trained = {"checkpoint": Location.of(checkpoint)}
+    return evaluate(config, run / "evaluation", {"base": None, **trained})
+
+
+FUNCTIONS: dict[str, Callable[[RunConfig, RunDir, str | None], dict[str, Any]]] = {
+    "pool": lambda config, run, _: build_pool(config, run),
+    "preferences": lambda config, run, _: build_preferences(config, run),
+    "dpo": lambda config, run, _: train_dpo(config, run),
+    "infusion": lambda config, run, _: build_infusion(config, run),
+    "sft": lambda config, run, _: train_sft(config, run),
+    "evaluation": run_evaluation,
+}

@@ -1,0 +1,190 @@
+"""One image to one pair: what is asked, and which answers are no pair."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from core.builders import pair
+from PIL import Image
+
+from method.pictures import photo
+from stic_ray.core.config import PreferencesConfig
+from stic_ray.core.schemas import PAIRS, Reason, table_of
+from stic_ray.method.corruption import pixel_change
+from stic_ray.method.preferences import (
+    AnswerText,
+    PairPlan,
+    Rejection,
+    judge_pair,
+    pair_row,
+    picture_for_rejected,
+    plan_pair,
+)
+from stic_ray.method.prompts import load_prompts
+
+PROMPTS = load_prompts(None)
+CONFIG = PreferencesConfig()
+IDS = [f"image-{number}" for number in range(4000)]
+
+
+def plans(seed: int = 0, config: PreferencesConfig = CONFIG, ids: list[str] = IDS) -> list[PairPlan]:
+    return [plan_pair(name, seed, config, PROMPTS) for name in ids]
+
+
+def test_a_plan_depends_on_seed_and_id_alone() -> None:
+    few = IDS[:50]
+    assert plans(ids=few) == plans(ids=few[::-1])[::-1]
+    assert plans(seed=1, ids=few) != plans(seed=0, ids=few)
+    other = PreferencesConfig(num_images=9, temperature=1.0, top_p=0.5, max_new_tokens=5, allow_truncated=True)
+    assert plans(config=other, ids=few) == plans(ids=few)
+
+
+KEPT = [
+    ("corrupted_image", 1),
+    ("hallucination_prompt", 7),
+    ("hallucination_prompt", 3),
+    ("hallucination_prompt", 5),
+    ("hallucination_prompt", 6),
+    ("corrupted_image", 0),
+]
+
+
+def test_the_plan_of_an_image_is_the_same_for_ever() -> None:
+    """Kept from today: a run that is finished next year must draw the same."""
+    drawn = [(plan.negative, PROMPTS.plain.index(plan.prompt)) for plan in plans(seed=42, ids=IDS[:6])]
+    assert drawn == KEPT
+
+
+def test_the_branches_are_half_and_half_and_so_are_the_corruptions() -> None:
+    """4,000 images: 2,000 with a standard deviation of 32, and of those 1,000 with one of 22."""
+    drawn = plans()
+    corruptions = [plan.corruption["kind"] for plan in drawn if plan.corruption]
+    assert 1870 < len(corruptions) < 2130
+    assert 900 < corruptions.count("low_resolution") - (len(corruptions) - 2000) / 2 < 1100
+
+
+def test_every_prompt_has_its_share() -> None:
+    """About 500 of 4,000 images for each of 8 plain prompts, 250 of 2,000 for each hallucination prompt."""
+    drawn = plans()
+    plain = Counter(plan.prompt for plan in drawn)
+    bad = Counter(plan.rejected_prompt for plan in drawn if plan.negative == "hallucination_prompt")
+    assert set(plain) == set(PROMPTS.plain) and min(plain.values()) > 400 and max(plain.values()) < 600
+    assert set(bad) == set(PROMPTS.hallucination) and min(bad.values()) > 180 and max(bad.values()) < 320
+
+
+def test_each_branch_asks_what_the_paper_says() -> None:
+    """Algorithm 1: a hallucination prompt on the clean image, or the plain prompt on the corrupted one."""
+    for plan in plans(ids=IDS[:300]):
+        assert plan.prompt in PROMPTS.plain
+        assert plan.chosen_prompt in PROMPTS.step_by_step
+        if plan.negative == "hallucination_prompt":
+            assert plan.rejected_prompt in PROMPTS.hallucination
+            assert plan.corruption is None
+        else:
+            assert plan.rejected_prompt == plan.prompt
+            assert plan.corruption is not None
+
+
+@pytest.mark.parametrize(("share", "negative"), [(0.0, "corrupted_image"), (1.0, "hallucination_prompt")])
+def test_the_share_of_hallucination_prompts_is_a_setting(share: float, negative: str) -> None:
+    config = PreferencesConfig(hallucination_share=share)
+    assert {plan.negative for plan in plans(config=config, ids=IDS[:100])} == {negative}
+
+
+def test_every_corrupted_image_is_another_picture_than_the_clean_one() -> None:
+    """Fails if the corruption were planned and recorded but not applied, as in STIC's released generator."""
+    clean = photo()
+    num_corrupted = 0
+    for plan in plans(ids=IDS[:120]):
+        found = picture_for_rejected(plan, clean)
+        assert not isinstance(found, Rejection)
+        picture, change = found
+        if plan.negative == "hallucination_prompt":
+            assert picture is clean
+            assert change is None
+            continue
+        num_corrupted += 1
+        assert picture.size != clean.size or np.any(np.asarray(picture) != np.asarray(clean))
+        assert change is not None and change > 1.0
+        assert change == pixel_change(clean, picture)
+    assert num_corrupted > 40
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["jitter", "low resolution"])
+def test_a_corruption_that_changes_nothing_is_a_rejection(share: float) -> None:
+    """White stays white at low resolution, in any hue, and when made brighter."""
+    config = PreferencesConfig(hallucination_share=0.0, low_resolution_share=share)
+    white = Image.new("RGB", (64, 64), "white")
+    results = [
+        picture_for_rejected(plan, white)
+        for plan in plans(config=config, ids=IDS[:50])
+        if plan.corruption and (plan.corruption["brightness_factor"] or 2.0) > 1.0
+    ]
+    assert len(results) > 10
+    for result in results:
+        assert isinstance(result, Rejection)
+        assert result.reason is Reason.CORRUPTION_CHANGED_NOTHING
+
+
+def judge(
+    chosen: AnswerText, rejected: AnswerText, *, allow_truncated: bool = False, limit: int = 100
+) -> int | Rejection:
+    """Sequences have ten tokens of image and prompt, and one token for each word."""
+    return judge_pair(
+        chosen,
+        rejected,
+        PreferencesConfig(allow_truncated=allow_truncated, max_new_tokens=9),
+        count_tokens=lambda text: 10 + len(text.split()),
+        max_length_tokens=limit,
+    )
+
+
+def said(text: str, finish_reason: str = "stop") -> AnswerText:
+    return AnswerText(text, len(text.split()), finish_reason)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        (said(""), said("a dog"), Reason.EMPTY_ANSWER),
+        (said("a cat"), said(" \n "), Reason.EMPTY_ANSWER),
+        (said("a cat"), said("a cat"), Reason.IDENTICAL_ANSWERS),
+        (said("a cat"), said("a cat\n"), Reason.IDENTICAL_ANSWERS),
+        (said("a cat", "length"), said("a dog"), Reason.TRUNCATED_ANSWER),
+        (said("a cat"), said("a dog", "length"), Reason.TRUNCATED_ANSWER),
+        (said("word " * 91), said("a dog"), Reason.TOO_LONG),
+        (said("a cat"), said("word " * 91), Reason.TOO_LONG),
+    ],
+)
+def test_two_answers_that_are_no_pair_are_rejected(chosen: AnswerText, rejected: AnswerText, expected: Reason) -> None:
+    result = judge(chosen, rejected)
+    assert isinstance(result, Rejection)
+    assert result.reason is expected
+    assert result.message
+
+
+def test_a_rejection_names_the_setting_that_decided() -> None:
+    truncated, long = judge(said("a", "length"), said("b")), judge(said("word " * 91), said("b"))
+    assert isinstance(truncated, Rejection) and "preferences.max_new_tokens=9" in truncated.message
+    assert isinstance(long, Rejection) and "dpo.max_length_tokens=100" in long.message and "101" in long.message
+
+
+def test_a_pair_has_the_length_of_its_longer_answer() -> None:
+    assert judge(said("one two three"), said("one")) == 13
+    assert judge(said("one"), said("one two three four")) == 14
+    assert judge(said("word " * 90), said("one")) == 100, "the limit itself is allowed"
+    assert judge(said("a cat", "length"), said("a dog", "length"), allow_truncated=True) == 12
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_both_answers_are_filed_under_the_plain_prompt(number: int) -> None:
+    plan = plans()[number]
+    row = pair_row(plan, AnswerText("good", 3, "stop"), AnswerText("bad", 5, "length"))
+    assert row["prompt"] == [{"role": "user", "content": plan.prompt}]
+    assert row["chosen"] == [{"role": "assistant", "content": "good"}]
+    assert row["rejected"] == [{"role": "assistant", "content": "bad"}]
+    assert (row["chosen_prompt"], row["rejected_prompt"]) == (plan.chosen_prompt, plan.rejected_prompt)
+    assert (row["num_chosen_tokens"], row["num_rejected_tokens"]) == (3, 5)
+    assert (row["chosen_finish_reason"], row["rejected_finish_reason"]) == ("stop", "length")
+    stored = table_of([pair(**row)], PAIRS).to_pylist()[0]
+    assert stored["corruption"] == plan.corruption, "the corruption as applied, all of it"
