@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from core.builders import pair, rejected
 from stic_ray.core.rundir import RunDir, digest, read_shard, row_counts, shard_name
 from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, table_of
+from tests.core.builders import pair, rejected
 
 
 @pytest.fixture

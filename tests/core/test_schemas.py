@@ -9,10 +9,10 @@ import pytest
 from datasets import Image, List, load_dataset
 from PIL import Image as Pillow
 
-from core.builders import infused, pair, png
 from stic_ray.core import schemas
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, PAIRS, REJECTED, Reason, check, table_of
+from tests.core.builders import infused, pair, png
 
 TABLES = {name: getattr(schemas, name) for name in ("INDEX", "REJECTED", "PAIRS", "INFUSED", "PREDICTIONS")}
 

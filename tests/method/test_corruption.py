@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from method.pictures import photo
 from stic_ray.core.config import PreferencesConfig
 from stic_ray.method.corruption import Corruption, corrupt, draw_corruption, low_resolution, pixel_change
+from tests.method.pictures import photo
 
 CONFIG = PreferencesConfig()
 DRAWN = [draw_corruption(random.Random(seed), CONFIG) for seed in range(2000)]

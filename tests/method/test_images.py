@@ -13,7 +13,17 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from method.pictures import (
+from stic_ray.core.schemas import Reason
+from stic_ray.method.images import (
+    ImageFacts,
+    ImageLimits,
+    ImageRejected,
+    decode,
+    decode_for_storage,
+    image_id,
+    inspect,
+)
+from tests.method.pictures import (
     FORMATS,
     HEIGHT,
     MODES,
@@ -25,16 +35,6 @@ from method.pictures import (
     header_of_png,
     oriented,
     photo,
-)
-from stic_ray.core.schemas import Reason
-from stic_ray.method.images import (
-    ImageFacts,
-    ImageLimits,
-    ImageRejected,
-    decode,
-    decode_for_storage,
-    image_id,
-    inspect,
 )
 
 LIMITS = ImageLimits(min_side_px=8, max_pixels=100_000_000, max_aspect_ratio=20.0)
@@ -86,7 +86,7 @@ def test_every_format_is_read(image_format: str) -> None:
     encoded = encode(Image.fromarray(colours()), image_format)
     facts = inspect(encoded, LIMITS)
     assert (facts.format, facts.width_px, facts.height_px) == (image_format, WIDTH, HEIGHT)
-    assert np.abs(np.asarray(decode(encoded), dtype=float) - colours()).mean() < 4.0
+    assert np.abs(np.asarray(decode(encoded), dtype=float) - colours()).mean() < 6.0, "JPEG loses a little"
     assert_every_reader_sees_the_same(encoded)
 
 
@@ -129,6 +129,11 @@ def test_of_an_animation_the_first_frame_is_taken(image_format: str) -> None:
 def test_bytes_that_every_reader_shows_alike_are_kept_as_they_came(image_format: str) -> None:
     encoded = encode(photo(), image_format)
     assert decode_for_storage(encoded)[1] == encoded
+
+
+def test_a_photograph_that_says_it_is_upright_is_kept_as_it_came() -> None:
+    """As most cameras write it; as PNG it would take many times the space."""
+    assert decode_for_storage(oriented("JPEG", 1))[1] == oriented("JPEG", 1)
 
 
 @pytest.mark.parametrize("file", SAMPLES, ids=lambda file: file.name)
@@ -202,6 +207,7 @@ def may_be_rejected(function: Callable[[bytes], Any], encoded: bytes) -> Any:
         return None
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(
     "exif",

@@ -4,10 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from core.builders import pair
 from PIL import Image
 
-from method.pictures import photo
 from stic_ray.core.config import PreferencesConfig
 from stic_ray.core.schemas import PAIRS, Reason, table_of
 from stic_ray.method.corruption import pixel_change
@@ -21,6 +19,8 @@ from stic_ray.method.preferences import (
     plan_pair,
 )
 from stic_ray.method.prompts import load_prompts
+from tests.core.builders import pair
+from tests.method.pictures import photo
 
 PROMPTS = load_prompts(None)
 CONFIG = PreferencesConfig()

@@ -45,8 +45,9 @@ def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> 
     model = config.model
     dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
     processor = load_processor(model)
+    dataset = _read(files, ["image", "prompt", "chosen", "rejected"], folder)
     arguments = TRLDPOConfig(
-        **_arguments(config, config.dpo, folder),
+        **_arguments(config, config.dpo, folder, dataset.num_rows),
         disable_dropout=False,
         trust_remote_code=model.trust_remote_code,
         model_init_kwargs={"dtype": str(dtype).removeprefix("torch."), "revision": model.revision},
@@ -55,7 +56,7 @@ def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> 
         model=model.path,
         args=arguments,
         settings=config.dpo,
-        train_dataset=_read(files, ["image", "prompt", "chosen", "rejected"], folder),
+        train_dataset=dataset,
         processing_class=processor,
         data_collator=PreferenceCollator(processor=processor),
         peft_config=_lora(model, config.tuning) if config.tuning.method == "lora" else None,
@@ -69,7 +70,9 @@ def make_sft_trainer(config: RunConfig, files: Sequence[Path], folder: Path, sta
     """Return the trainer of stage `sft`, going on from the adapter or model that `dpo` left in `start`."""
     dtype = choose_dtype(config.model, on_gpu=config.workers.num_gpus > 0)
     processor = load_processor(config.model)
-    arguments = TRLSFTConfig(**_arguments(config, config.sft, folder))  # before the model: ZeRO-3 partitions it
+    dataset = _read(files, ["image", "messages"], folder)
+    # Made before the model: ZeRO-3 partitions weights while they are loaded.
+    arguments = TRLSFTConfig(**_arguments(config, config.sft, folder, dataset.num_rows))
     if is_adapter(start):
         model = load_model(config.model, dtype=dtype, adapter=start, trainable=True)
     else:
@@ -78,7 +81,7 @@ def make_sft_trainer(config: RunConfig, files: Sequence[Path], folder: Path, sta
     return SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=_read(files, ["image", "messages"], folder),
+        train_dataset=dataset,
         processing_class=processor,
         data_collator=AnswersOnlyCollator(processor=processor),
     )
@@ -106,8 +109,9 @@ def describe_parts(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _arguments(config: RunConfig, stage: OptimisationConfig, folder: Path) -> dict[str, Any]:
+def _arguments(config: RunConfig, stage: OptimisationConfig, folder: Path, num_rows: int) -> dict[str, Any]:
     workers = config.workers
+    num_steps = -(-num_rows // stage.global_batch) * stage.num_epochs
     on_gpu = workers.num_gpus > 0
     return {
         "output_dir": str(folder),
@@ -115,7 +119,8 @@ def _arguments(config: RunConfig, stage: OptimisationConfig, folder: Path) -> di
         "num_train_epochs": stage.num_epochs,
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": stage.warmup_share,  # below 1 it is a share of all steps
+        # The first warm-up step has a learning rate of 0, so a run of one step must not be all warm-up.
+        "warmup_steps": min(int(stage.warmup_share * num_steps), num_steps - 1),
         "weight_decay": stage.weight_decay,
         "max_grad_norm": stage.max_grad_norm,
         "per_device_train_batch_size": workers.micro_batch,

@@ -1,0 +1,44 @@
+"""Tiny checkpoints of real families, written once per session."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stic_ray.core.config import ModelConfig
+from stic_ray.engines.transformers_engine import TransformersEngine
+from stic_ray.toyworld.model import build_tiny_llava
+from tests import tiny_models
+
+Checkpoints = Callable[[str], Path]
+Engines = Callable[[str], TransformersEngine]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """The directory of a family's checkpoint; `toyworld` is the model of the demo."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def build(family: str) -> Path:
+        directory = folder / family
+        if not directory.exists():
+            if family == "toyworld":
+                build_tiny_llava(directory, seed=0)
+            else:
+                tiny_models.build(family, directory)
+        return directory
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint: Checkpoints) -> Engines:
+    """A loaded engine of a family, shared between tests that do not change it."""
+    engines: dict[str, TransformersEngine] = {}
+
+    def load(family: str) -> TransformersEngine:
+        if family not in engines:
+            engines[family] = TransformersEngine(ModelConfig(path=str(checkpoint(family))), batch_size=4, on_gpu=False)
+        return engines[family]
+
+    return load

@@ -1,0 +1,164 @@
+"""Stage `preferences`: STIC's rules on what is written, whatever the number of actors and whatever dies."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from stic_ray.core.errors import SourceError
+from stic_ray.core.rundir import RunDir
+from stic_ray.method.corruption import corrupt, pixel_change
+from tests.stages.builders import (
+    TELLING,
+    draw_pictures,
+    fake_config,
+    fake_script,
+    pairs_of,
+    rejected_of,
+    run_stages,
+    white_picture,
+)
+
+JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_dispreferred_answers_come_from_the_corrupted_picture(tmp_path: Path) -> None:
+    """The fake engine says which picture it was shown; with a corruption that never happens this test fails."""
+    pictures = draw_pictures(tmp_path / "pictures", 24)
+    run = run_stages(fake_config(tmp_path, pictures, TELLING), tmp_path / "run", "pool", "preferences")
+    rows = pairs_of(run).to_pylist()
+    kinds = {row["corruption"]["kind"] if row["corruption"] else "clean" for row in rows}
+    assert kinds == {"clean", "low_resolution", "colour_jitter"}
+    for row in rows:
+        clean = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        said, chosen = row["rejected"][0]["content"], row["chosen"][0]["content"]
+        assert chosen.startswith("Chosen 64x64 ")
+        assert "step" in row["chosen_prompt"] and row["chosen_prompt"] != row["prompt"][0]["content"]
+        if row["negative"] == "hallucination_prompt":
+            assert row["corruption"] is None and row["pixel_change"] is None
+            assert row["rejected_prompt"] != row["prompt"][0]["content"]
+            assert said.startswith("Seen 64x64 in")
+            continue
+        assert row["rejected_prompt"] == row["prompt"][0]["content"]
+        corrupted = corrupt(clean, row["corruption"])
+        assert row["pixel_change"] == pytest.approx(pixel_change(clean, corrupted)) and row["pixel_change"] > 0
+        assert f"Seen {corrupted.width}x{corrupted.height} in {_mean_colour(corrupted)}." == said
+        assert _mean_colour(corrupted) != _mean_colour(clean) or corrupted.size != clean.size
+
+
+def _mean_colour(picture: Image.Image) -> str:
+    red, green, blue = (sum(band.get_flattened_data()) / (picture.width * picture.height) for band in picture.split())
+    return f"#{round(red):02x}{round(green):02x}{round(blue):02x}"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_pairs_do_not_depend_on_the_number_of_actors(tmp_path: Path, tiny_llava: Path) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 12)
+    tables = []
+    for num_actors, batch_size in ((1, 8), (3, 8)):
+        config = fake_config(
+            tmp_path,
+            pictures,
+            model={"engine": "transformers", "path": str(tiny_llava)},
+            preferences={"temperature": 0.0, "max_new_tokens": 12, "allow_truncated": True},
+            actors={"num_actors": num_actors, "batch_size": batch_size},
+        )
+        tables.append(pairs_of(run_stages(config, tmp_path / f"run{num_actors}", "pool", "preferences")))
+    assert tables[0].num_rows > 6
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_is_no_pair_is_a_rejected_row(tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 6)
+    white_picture(pictures / "white.png")
+    config = fake_config(
+        tmp_path,
+        pictures,
+        TELLING,
+        preferences={"hallucination_share": 0.0, "low_resolution_share": 1.0, "max_new_tokens": 3},
+    )
+    with pytest.raises(SourceError, match="Not one of 7 images gave a preference pair") as caught:
+        run_stages(config, tmp_path / "run", "pool", "preferences")
+    assert "'truncated_answer': 6" in str(caught.value)
+    reasons = [row["reason"] for row in rejected_of(RunDir.of(str(tmp_path / "run")), "preferences")]
+    assert sorted(reasons) == ["corruption_changed_nothing"] + ["truncated_answer"] * 6
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_rows_too_long_to_train_on_are_rejected_with_a_count(tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 16)
+    script = "rules: [{prompt: step, answer: 'one two three four five {seed}'}]\ndefault: 'short'\nnum_image_tokens: 10"
+    config = fake_config(tmp_path, pictures, script, dpo={"max_length_tokens": 22})
+    run = run_stages(config, tmp_path / "run", "pool", "preferences")
+    rows = pairs_of(run).to_pylist()
+    assert rows and all(row["num_sequence_tokens"] <= 22 for row in rows)
+    assert all(row["num_image_tokens"] == 10 for row in rows)
+    manifest = (run / "preferences").manifest
+    assert manifest is not None and manifest["rejected_by_reason"]["too_long"] == 16 - len(rows) > 0
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_only_the_missing_shard_is_done_again(tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 12)
+    config = fake_config(tmp_path, pictures, TELLING)
+    run = run_stages(config, tmp_path / "run", "pool", "preferences")
+    before = pairs_of(run)
+    output = run / "preferences"
+    written = {shard.name: os.stat(shard.path).st_mtime_ns for shard in output.shards("pairs")}
+    (output.location / "manifest.json").delete()
+    output.shards("pairs")[1].delete()
+
+    again = run_stages(config, tmp_path / "run", "preferences")
+
+    assert pairs_of(again).equals(before)
+    now = {shard.name: os.stat(shard.path).st_mtime_ns for shard in output.shards("pairs")}
+    assert {name for name in now if now[name] != written[name]} == {"pairs-000001.parquet"}
+
+
+def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path) -> None:
+    """kill -9 hits driver and actors while shards are being made; the rerun gives the pairs of a quiet run."""
+    pictures = draw_pictures(tmp_path / "pictures", 24)
+    script = fake_script(tmp_path, f"{TELLING}\nseconds_per_batch: 0.3\n")
+    command = [sys.executable, str(JOB), "--stages", "pool,preferences"]
+    for setting in (
+        f"pool.source={pictures}",
+        "pool.shard_size=2",
+        "model.engine=fake",
+        f"model.path={script}",
+        "actors.num_actors=2",
+        "actors.batch_size=2",
+        "seed=3",
+    ):
+        command += ["--set", setting]
+    victim = subprocess.Popen(
+        [*command, "--run", str(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    killed = RunDir.of(str(tmp_path / "killed")) / "preferences"
+    while len(killed.shards("pairs")) < 3:
+        assert victim.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert killed.manifest is None and len(killed.shards("pairs")) < 12
+
+    for name in ("killed", "quiet"):
+        subprocess.run([*command, "--run", str(tmp_path / name)], check=True, capture_output=True, timeout=200)
+
+    tables = [pairs_of(RunDir.of(str(tmp_path / name))) for name in ("killed", "quiet")]
+    assert tables[0].num_rows == 24
+    assert tables[0].equals(tables[1])
+    leftovers = [name for name in os.listdir(tmp_path / "killed" / "preferences") if name.startswith(".")]
+    assert all(".tmp" in name for name in leftovers)
+    assert isinstance(tables[0], pa.Table)

@@ -1,0 +1,114 @@
+"""Stages `dpo` and `sft` in two gloo workers under Ray Train and DeepSpeed."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from stic_ray.core.errors import ConfigError, StageError
+from stic_ray.core.rundir import RunDir
+from stic_ray.core.schemas import INFUSED, table_of
+from stic_ray.stages.training.launch import train_dpo, train_sft
+from tests.stages.test_training_batches import config_for, encoded, write_pairs
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def prepare(folder: Path, num_pairs: int) -> RunDir:
+    """Write pairs and infused rows as the stages before would have."""
+    write_pairs(folder / "preferences", num_pairs)
+    messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A circle."}]
+    rows: list[dict[str, Any]] = [
+        {
+            "id": str(index),
+            "image": {"bytes": encoded(index), "path": None},
+            "messages": messages,
+            "num_sequence_tokens": 1,
+            "model": "m",
+        }
+        for index in range(6)
+    ]
+    run = RunDir.of(str(folder))
+    (run / "infusion").write_shard("rows", 0, table_of(rows, INFUSED), INFUSED)
+    text = [{**row, "id": f"t{row['id']}", "image": None} for row in rows[:2]]
+    (run / "infusion").write_shard("text", 0, table_of(text, INFUSED), INFUSED)
+    return run
+
+
+def losses(run: RunDir, stage: str, name: str) -> list[float]:
+    lines = ((run / stage).location / "metrics.jsonl").read().decode().splitlines()
+    return [json.loads(line)[name] for line in lines]
+
+
+def test_zero_2_lora_equals_one_process_and_sft_goes_on_from_dpo(tmp_path: Path, tiny_llava: Path) -> None:
+    """Two workers under ZeRO-2 give the losses of one process without DeepSpeed at the same global batch."""
+    found = {}
+    for name, workers in (("one", {"num_workers": 1, "zero_stage": 0}), ("two", {"num_workers": 2, "zero_stage": 2})):
+        run = prepare(tmp_path / name, 8)
+        config = config_for(
+            tiny_llava, workers={"micro_batch": 2, **workers}, sft={"learning_rate": 0.01, "global_batch": 4}
+        )
+        accounts = train_dpo(config, run)
+        assert accounts["num_steps"] == 2 and accounts["num_rows_written"] == 8
+        found[name] = losses(run, "dpo", "loss")
+        assert losses(run, "dpo", "loss/dpo")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["two"] == pytest.approx(found["one"], rel=1e-3)
+
+    run = RunDir.of(str(tmp_path / "two"))
+    train_sft(config, run)
+
+    base = AutoModelForImageTextToText.from_pretrained(tiny_llava)
+    adapters = {}
+    for stage in ("dpo", "sft"):
+        checkpoint = tmp_path / "two" / stage / "checkpoint"
+        adapted = PeftModel.from_pretrained(base, checkpoint, adapter_name=stage)
+        adapters[stage] = {n.replace(stage, ""): p for n, p in adapted.named_parameters() if f".{stage}." in n}
+        assert any(p.any() for n, p in adapters[stage].items() if "lora_B" in n)
+        assert not (checkpoint / "training_args.bin").exists()
+        AutoProcessor.from_pretrained(checkpoint)
+        result = (run / stage).read_json("result.json")
+        assert result["trained"] == ["language_model"] and "vision_tower" in result["frozen"]
+        assert not ((run / stage).location / "training").exists()
+    assert any(not p.equal(adapters["dpo"][n]) for n, p in adapters["sft"].items())
+
+
+def test_zero_3_full_fine_tuning_leaves_a_whole_model(tmp_path: Path, tiny_llava: Path) -> None:
+    run = prepare(tmp_path / "run", 4)
+    config = config_for(
+        tiny_llava,
+        tuning={"method": "full"},
+        workers={"num_workers": 2, "micro_batch": 2, "zero_stage": 3},
+        sft={"learning_rate": 0.01, "global_batch": 4},
+    )
+    train_dpo(config, run)
+    train_sft(config, run)
+    for stage in ("dpo", "sft"):
+        _, report = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "run" / stage / "checkpoint", output_loading_info=True
+        )
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        result = (run / stage).read_json("result.json")
+        assert result["num_changed_tensors"] > 0 and "vision_tower" in result["frozen"]
+
+
+def test_a_learning_rate_that_explodes_stops_with_one_line(tmp_path: Path, tiny_llava: Path) -> None:
+    run = prepare(tmp_path / "run", 8)
+    config = config_for(
+        tiny_llava, dpo={"learning_rate": 1e30, "max_grad_norm": 1e30}, workers={"micro_batch": 2, "max_failures": 0}
+    )
+    with pytest.raises(StageError, match="lower dpo.learning_rate") as caught:
+        train_dpo(config, run)
+    assert "\n" not in str(caught.value)
+    assert (run / "dpo").read_json("result.json") is None
+
+
+def test_an_impossible_global_batch_is_refused_with_the_numbers(tiny_llava: Path) -> None:
+    from stic_ray.core.config import accumulation_steps
+
+    config = config_for(tiny_llava, workers={"num_workers": 3, "micro_batch": 2})
+    with pytest.raises(ConfigError, match=r"global_batch=8 is not divisible by .*=3 x .*=2 = 6"):
+        accumulation_steps(8, config.workers)
