@@ -74,8 +74,10 @@ def evaluate(description: str | None, arguments: Sequence[str] | None = None) ->
     options_of.add_argument("--checkpoint", metavar="URI", help="adapter or model that was trained from it")
     options_of.add_argument("--benchmark", metavar="FILE", action="append", help="JSONL or Parquet; repeatable")
     options = options_of.parse_args(arguments)
-    given = {"model.path": options.model, "evaluation.benchmarks": options.benchmark and tuple(options.benchmark)}
-    options.overrides += [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
+    if options.model:
+        options.overrides.append(f"model.path={options.model}")
+    if options.benchmark:
+        options.overrides.append(f"evaluation.benchmarks={json.dumps(options.benchmark)}")
     config, run, facts = read_config(options)
     if options.dry_run:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

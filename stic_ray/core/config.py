@@ -4,9 +4,9 @@ A section says *what* is computed and belongs to the identity of the stages that
 `workers`: these say *with what* it is computed, and may change between two invocations of the same run.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from stic_ray.core.errors import ConfigError
 
@@ -23,7 +23,17 @@ TOYWORLD = "toyworld"
 class Section(BaseModel):
     """A group of settings; unknown keys are errors, values cannot be changed after creation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("true and false are no value for this field")
+        return value
 
 
 class ModelConfig(Section):

@@ -1,11 +1,12 @@
 """From YAML text and `--set section.field=value` to a checked `RunConfig`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, nearest
@@ -20,7 +21,7 @@ def load_config(path: Path) -> RunConfig:
         raise ConfigError(f"No configuration file at '{path}'.")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"'{path}' must hold a mapping of sections, found {type(data).__name__}.")
@@ -62,11 +63,21 @@ def _assign(data: dict[str, Any], keys: list[str], text: str) -> None:
     if isinstance(section[keys[-1]], dict):
         fields = ", ".join(section[keys[-1]])
         raise ConfigError(f"'{keys[-1]}' is a section; set one of its fields: {fields}.")
-    section[keys[-1]] = _read_value(text)
+    section[keys[-1]] = _read_value(text, is_text=_is_text(keys))
 
 
-def _read_value(text: str) -> Any:
-    """Read a YAML scalar or list; 1e-5 is a number here, which YAML 1.1 takes for a string."""
+def _is_text(keys: list[str]) -> bool:
+    """Whether the field at `keys` holds text."""
+    return _fields_of(keys[:-1])[keys[-1]].annotation in (str, str | None)
+
+
+def _read_value(text: str, *, is_text: bool) -> Any:
+    """Read a YAML scalar or list; 1e-5 is a number here, which YAML 1.1 takes for a string.
+
+    Text is taken as it was typed, so that revisions and paths that look like numbers stay what they are.
+    """
+    if is_text:
+        return None if text == "null" else text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -79,7 +90,7 @@ def _read_value(text: str) -> Any:
     return value
 
 
-def _unknown(section: str, key: str, allowed: dict[str, Any]) -> str:
+def _unknown(section: str, key: str, allowed: Mapping[str, Any]) -> str:
     where = f"in section '{section}'" if section else "at the top level"
     names = ", ".join(allowed) or "none, it is a single value"
     return f"Unknown key '{key}' {where}.{nearest(key, allowed)} Valid: {names}."
@@ -94,7 +105,7 @@ def _explain(detail: dict[str, Any]) -> str:
     return f"{'.'.join(location)}={detail['input']!r}: {detail['msg']}"
 
 
-def _fields_of(section: list[str]) -> dict[str, Any]:
+def _fields_of(section: list[str]) -> dict[str, FieldInfo]:
     model: type[BaseModel] = RunConfig
     for name in section:
         annotation = model.model_fields[name].annotation

@@ -6,6 +6,8 @@ that is written last, report.html and report.json.
 
 import hashlib
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,16 @@ def digest(value: Any) -> str:
     """Return a short, stable hash of a JSON-like value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
 
 
 def shard_name(family: str, number: int) -> str:
@@ -57,8 +69,8 @@ class RunDir:
         (self.location / name).write(text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file atomically."""
-        self.write_text(name, json.dumps(value, indent=2, default=str) + "\n")
+        """Write a JSON file atomically; numbers that JSON does not know (infinite, not a number) become null."""
+        self.write_text(name, json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file, or return None when there is none."""
@@ -67,12 +79,20 @@ class RunDir:
 
     def shards(self, family: str) -> list[Location]:
         """Return the finished shards of a family, ordered by number."""
-        names = [f.base_name for f in self.location.files()]
-        return [self.location / n for n in names if n.startswith(f"{family}-") and n.endswith(".parquet")]
+        return [self.location / name for _, name in sorted(self._numbered(family))]
 
     def shard_numbers(self, family: str) -> set[int]:
         """Return the numbers of the finished shards of a family."""
-        return {int(s.name.removeprefix(f"{family}-").removesuffix(".parquet")) for s in self.shards(family)}
+        return {number for number, _ in self._numbered(family)}
+
+    def rejected_families(self) -> list[str]:
+        """Return the families of rejected rows: one, or one per model of an evaluation."""
+        names = [re.fullmatch(rf"({REJECTED_FAMILY}(?:-.+)?)-\d+\.parquet", f.base_name) for f in self.location.files()]
+        return sorted({name[1] for name in names if name})
+
+    def _numbered(self, family: str) -> list[tuple[int, str]]:
+        names = [re.fullmatch(rf"{re.escape(family)}-(\d+)\.parquet", f.base_name) for f in self.location.files()]
+        return [(int(name[1]), name[0]) for name in names if name]
 
     def write_shard(self, family: str, number: int, table: pa.Table, schema: pa.Schema) -> None:
         """Write one shard, checked against its schema, whole or not at all."""
@@ -101,8 +121,8 @@ class RunDir:
 
     def rejected_by_reason(self) -> dict[str, int]:
         """Count the rejected rows by reason."""
-        reasons = self.read_table(REJECTED_FAMILY, REJECTED, ["reason"])["reason"].to_pylist()
-        return dict(sorted(Counter(reasons).items()))
+        tables = [self.read_table(family, REJECTED, ["reason"]) for family in self.rejected_families()]
+        return dict(sorted(Counter(reason for table in tables for reason in table["reason"].to_pylist()).items()))
 
     @property
     def manifest(self) -> dict[str, Any] | None:

@@ -147,7 +147,10 @@ PREDICTIONS = _schema(
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Build a table of `rows` that is checked against `schema`."""
+    """Build a table of `rows` that is checked against `schema`. Raises ValueError for a column it does not have."""
+    unknown = sorted(set(rows[0]) - set(schema.names)) if rows else []
+    if unknown:
+        raise ValueError(f"Row has the columns {unknown}, which its schema does not know.")
     return check(pa.Table.from_pylist(list(rows), schema=schema), schema)
 
 

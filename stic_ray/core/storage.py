@@ -34,7 +34,7 @@ class Location:
             return Location(fs.LocalFileSystem(), path, path)
         try:
             filesystem, path = fs.FileSystem.from_uri(uri)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
             raise SourceError(f"Cannot open '{uri}': {str(error).splitlines()[0]}") from error
         return Location(filesystem, path, path if uri.startswith("file://") else uri.rstrip("/"))
 
@@ -118,18 +118,24 @@ class Location:
             return
         temporary = f"{self.path}.{uuid.uuid4().hex}.tmp"
         self.filesystem.create_dir(temporary, recursive=True)
-        fs.copy_files(str(source), temporary, destination_filesystem=self.filesystem)
-        self.delete_folder()
-        self.filesystem.move(temporary, self.path)
+        try:
+            fs.copy_files(str(source), temporary, destination_filesystem=self.filesystem)
+            self.delete_folder()
+            self.filesystem.move(temporary, self.path)
+        except BaseException:
+            self.at(temporary).delete_folder()
+            raise
 
     def local_copy(self) -> Path:
         """Return a local path with the content: the path itself on a local disk, else a download.
 
-        Downloads go to the machine's temporary folder, once per machine and address.
+        Downloads go to the machine's temporary folder, once per machine and state of the files.
         """
         if self.is_local:
             return Path(self.path)
-        target = Path(tempfile.gettempdir()) / "stic_ray" / uuid.uuid5(uuid.NAMESPACE_URL, self.uri).hex
+        files = self.files(recursive=True) if self.is_folder() else [self.info()]
+        state = [self.uri, *(f"{file.path} {file.size} {file.mtime_ns}" for file in files)]
+        target = Path(tempfile.gettempdir()) / "stic_ray" / uuid.uuid5(uuid.NAMESPACE_URL, "\n".join(state)).hex
         if not target.exists():
             partial = Path(tempfile.mkdtemp(prefix="stic_ray_"))
             fs.copy_files(self.path, str(partial), source_filesystem=self.filesystem)

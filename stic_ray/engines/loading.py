@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -31,7 +32,16 @@ _PART_NAMES: dict[Part, tuple[str, ...]] = {
     "projector": ("multi_modal_projector", "connector", "image_newline"),
     "language_model": ("language_model", "text_model"),
 }
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError)
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+)
 
 
 def check_model(model: ModelConfig) -> None:
@@ -86,13 +96,20 @@ def load_model(
     active and equal to its file. Raises ModelError.
     """
     with _explained(model):
-        base = AutoModelForImageTextToText.from_pretrained(
-            model.path, dtype=dtype, use_safetensors=True, **_hub_arguments(model)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            model.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **_hub_arguments(model)
         )
+    base, report = loaded
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(f"model.path='{model.path}' lacks {len(missing)} of its weights, '{missing[0]}' for one.")
     if adapter is None:
         return base
-    # Training keeps the adapter in float32, where PEFT puts it: small steps vanish in bfloat16.
-    adapted = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, autocast_adapter_dtype=trainable)
+    with _explained(model, f"The adapter '{adapter}' on model.path='{model.path}'"):
+        # Training keeps the adapter in float32, where PEFT puts it: small steps vanish in bfloat16.
+        adapted = PeftModel.from_pretrained(
+            base, str(adapter), is_trainable=trainable, autocast_adapter_dtype=trainable
+        )
     check_adapter_active(adapted, adapter)
     return adapted
 
@@ -171,8 +188,8 @@ def _hub_arguments(model: ModelConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(model: ModelConfig) -> Iterator[None]:
-    """Turn what transformers raises while loading into one line."""
+def _explained(model: ModelConfig, what: str | None = None) -> Iterator[None]:
+    """Turn what transformers and PEFT raise while loading into one line."""
     try:
         with warnings.catch_warnings():
             yield
@@ -182,6 +199,8 @@ def _explained(model: ModelConfig) -> Iterator[None]:
             raise ModelError(
                 f"model.path='{model.path}' needs torchvision: install the extra stic-ray[torchvision]."
             ) from error
+        if what is not None:
+            raise ModelError(f"{what} cannot be loaded: {first[:300]}") from error
         where = "" if Path(model.path).is_dir() else " is no directory here, and as a hub id"
         raise ModelError(f"model.path='{model.path}'{where} cannot be loaded: {first[:300]}") from error
 

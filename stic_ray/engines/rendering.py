@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jinja2
 from transformers import ProcessorMixin
 
 from stic_ray.core.errors import ModelError
@@ -14,16 +15,27 @@ Pieces = list[tuple[str, bool]]
 def render(
     processor: ProcessorMixin, messages: Sequence[Message], *, with_image: bool, add_generation_prompt: bool
 ) -> str:
-    """Return a conversation as text, the image's placeholder in front of the first question."""
+    """Return a conversation as text, the image's placeholder in front of the first question.
+
+    Placeholders inside the texts are removed: they would ask for images that are not there. Raises ModelError when
+    the template refuses the conversation.
+    """
+    placeholder = getattr(processor, "image_token", None)
     structured = []
     image_placed = not with_image
     for message in messages:
-        content: list[dict[str, str]] = [{"type": "text", "text": message["content"]}]
+        text = message["content"].replace(placeholder, "") if placeholder else message["content"]
+        content: list[dict[str, str]] = [{"type": "text", "text": text}]
         if message["role"] == "user" and not image_placed:
             content.insert(0, {"type": "image"})
             image_placed = True
         structured.append({"role": message["role"], "content": content})
-    return str(processor.apply_chat_template(structured, tokenize=False, add_generation_prompt=add_generation_prompt))
+    try:
+        return str(
+            processor.apply_chat_template(structured, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+    except jinja2.TemplateError as error:
+        raise ModelError(f"The chat template refuses the conversation: {' '.join(str(error).split())}") from error
 
 
 def turn_end(processor: ProcessorMixin) -> str:

@@ -87,6 +87,8 @@ def _scale_brightness(picture: Image.Image, factor: float) -> Image.Image:
 
 
 def _shift_hue(picture: Image.Image, turns: float) -> Image.Image:
+    if round(turns * 256) == 0:
+        return picture.copy()  # the way to HSV and back would change pixels by rounding alone
     hue, saturation, value = picture.convert("HSV").split()
     shifted = (np.asarray(hue, dtype=np.int16) + round(turns * 256)) % 256
     return Image.merge("HSV", (Image.fromarray(shifted.astype(np.uint8)), saturation, value)).convert("RGB")

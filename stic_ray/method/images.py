@@ -54,13 +54,13 @@ def inspect(encoded: bytes, limits: ImageLimits) -> ImageFacts:
     Raises ImageRejected. Size limits are applied to the header, before a decompression bomb is unpacked.
     """
     with _open(encoded) as image:
-        width, height = image.size
-        if image.getexif().get(_ORIENTATION) in _TRANSPOSED:
-            width, height = height, width
-        _check_limits(width, height, limits)
-        facts = ImageFacts(width, height, _format_name(image), image.mode)
+        _check_limits(*image.size, limits)
+        mode = image.mode
         _load(image)
-    return facts
+        width, height = image.size  # of a TIFF, Pillow has turned it upright by now
+        if _orientation(image) in _TRANSPOSED:
+            width, height = height, width
+        return ImageFacts(width, height, _format_name(image), mode)
 
 
 def decode(encoded: bytes) -> Image.Image:
@@ -70,7 +70,7 @@ def decode(encoded: bytes) -> Image.Image:
     """
     with _open(encoded) as image:
         _load(image)
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) not in (None, 1) else image)
 
 
 def decode_for_storage(encoded: bytes) -> tuple[Image.Image, bytes]:
@@ -80,10 +80,11 @@ def decode_for_storage(encoded: bytes) -> tuple[Image.Image, bytes]:
     Raises ImageRejected.
     """
     with _open(encoded) as image:
+        _load(image)
         plain = (
             image.mode == "RGB"
             and _format_name(image) in ("JPEG", "PNG", "WEBP", "BMP")
-            and image.getexif().get(_ORIENTATION, 1) == 1
+            and _orientation(image) == 1
             and "transparency" not in image.info
             and getattr(image, "n_frames", 1) == 1
         )
@@ -133,6 +134,17 @@ def _check_limits(width: int, height: int, limits: ImageLimits) -> None:
         raise ImageRejected(
             Reason.ASPECT_RATIO, f"{width} x {height} px, over pool.max_aspect_ratio={limits.max_aspect_ratio:g}"
         )
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """Return the EXIF orientation, 1 for none; None when the EXIF block is damaged, on which other readers fail.
+
+    Only for loaded images: of a PNG, Pillow reads the whole picture to find its EXIF block.
+    """
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError):
+        return None
 
 
 def _format_name(image: Image.Image) -> str:

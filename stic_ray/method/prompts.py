@@ -62,7 +62,7 @@ def load_prompts(path: str | None) -> PromptSet:
         return PromptSet.model_validate(yaml.safe_load(text))
     except OSError as error:
         raise ConfigError(f"Cannot read the prompt set '{path}': {error.strerror}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"The prompt set '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         details = "; ".join(_explain(dict(detail)) for detail in error.errors())

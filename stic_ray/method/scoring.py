@@ -1,5 +1,6 @@
 """Reading the answer out of a response, and scoring it."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -22,7 +23,8 @@ def read_choice(response: str, choices: Sequence[str]) -> str:
     text = response.strip()
     start = re.match(rf"\(?([{letters}{letters.lower()}])(?:[).:,]|\s*$)", text)
     if start:
-        return start[1].upper()
+        another = re.match(rf"\s*(?:,|;|/|&|and|or)?\s*\(?[{letters}]\b(?!\s+\w)", text[start.end() :])
+        return "" if another else start[1].upper()
     named = re.findall(rf"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\(?([{letters}])\b", text)
     if named and len(set(named)) == 1:
         return str(named[0])
@@ -52,7 +54,10 @@ def multiple_choice(prediction: str, answers: Sequence[str]) -> float:
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 when the response equals an accepted answer, case, punctuation and articles aside."""
-    return float(_normalise(prediction) in {_normalise(answer) for answer in answers})
+    said = _normalise(prediction)
+    if not said:  # nothing but articles and punctuation: compare what was written
+        return float(prediction.strip().lower() in {answer.strip().lower() for answer in answers})
+    return float(said in {_normalise(answer) for answer in answers})
 
 
 def contains(prediction: str, answers: Sequence[str]) -> float:
@@ -106,6 +111,7 @@ def _contains(text: str, part: str) -> bool:
 def _number(text: str) -> float | None:
     cleaned = text.strip().rstrip(".%").replace(",", "").lstrip("$")
     try:
-        return float(cleaned)
+        number = float(cleaned)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None

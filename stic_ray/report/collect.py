@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from stic_ray.core.errors import RunError
-from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard
+from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import REJECTED
 from stic_ray.core.storage import Location
 from stic_ray.report.curves import read_curves
@@ -210,7 +210,7 @@ def _rejected(stage: RunDir, name: str, status: str, manifest: Mapping[str, Any]
         wanted = {reason: min(MAX_EXAMPLES, counts.get(reason, 0)) for reason in examples}
         return manifest is not None and all(len(examples[reason]) >= wanted[reason] for reason in examples)
 
-    for shard in stage.shards(REJECTED_FAMILY)[:MAX_REJECTED_SHARDS]:
+    for shard in [s for f in stage.rejected_families() for s in stage.shards(f)][:MAX_REJECTED_SHARDS]:
         if is_complete():
             break
         for row in _rows(shard):

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from stic_ray.core.config import InfusionConfig, RunConfig
-from stic_ray.core.errors import SourceError, nearest
+from stic_ray.core.errors import ModelError, SourceError, nearest
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
 from stic_ray.core.schemas import INFUSED, REJECTED, Reason, table_of
@@ -150,7 +150,10 @@ class Infuser:
                     Reason.TRUNCATED_ANSWER, f"the description was cut off at infusion.max_new_tokens={limit}"
                 )
             messages = infuse(messages, answer.text, self.prompts)
-        length = self.engine.count_text_tokens(messages, with_image=answer is not None)
+        try:
+            length = self.engine.count_text_tokens(messages, with_image=answer is not None)
+        except ModelError as error:
+            return Rejection(Reason.BAD_CONVERSATION, str(error))
         length += answer.num_added_tokens if answer else 0
         limit = self.config.sft.max_length_tokens
         if length > limit:

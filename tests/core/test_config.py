@@ -84,7 +84,6 @@ def test_a_text_setting_takes_the_text_as_it_was_typed(text: str) -> None:
         ("pool.max_aspect_ratio", "Infinity"),
         ("model.trust_remote_code", "maybe"),
         ("pool.source", "null"),
-        ("pool.source", "[a, b]"),
         ("evaluation.benchmarks", "[1, [2]]"),
         ("workers.zero_stage", "4"),
         ("seed", "-1"),

@@ -13,6 +13,7 @@ import ray.train
 import torch.distributed
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from stic_ray.core.config import RunConfig
@@ -45,6 +46,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         trainer.train(resume_from_checkpoint=_resume_folder(folder))
         seconds = time.monotonic() - began_s
         trainer.save_model(str(folder / "final"))
+        unset_hf_deepspeed_config()  # rank 0 loads models alone below, which ZeRO-3 would partition over all ranks
         torch.distributed.barrier()
         if rank == 0:
             _leave(trainer, folder / "final", output, {**facts, "seconds": seconds}, config, start)
