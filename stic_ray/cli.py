@@ -85,9 +85,11 @@ def evaluate(description: str | None, arguments: Sequence[str] | None = None) ->
         return
     run_evaluation_alone(config, run, options.checkpoint, facts)
     for row in (run / "evaluation").read_json("scores.json"):
+        known = row["low"] is not None  # one question has no spread
+        interval = f"[{row['low']:.3f}, {row['high']:.3f}]" if known else "[interval not known]"
         print(
-            f"{row['benchmark']:<20} {row['model']:<12} {row['mode']:<22} {row['score']:.3f} "
-            f"[{row['low']:.3f}, {row['high']:.3f}] of {row['num_questions']} questions"
+            f"{row['benchmark']:<20} {row['model']:<12} {row['mode']:<22} {row['score']:.3f} {interval} "
+            f"of {row['num_questions']} questions"
         )
 
 
