@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import ConfigError, SticError
+from stic_ray.core.errors import ConfigError, SourceError, SticError
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.pipeline import STAGE_NAMES, run_evaluation_alone, run_pipeline
@@ -39,15 +39,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def read_config(options: argparse.Namespace) -> tuple[RunConfig, RunDir, dict[str, Any]]:
-    """Return configuration, run directory, and what config.yaml records of the command. Raises ConfigError."""
+def read_config(options: argparse.Namespace) -> tuple[RunConfig, str, dict[str, Any]]:
+    """Return configuration, address of the run, and what config.yaml records of the command. Raises ConfigError."""
     if options.recipe and options.config:
         raise ConfigError("Give --recipe or --config, not both.")
     config = load_config(Path(options.config)) if options.config else recipe(options.recipe or "demo")
     config = apply_overrides(config, options.overrides)
     name = options.config or options.recipe or "demo"
     facts = {"recipe": name, "overrides": list(options.overrides)}
-    return config, RunDir.of(options.run or f"runs/{config.name}"), facts
+    return config, options.run or f"runs/{config.name}", facts
 
 
 def full_pipeline(description: str | None, arguments: Sequence[str] | None = None) -> None:
@@ -57,12 +57,12 @@ def full_pipeline(description: str | None, arguments: Sequence[str] | None = Non
         "--stages", metavar="A,B", default=",".join(STAGE_NAMES), help=f"only these of: {', '.join(STAGE_NAMES)}"
     )
     options = options_of.parse_args(arguments)
-    config, run, facts = read_config(options)
+    config, address, facts = read_config(options)
     stages = [name.strip() for name in options.stages.split(",") if name.strip()]
     if options.dry_run:
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        print(f"run: {run.uri}", *plan(config, run, stages), sep="\n")
+        print_plan(config, address, stages)
         return
+    run = RunDir.of(address)
     run_pipeline(config, run, stages, facts)
     print_results(run)
 
@@ -78,11 +78,11 @@ def evaluate(description: str | None, arguments: Sequence[str] | None = None) ->
         options.overrides.append(f"model.path={options.model}")
     if options.benchmark:
         options.overrides.append(f"evaluation.benchmarks={json.dumps(options.benchmark)}")
-    config, run, facts = read_config(options)
+    config, address, facts = read_config(options)
     if options.dry_run:
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        print(f"run: {run.uri}", *plan(config, run, ["evaluation"]), sep="\n")
+        print_plan(config, address, ["evaluation"])
         return
+    run = RunDir.of(address)
     run_evaluation_alone(config, run, options.checkpoint, facts)
     for row in (run / "evaluation").read_json("scores.json"):
         known = row["low"] is not None  # one question has no spread
@@ -91,6 +91,16 @@ def evaluate(description: str | None, arguments: Sequence[str] | None = None) ->
             f"{row['benchmark']:<20} {row['model']:<12} {row['mode']:<22} {row['score']:.3f} {interval} "
             f"of {row['num_questions']} questions"
         )
+
+
+def print_plan(config: RunConfig, address: str, stages: Sequence[str]) -> None:
+    """Print configuration and plan. A run that cannot be reached from here is planned as a new one, and said so."""
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    try:
+        run, note = RunDir.of(address), ""
+    except SourceError as error:
+        run, note = None, f" (what is done is not known: {error})"
+    print(f"run: {run.uri if run else address}{note}", *plan(config, run, stages), sep="\n")
 
 
 def print_results(run: RunDir) -> None:

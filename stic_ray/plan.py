@@ -7,13 +7,13 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.pipeline import REPORT, STAGES, check_stage_names
 
 
-def plan(config: RunConfig, run: RunDir, stages: Sequence[str]) -> list[str]:
+def plan(config: RunConfig, run: RunDir | None, stages: Sequence[str]) -> list[str]:
     """Return a line per stage: what it would do, or that it is done. Touches nothing."""
     check_stage_names(stages)
     lines = []
     for stage in STAGES:
         if stage.name in stages:
-            state = "done" if (run / stage.name).manifest else "to do"
+            state = "done" if run and (run / stage.name).manifest else "to do"
             reads = ", ".join(stage.inputs) or config.pool.source
             with_what = _processes(stage.name, config)
             lines.append(f"{stage.name:<12} {state:<6} reads {reads}; {with_what}; leaves {stage.name}/{stage.leaves}")
