@@ -6,7 +6,7 @@ Reading order for a newcomer: STAGES, then `run_pipeline`.
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,9 @@ from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import RunDir, digest
 
 logger = logging.getLogger(__name__)
+
+StageFunction = Callable[[RunConfig, RunDir, str | None], dict[str, Any]]
+"""Does a stage's work and returns its row accounts; the text is a checkpoint for an evaluation alone."""
 
 
 @dataclass(frozen=True)
@@ -100,28 +103,26 @@ def _run(todo: Sequence[Stage], config: RunConfig, run: RunDir, facts: dict[str,
     _write_config(config, run, facts)
     make_toyworld(config, run)
     check_before_work([stage.name for stage in todo], resolved)
-    cluster.connect(resolved)
-    for stage in todo:
-        logger.info("%s: started", stage.name)
-        output = run / stage.name
-        settings = {"config": identity(stage, config), "inputs": _input_hashes(stage, run)}
-        output.write_json(STARTED, settings)
-        began_s = time.monotonic()
-        with cluster.released():
-            accounts = FUNCTIONS[stage.name](resolved, run, stage.checkpoint)
-        seconds = time.monotonic() - began_s
-        output.write_manifest(
-            {
-                "stage": stage.name,
-                "seconds": round(seconds, 3),
-                **accounts,
-                **settings,
-                "config_hash": digest(settings["config"]),
-            }
-        )
-        (output.location / STARTED).delete()
-        counts = [accounts[f"num_rows_{what}"] for what in ("in", "written", "rejected")]
-        logger.info("%s: done in %.1f s, %d rows in, %d written, %d rejected", stage.name, seconds, *counts)
+    with cluster.connected(resolved):
+        for stage in todo:
+            with cluster.released():
+                _run_stage(stage, FUNCTIONS[stage.name], config, resolved, run)
+
+
+def _run_stage(stage: Stage, function: StageFunction, config: RunConfig, resolved: RunConfig, run: RunDir) -> None:
+    """Run one stage and write its manifest."""
+    logger.info("%s: started", stage.name)
+    output = run / stage.name
+    settings = {"config": identity(stage, config), "inputs": _input_hashes(stage, run)}
+    output.write_json(STARTED, settings)
+    began_s = time.monotonic()
+    accounts = function(resolved, run, stage.checkpoint)
+    seconds = round(time.monotonic() - began_s, 3)
+    config_hash = digest(settings["config"])
+    output.write_manifest({"stage": stage.name, "seconds": seconds, **accounts, **settings, "config_hash": config_hash})
+    (output.location / STARTED).delete()
+    counts = [accounts[f"num_rows_{what}"] for what in ("in", "written", "rejected")]
+    logger.info("%s: done in %.1f s, %d rows in, %d written, %d rejected", stage.name, seconds, *counts)
 
 
 def identity(stage: Stage, config: RunConfig) -> dict[str, Any]:

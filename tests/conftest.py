@@ -27,17 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A Ray of our own with six logical CPUs, for all tests that run stages in this process."""
-    import ray
-
     from stic_ray.recipes import demo
     from stic_ray.stages import cluster
 
     config = demo()
     os.environ.update(cluster.process_environment(config))
     many = config.model_copy(update={"actors": config.actors.model_copy(update={"num_actors": 5})})
-    cluster.connect(many)
-    yield
-    ray.shutdown()
+    with cluster.connected(many):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,13 +33,24 @@ def process_environment(config: RunConfig) -> dict[str, str]:
     return environment | ({"DS_ACCELERATOR": "cpu"} if config.workers.num_gpus == 0 else {})
 
 
-def connect(config: RunConfig) -> None:
-    """Join the cluster at RAY_ADDRESS, or start a Ray of our own on this machine.
+@contextmanager
+def connected(config: RunConfig) -> Iterator[None]:
+    """Join the cluster at RAY_ADDRESS or start a Ray of our own on this machine, and leave it at the end.
 
-    Raises ConfigError when this machine lacks the GPUs that the configuration asks for.
+    A Ray that this process is already connected to is used and left as it is. Raises ConfigError when this machine
+    lacks the GPUs that the configuration asks for.
     """
     if ray.is_initialized():
+        yield
         return
+    _connect(config)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(config: RunConfig) -> None:
     options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": process_environment(config)}}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address=os.environ["RAY_ADDRESS"], **options)
