@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stic_ray.core.config import TOYWORLD, RunConfig, accumulation_steps
-from stic_ray.core.errors import ConfigError, SourceError
+from stic_ray.core.errors import ConfigError, RunError, SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 from stic_ray.engines.opening import check_engine
@@ -82,4 +82,10 @@ def make_toyworld(config: RunConfig, run: RunDir) -> None:
         raise SourceError(
             f"The toy world needs a local --run, not '{run.uri}'; set model.path and the sources instead."
         )
-    write_assets(Path(run.uri) / TOYWORLD, seed=config.seed, **config.toyworld.model_dump())
+    settings = {"seed": config.seed, **config.toyworld.model_dump()}
+    place = run / TOYWORLD
+    made = place.read_json("settings.json")
+    if made not in (None, settings):
+        raise RunError(f"'{place.uri}' was made with {made}, now it is {settings}: delete it, or use another --run.")
+    write_assets(Path(place.uri), **settings)
+    place.write_json("settings.json", settings)

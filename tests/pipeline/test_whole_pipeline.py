@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,20 @@ def run(command: list[str]) -> RunDir:
     return RunDir.of(command[1])
 
 
+def one_step(settings: Callable[..., Any], folder: Path) -> Any:
+    """TRL's own arguments for one step on a CPU."""
+    return settings(
+        output_dir=str(folder),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        report_to="none",
+    )
+
+
 def test_rows_are_conserved_in_every_stage(run: RunDir) -> None:
     manifests: dict[str, dict[str, Any]] = {stage.name: (run / stage.name).manifest or {} for stage in STAGES}
     for manifest in manifests.values():
@@ -99,17 +114,7 @@ def test_trl_trains_on_the_pairs_without_our_code(run: RunDir, command: list[str
     rows = load_dataset("parquet", data_files=f"{run.uri}/preferences/pairs-*.parquet", split="train")
     assert isinstance(rows, Dataset) and isinstance(rows.features["image"], Image)
     assert rows[0]["image"].size == (64, 64)
-    arguments = DPOConfig(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=2,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        report_to="none",
-    )
-    trainer = DPOTrainer(_setting(command, "model.path"), args=arguments, train_dataset=rows)
+    trainer = DPOTrainer(_setting(command, "model.path"), args=one_step(DPOConfig, tmp_path), train_dataset=rows)
     trainer.train()
     assert trainer.state.global_step == 1
 
@@ -118,17 +123,7 @@ def test_trl_trains_on_the_infused_rows_without_our_code(run: RunDir, command: l
     rows = load_dataset("parquet", data_files=f"{run.uri}/infusion/rows-*.parquet", split="train")
     assert isinstance(rows, Dataset) and isinstance(rows.features["image"], Image)
     assert rows.num_rows == 8
-    arguments = SFTConfig(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=2,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        report_to="none",
-    )
-    trainer = SFTTrainer(_setting(command, "model.path"), args=arguments, train_dataset=rows)
+    trainer = SFTTrainer(_setting(command, "model.path"), args=one_step(SFTConfig, tmp_path), train_dataset=rows)
     trainer.train()
     assert trainer.state.global_step == 1
 
