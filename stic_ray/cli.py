@@ -128,6 +128,9 @@ def main(job: Callable[[str | None], None], description: str | None) -> NoReturn
     except SticError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:  # a full or read-only disk, a path without permission
+        print(f"error: {' '.join(str(error).split())}. What was finished stays; mend this and rerun.", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -6,21 +6,23 @@ Reading order for a newcomer: STAGES, then `run_pipeline`.
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stic_ray.core.config import TOYWORLD, RunConfig
-from stic_ray.core.errors import ConfigError, RunError, nearest
+from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest
 from stic_ray.core.provenance import git_commit, package_versions
-from stic_ray.core.rundir import RunDir, digest
+from stic_ray.core.rundir import MANIFEST, RunDir, digest
+from stic_ray.core.storage import Location
 
 logger = logging.getLogger(__name__)
 
-StageFunction = Callable[[RunConfig, RunDir, str | None], dict[str, Any]]
-"""Does a stage's work and returns its row accounts; the text is a checkpoint for an evaluation alone."""
+StageFunction = Callable[[RunConfig, RunDir, Mapping[str, str] | None], dict[str, Any]]
+"""Does a stage's work and returns its row accounts; the mapping is `Stage.trained`."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,30 @@ class Stage:
     """Sections (or "section.field") of the configuration that its result depends on."""
     leaves: str
     """What it writes, for the plan."""
-    checkpoint: str | None = None
-    """For an evaluation alone: the trained model to compare with the base model."""
+    trained: Mapping[str, str] | None = None
+    """For an evaluation alone: checkpoints to compare with the base model, by name."""
 
+
+_IMAGES = ("pool.shard_size", "pool.min_side_px", "pool.max_image_pixels", "pool.max_aspect_ratio")
+"""Settings of the pool that also hold for images of instruction data and benchmarks."""
 
 STAGES = (
     Stage("pool", (), ("seed", "pool"), "index-*.parquet"),
     Stage(
         "preferences",
         ("pool",),
-        ("seed", "prompts", "model", "preferences", "dpo.max_length_tokens"),
+        ("seed", "prompts", "model", "preferences", "dpo.max_length_tokens", "pool.shard_size"),
         "pairs-*.parquet",
     ),
     Stage("dpo", ("preferences",), ("seed", "model", "tuning", "dpo"), "checkpoint/"),
-    Stage("infusion", ("dpo",), ("seed", "prompts", "model", "infusion", "sft.max_length_tokens"), "rows-*.parquet"),
+    Stage(
+        "infusion",
+        ("dpo",),
+        ("seed", "prompts", "model", "infusion", "sft.max_length_tokens", *_IMAGES),
+        "rows-*.parquet",
+    ),
     Stage("sft", ("dpo", "infusion"), ("seed", "model", "tuning", "sft"), "checkpoint/"),
-    Stage("evaluation", ("dpo", "sft"), ("seed", "prompts", "model", "evaluation"), "scores.json"),
+    Stage("evaluation", ("dpo", "sft"), ("seed", "prompts", "model", "evaluation", *_IMAGES), "scores.json"),
 )
 EVALUATION = STAGES[-1]
 REPORT = "report"
@@ -65,11 +75,13 @@ def run_pipeline(config: RunConfig, run: RunDir, stages: Sequence[str], facts: d
     its input, and whatever a stage raises. What was finished stays.
     """
     check_stage_names(stages)
-    todo = [stage for stage in STAGES if stage.name in stages and not _is_done(stage, config, run)]
+    needed = _with_inputs(stages)
+    unfinished = [stage for stage in STAGES if stage.name in needed and not _is_done(stage, config, run)]
+    todo = [stage for stage in unfinished if stage.name in stages]
     if todo:
         _check_inputs(todo, run)
         _run(todo, config, run, facts)
-    if REPORT in stages and (todo or not (run.location / "report.html").exists()):
+    if REPORT in stages and not _report_is_current(run):
         from stic_ray.report.write import write_report  # matplotlib is for the report only
 
         write_report(run)
@@ -78,7 +90,9 @@ def run_pipeline(config: RunConfig, run: RunDir, stages: Sequence[str], facts: d
 
 def run_evaluation_alone(config: RunConfig, run: RunDir, checkpoint: str | None, facts: dict[str, Any]) -> None:
     """Score the model of the configuration and, when given, a checkpoint that was trained from it."""
-    stage = replace(EVALUATION, inputs=(), checkpoint=checkpoint)
+    if checkpoint is not None and not Location.of(checkpoint).is_folder():
+        raise SourceError(f"--checkpoint '{checkpoint}' is no folder with an adapter or a model.")
+    stage = replace(EVALUATION, inputs=(), trained={"checkpoint": checkpoint} if checkpoint else {})
     if not _is_done(stage, config, run):
         _run([stage], config, run, facts)
 
@@ -101,8 +115,9 @@ def _run(todo: Sequence[Stage], config: RunConfig, run: RunDir, facts: dict[str,
 
     resolved = resolve(config, run)
     _write_config(config, run, facts)
-    make_toyworld(config, run)
-    check_before_work([stage.name for stage in todo], resolved)
+    names = [stage.name for stage in todo]
+    make_toyworld(names, config, run)
+    check_before_work(names, resolved)
     with cluster.connected(resolved):
         for stage in todo:
             with cluster.released():
@@ -116,7 +131,7 @@ def _run_stage(stage: Stage, function: StageFunction, config: RunConfig, resolve
     settings = {"config": identity(stage, config), "inputs": _input_hashes(stage, run)}
     output.write_json(STARTED, settings)
     began_s = time.monotonic()
-    accounts = function(resolved, run, stage.checkpoint)
+    accounts = function(resolved, run, stage.trained)
     seconds = round(time.monotonic() - began_s, 3)
     config_hash = digest(settings["config"])
     output.write_manifest({"stage": stage.name, "seconds": seconds, **accounts, **settings, "config_hash": config_hash})
@@ -133,10 +148,13 @@ def identity(stage: Stage, config: RunConfig) -> dict[str, Any]:
             flat |= {f"{key}.{field}": inner for field, inner in value.items()}
         else:
             flat[key] = value
+    for key in ("prompts", "model.chat_template"):
+        if flat[key] and os.path.isfile(flat[key]):  # the text counts, not where it is
+            flat[key] = digest(Path(flat[key]).read_bytes().hex())
     uses_toyworld = any(TOYWORLD in str(flat[key]) for key in _toy_fields(stage))
     wanted = (*stage.settings, *(("toyworld",) if uses_toyworld else ()))
     settings = {key: value for key, value in flat.items() if key in wanted or key.split(".")[0] in wanted}
-    return settings | ({"checkpoint": stage.checkpoint} if stage.checkpoint else {})
+    return settings | dict(stage.trained or {})
 
 
 def _toy_fields(stage: Stage) -> list[str]:
@@ -170,6 +188,22 @@ def _is_done(stage: Stage, config: RunConfig, run: RunDir) -> bool:
     if manifest:
         logger.info("%s: already done, skipped", stage.name)
     return manifest is not None
+
+
+def _with_inputs(names: Collection[str]) -> set[str]:
+    """Return the named stages and all that they are made from."""
+    found = set(names)
+    for stage in reversed(STAGES):
+        if stage.name in found:
+            found |= set(stage.inputs)
+    return found
+
+
+def _report_is_current(run: RunDir) -> bool:
+    """Whether the report was written after every manifest."""
+    report = (run.location / "report.html").info()
+    manifests = [((run / stage.name).location / MANIFEST).info() for stage in STAGES]
+    return report.is_file and all(report.mtime_ns >= manifest.mtime_ns for manifest in manifests if manifest.is_file)
 
 
 def _input_hashes(stage: Stage, run: RunDir) -> dict[str, str]:

@@ -10,7 +10,7 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 from stic_ray.engines.opening import check_engine
 from stic_ray.method.prompts import load_prompts
-from stic_ray.stages.benchmarks import read_benchmark
+from stic_ray.stages.benchmarks import read_benchmarks
 from stic_ray.stages.infusion import read_instructions
 from stic_ray.toyworld.assets import write_assets
 
@@ -24,7 +24,7 @@ def resolve(config: RunConfig, run: RunDir) -> RunConfig:
     folder = f"{run.uri}/{TOYWORLD}"
     model, benchmarks = config.model, config.evaluation.benchmarks
     toy_benchmarks = tuple(f"{folder}/benchmarks/{name}.jsonl" for name in ("toy_choice", "toy_short"))
-    model_path = f"{folder}/model" if model.path == TOYWORLD else model.path
+    model_path = f"{folder}/model" if model.path == TOYWORLD else os.path.expanduser(model.path)
     changes = {
         "model": {
             "path": os.path.abspath(model_path) if os.path.isdir(model_path) else model_path,
@@ -65,18 +65,23 @@ def check_before_work(stages: Collection[str], config: RunConfig) -> None:
     if "infusion" in stages:
         read_instructions(config.infusion)
     if "evaluation" in stages:
-        for benchmark in config.evaluation.benchmarks:
-            read_benchmark(benchmark)
-    check_engine(config.model)
+        read_benchmarks(config.evaluation.benchmarks)
+    if not set(stages) <= {"pool"}:
+        check_engine(config.model)
 
 
-def make_toyworld(config: RunConfig, run: RunDir) -> None:
-    """Make pictures, instruction data, benchmarks and model where a source says `toyworld`.
+def make_toyworld(stages: Collection[str], config: RunConfig, run: RunDir) -> None:
+    """Make pictures, instruction data, benchmarks and model where a source of these stages says `toyworld`.
 
     Raises SourceError when the run directory is not local, where models could not be loaded from it.
     """
-    sources = (config.model.path, config.pool.source, config.infusion.source, *config.evaluation.benchmarks)
-    if TOYWORLD not in sources:
+    sources = {
+        "pool": (config.pool.source,),
+        "infusion": (config.infusion.source,),
+        "evaluation": config.evaluation.benchmarks,
+    }
+    models = () if set(stages) <= {"pool"} else (config.model.path,)
+    if TOYWORLD not in (*models, *(source for stage in stages for source in sources.get(stage, ()))):
         return
     if not run.location.is_local:
         raise SourceError(

@@ -54,7 +54,7 @@ class ModelConfig(Section):
 class PoolConfig(Section):
     """Which images are taken, and how the pool is cut."""
 
-    source: str = TOYWORLD
+    source: Annotated[str, Field(min_length=1)] = TOYWORLD
     """Folder of images (searched recursively), or Parquet file or folder with image bytes."""
     image_column: str = "image"
     """Column of a Parquet source: binary, or a struct with `bytes`."""
@@ -150,7 +150,7 @@ class SFTConfig(OptimisationConfig):
 class EvaluationConfig(Section):
     """Benchmarks, answered directly and by describe-and-respond, greedily."""
 
-    benchmarks: tuple[str, ...] = (TOYWORLD,)
+    benchmarks: Annotated[tuple[str, ...], Field(min_length=1)] = (TOYWORLD,)
     """JSONL or Parquet files in the format of docs/evaluation.md."""
     max_answer_tokens: Count = 128
     max_description_tokens: Count = 1024

@@ -68,7 +68,7 @@ def _assign(data: dict[str, Any], keys: list[str], text: str) -> None:
 
 def _is_text(keys: list[str]) -> bool:
     """Whether the field at `keys` holds text."""
-    return _fields_of(keys[:-1])[keys[-1]].annotation in (str, str | None)
+    return _fields_of(keys[:-1])[keys[-1]].annotation in (str, str | None)  # constraints are kept apart from the type
 
 
 def _read_value(text: str, *, is_text: bool) -> Any:

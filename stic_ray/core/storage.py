@@ -70,13 +70,22 @@ class Location:
         return self.info().type == fs.FileType.Directory
 
     def files(self, *, recursive: bool = False) -> list[fs.FileInfo]:
-        """List the files below, ordered by path; an absent folder has none."""
+        """List what is below and no folder, ordered by path; an absent folder has none.
+
+        Raises SourceError for a name that is not UTF-8.
+        """
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
-        return sorted((f for f in found if f.type == fs.FileType.File), key=lambda f: f.path)
+        try:
+            found = self.filesystem.get_file_info(selector)
+        except UnicodeDecodeError as error:
+            name = error.object.decode("utf-8", "backslashreplace")
+            raise SourceError(f"A file below '{self.uri}' has a name that is not UTF-8, rename it: {name}") from error
+        return sorted((f for f in found if f.type != fs.FileType.Directory), key=lambda f: f.path)
 
     def read(self) -> bytes:
-        """Return the content. Raises OSError when it cannot be read."""
+        """Return the content. Raises OSError when it cannot be read, as a pipe or a broken link cannot."""
+        if self.is_local and not os.path.isfile(self.path):
+            raise FileNotFoundError(f"'{self.path}' is no regular file, or is gone")
         with self.filesystem.open_input_file(self.path) as stream:
             return stream.read()
 
@@ -137,11 +146,15 @@ class Location:
         state = [self.uri, *(f"{file.path} {file.size} {file.mtime_ns}" for file in files)]
         target = Path(tempfile.gettempdir()) / "stic_ray" / uuid.uuid5(uuid.NAMESPACE_URL, "\n".join(state)).hex
         if not target.exists():
-            partial = Path(tempfile.mkdtemp(prefix="stic_ray_"))
-            fs.copy_files(self.path, str(partial), source_filesystem=self.filesystem)
+            partial = Path(tempfile.mkdtemp(prefix="stic_ray_")) / "content"
+            if self.is_folder():
+                fs.copy_files(self.path, str(partial), source_filesystem=self.filesystem)
+            else:
+                partial.write_bytes(self.read())
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 partial.rename(target)
             except OSError:
-                shutil.rmtree(partial)  # another process of this machine was first
+                pass  # another process of this machine was first
+            shutil.rmtree(partial.parent)
         return target

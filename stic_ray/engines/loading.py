@@ -24,6 +24,7 @@ from transformers import (
 from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import ModelError
 from stic_ray.core.rundir import digest
+from stic_ray.engines.rendering import split_answers
 
 Part = Literal["vision_tower", "projector", "language_model"]
 
@@ -58,7 +59,16 @@ def check_model(model: ModelConfig) -> None:
         )
     if Path(model.path).is_dir() and not any(Path(model.path).glob("*.safetensors")):
         raise ModelError(f"model.path='{model.path}' holds no .safetensors weights, the only kind that is read.")
-    load_processor(model)
+    check_template(load_processor(model))
+
+
+def check_template(processor: ProcessorMixin) -> None:
+    """Raise ModelError when the chat template drops the image, or does not let answers be told from questions."""
+    turns = ("Question?", "Answer.", "More?", "Yes.")
+    conversation = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    pieces = split_answers(processor, conversation, with_image=True)
+    if getattr(processor, "image_token", "") not in pieces[0][0]:
+        raise ModelError("The chat template shows no image; give another with model.chat_template=FILE.")
 
 
 def load_processor(model: ModelConfig) -> ProcessorMixin:

@@ -34,7 +34,7 @@ def render(
         return str(
             processor.apply_chat_template(structured, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
         raise ModelError(f"The chat template refuses the conversation: {' '.join(str(error).split())}") from error
 
 

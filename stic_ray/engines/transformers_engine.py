@@ -102,7 +102,10 @@ class TransformersEngine:
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
         said = ids if end is None else ids[:end]
         return Answer(
-            text=self.processor.tokenizer.decode(said, skip_special_tokens=True).strip(),
+            # A placeholder that the model spelled out would ask for an image when the answer is trained on.
+            text=self.processor.tokenizer.decode(said, skip_special_tokens=True)
+            .replace(self.processor.image_token, "")
+            .strip(),
             num_tokens=len(said),
             finish_reason="length" if end is None else "stop",
             num_image_tokens=num_image_tokens,

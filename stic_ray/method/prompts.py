@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from stic_ray.core.errors import ConfigError, nearest
 
-Prompt = Annotated[str, Field(min_length=1)]
+
+def _without_placeholder(text: str) -> str:
+    """Remove LLaVA's "<image>": the chat template places the image."""
+    return text.replace("<image>", "").strip()
+
+
+Prompt = Annotated[str, AfterValidator(_without_placeholder), Field(min_length=1)]
 PromptList = Annotated[tuple[Prompt, ...], Field(min_length=1)]
 
 _PLACEHOLDERS = {
@@ -58,7 +64,7 @@ def load_prompts(path: str | None) -> PromptSet:
     Raises ConfigError when the file is missing, is no YAML, or lacks a part.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8") if path else _built_in()
+        text = Path(path).expanduser().read_text(encoding="utf-8") if path else _built_in()
         return PromptSet.model_validate(yaml.safe_load(text))
     except OSError as error:
         raise ConfigError(f"Cannot read the prompt set '{path}': {error.strerror}.") from error

@@ -36,13 +36,13 @@ def read_choice(response: str, choices: Sequence[str]) -> str:
     return inside[0] if len(inside) == 1 else ""
 
 
-def letter_of(answer: str | int, choices: Sequence[str]) -> str | None:
-    """Return the letter of a right answer given as letter, as number from 0, or as the text of a choice."""
+def letter_of(answer: str | float, choices: Sequence[str]) -> str | None:
+    """Return the letter of a right answer given as the text of a choice, as letter, or as number from 0."""
     letters = _LETTERS[: len(choices)]
-    if isinstance(answer, int):
-        return letters[answer] if 0 <= answer < len(choices) else None
-    if answer in choices:
-        return letters[list(choices).index(answer)]
+    if str(answer) in choices:
+        return letters[list(choices).index(str(answer))]
+    if isinstance(answer, int | float):
+        return letters[int(answer)] if answer in range(len(choices)) else None
     letter = answer.strip().upper()
     return letter if len(letter) == 1 and letter in letters else None
 

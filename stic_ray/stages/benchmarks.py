@@ -1,7 +1,7 @@
 """Reading benchmarks; their format is described in docs/evaluation.md."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +17,17 @@ _QUESTIONS = pa.schema(
     [(name, pa.string()) for name in _TEXT]
     + [("row", pa.int64()), ("choices", pa.list_(pa.string())), ("answers", pa.list_(pa.string()))]
 )
+
+
+def read_benchmarks(uris: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the questions of all benchmarks. Raises SourceError when two have the same name."""
+    questions: list[dict[str, Any]] = []
+    for uri in uris:
+        found = read_benchmark(uri)
+        if any(question["benchmark"] == found[0]["benchmark"] for question in questions):
+            raise SourceError(f"evaluation.benchmarks: two files are called '{found[0]['benchmark']}'; rename one.")
+        questions += found
+    return questions
 
 
 def read_benchmark(uri: str) -> list[dict[str, Any]]:
@@ -38,8 +49,8 @@ def load_questions(task: ShardTask) -> pa.Table:
 
 
 def _question(number: int, row: Mapping[str, Any], source: Location) -> dict[str, Any]:
-    choices = [str(choice) for choice in row.get("choices") or []]
-    given = row.get("answers") or ([row["answer"]] if row.get("answer") is not None else [])
+    choices = [str(choice) for choice in _list_of(row.get("choices"))]
+    given = _list_of(row.get("answers")) or _list_of(row.get("answer"))
     metric = row.get("metric") or ("multiple_choice" if choices else "exact_match")
     place = image_place(row, source, folder_of(source))
     problem = _problem(row.get("question"), choices, given, metric) or place.pop("problem")
@@ -56,13 +67,18 @@ def _question(number: int, row: Mapping[str, Any], source: Location) -> dict[str
     }
 
 
+def _list_of(value: Any) -> list[Any]:
+    """Return one value or several as a list; None is none."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _problem(question: Any, choices: list[str], answers: Any, metric: Any) -> str | None:
     """Say what is wrong with a row, if anything is."""
     if not isinstance(question, str) or not question.strip():
         return "no 'question'."
-    if not isinstance(answers, list) or not answers:
-        return "neither 'answer' nor 'answers'."
-    if metric not in METRICS:
+    if not answers or any(not isinstance(answer, str | int | float) or isinstance(answer, bool) for answer in answers):
+        return "neither 'answer' nor 'answers' with text or numbers."
+    if not isinstance(metric, str) or metric not in METRICS:
         return f"unknown metric '{metric}'.{nearest(str(metric), METRICS)} Valid: {', '.join(METRICS)}."
     if (metric == "multiple_choice") != bool(choices):
         return "'choices' and the metric multiple_choice go together."

@@ -22,7 +22,7 @@ from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.scoring import METRICS, choice_lines, read_choice
 from stic_ray.method.statistics import bootstrap_mean
-from stic_ray.stages.benchmarks import load_questions, read_benchmark
+from stic_ray.stages.benchmarks import load_questions, read_benchmarks
 from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
 
 MODES = ("direct", "describe_and_respond")
@@ -35,7 +35,7 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     Returns the manifest's row accounts: a row is a question in a mode for a model. Raises SourceError for a
     benchmark that is missing or of another format.
     """
-    questions = [q for uri in config.evaluation.benchmarks for q in read_benchmark(uri)]
+    questions = read_benchmarks(config.evaluation.benchmarks)
     prompts = load_prompts(config.prompts)
     tasks = _tasks(questions, config.pool.shard_size)
     for model, checkpoint in models.items():
@@ -130,24 +130,28 @@ class Examinee:
         described = self.engine.generate(
             [Request(self.prompts.describe, picture) for _, picture in seen], Sampling(config.max_description_tokens)
         )
-        descriptions = {row["id"]: answer.text for (row, _), answer in zip(seen, described, strict=True)}
-        prompts = {(row["id"], mode): self._prompt(row, mode, descriptions) for row, _ in asked for mode in MODES}
-        requests = [Request(prompts[row["id"], mode], picture) for row, picture in asked for mode in MODES]
-        responses = iter(self.engine.generate(requests, Sampling(config.max_answer_tokens)))
-        return [
-            self._prediction(row, mode, prompts[row["id"], mode], descriptions.get(row["id"]), next(responses))
-            for row, _ in asked
+        texts = iter(answer.text for answer in described)
+        descriptions = [None if picture is None else next(texts) for _, picture in asked]
+        questions = [
+            (row, picture, mode, description if mode != "direct" else None)
+            for (row, picture), description in zip(asked, descriptions, strict=True)
             for mode in MODES
         ]
+        prompts = [self._prompt(row, description) for row, _, _, description in questions]
+        requests = [Request(prompt, picture) for prompt, (_, picture, _, _) in zip(prompts, questions, strict=True)]
+        responses = self.engine.generate(requests, Sampling(config.max_answer_tokens))
+        return [
+            self._prediction(row, mode, prompt, description, answer)
+            for (row, _, mode, description), prompt, answer in zip(questions, prompts, responses, strict=True)
+        ]
 
-    def _prompt(self, row: dict[str, Any], mode: str, descriptions: Mapping[str, str]) -> str:
+    def _prompt(self, row: dict[str, Any], description: str | None) -> str:
         if row["choices"]:
             prompt = fill(self.prompts.choose, question=row["question"], choices=choice_lines(row["choices"]))
         else:
             prompt = fill(self.prompts.answer_briefly, question=row["question"])
-        if mode == "direct" or row["id"] not in descriptions:  # a question without an image has no description
-            return prompt
-        return self.prompts.infused(descriptions[row["id"]], prompt)
+        # A question without an image has no description.
+        return prompt if description is None else self.prompts.infused(description, prompt)
 
     def _prediction(
         self, row: dict[str, Any], mode: str, prompt: str, description: str | None, answer: Answer
@@ -159,7 +163,7 @@ class Examinee:
             "model": self.name,
             "mode": mode,
             "prompt": prompt,
-            "description": description if mode != "direct" else None,
+            "description": description,
             "response": answer.text,
             "prediction": prediction,
             "answers": row["answers"],

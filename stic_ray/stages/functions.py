@@ -1,6 +1,6 @@
-"""The stages as functions of (configuration, run directory, checkpoint or None), by name."""
+"""The stages as functions of (configuration, run directory, trained models or None), by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from stic_ray.core.config import RunConfig
@@ -13,15 +13,15 @@ from stic_ray.stages.preferences import build_preferences
 from stic_ray.stages.training.launch import train_dpo, train_sft
 
 
-def run_evaluation(config: RunConfig, run: RunDir, checkpoint: str | None) -> dict[str, Any]:
-    """Score the base model and what came of it: the given checkpoint, or those of `dpo` and `sft`."""
-    trained = {"dpo": (run / "dpo").location / "checkpoint", "sft": (run / "sft").location / "checkpoint"}
-    if checkpoint is not None:
-        trained = {"checkpoint": Location.of(checkpoint)}
-    return evaluate(config, run / "evaluation", {"base": None, **trained})
+def run_evaluation(config: RunConfig, run: RunDir, trained: Mapping[str, str] | None) -> dict[str, Any]:
+    """Score the base model and what came of it: the given checkpoints, or those of `dpo` and `sft`."""
+    if trained is None:
+        trained = {stage: f"{(run / stage).uri}/checkpoint" for stage in ("dpo", "sft")}
+    models = {name: Location.of(uri) for name, uri in trained.items()}
+    return evaluate(config, run / "evaluation", {"base": None, **models})
 
 
-FUNCTIONS: dict[str, Callable[[RunConfig, RunDir, str | None], dict[str, Any]]] = {
+FUNCTIONS: dict[str, Callable[[RunConfig, RunDir, Mapping[str, str] | None], dict[str, Any]]] = {
     "pool": lambda config, run, _: build_pool(config, run),
     "preferences": lambda config, run, _: build_preferences(config, run),
     "dpo": lambda config, run, _: train_dpo(config, run),

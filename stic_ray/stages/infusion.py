@@ -72,6 +72,8 @@ def read_instructions(config: InfusionConfig) -> list[dict[str, Any]]:
         raise SourceError(
             f"{setting} has no '{_CONVERSATIONS}'.{nearest(_CONVERSATIONS, names)} Its columns: {', '.join(names)}."
         )
+    if config.images and not Location.of(config.images).is_folder():
+        raise SourceError(f"infusion.images='{config.images}' is no folder.")
     folder = Location.of(config.images) if config.images else folder_of(source)
     return [
         {

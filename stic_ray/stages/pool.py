@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from stic_ray.core.config import PoolConfig, RunConfig
 from stic_ray.core.errors import SourceError, nearest
@@ -45,7 +46,8 @@ def build_pool(config: RunConfig, run: RunDir) -> dict[str, Any]:
     output = run / "pool"
     source = Location.of(config.pool.source)
     tasks = _scan_tasks(source, config.pool)
-    scan = output / f"scan-{digest([task.payload for task in tasks])}"
+    state = [(file.path, file.size, file.mtime_ns) for file in _files(source)]
+    scan = output / f"scan-{digest([state, config.pool.model_dump()])}"
     limits = ImageLimits(config.pool.min_side_px, config.pool.max_image_pixels, config.pool.max_aspect_ratio)
     job = ShardJob(
         stage="pool",
@@ -64,17 +66,20 @@ def _scan_tasks(source: Location, config: PoolConfig) -> list[ShardTask]:
     """Cut the source into parts: files of a folder, or row groups of Parquet files."""
     if not source.exists():
         raise SourceError(f"pool.source='{source.uri}' does not exist.")
-    files = source.files(recursive=True) if source.is_folder() else [source.info()]
+    files = _files(source)
     if not files:
         raise SourceError(f"pool.source='{source.uri}' is an empty folder; it needs at least one image.")
-    if all(file.path.endswith(".parquet") for file in files):
-        payloads = [part for file in files for part in _parquet_parts(source, file.path, config.image_column)]
-    else:
-        payloads = [{"paths": paths} for paths in _file_parts(files)]
+    tables = [file.path for file in files if file.path.endswith(".parquet")]
+    payloads: list[dict[str, Any]] = [p for path in tables for p in _parquet_parts(source, path, config.image_column)]
+    payloads += [{"paths": paths} for paths in _file_parts([file for file in files if file.path not in set(tables)])]
     return [ShardTask(number, payload) for number, payload in enumerate(payloads)]
 
 
-def _file_parts(files: list[Any]) -> Iterator[list[str]]:
+def _files(source: Location) -> list[fs.FileInfo]:
+    return source.files(recursive=True) if source.is_folder() else [source.info()]
+
+
+def _file_parts(files: list[fs.FileInfo]) -> Iterator[list[str]]:
     paths: list[str] = []
     num_bytes = 0
     for file in files:
@@ -83,7 +88,8 @@ def _file_parts(files: list[Any]) -> Iterator[list[str]]:
             paths, num_bytes = [], 0
         paths.append(file.path)
         num_bytes += file.size or 0
-    yield paths
+    if paths:
+        yield paths
 
 
 def _parquet_parts(source: Location, path: str, column: str) -> Iterator[dict[str, Any]]:

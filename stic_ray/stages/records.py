@@ -27,7 +27,7 @@ def read_records(uri: str, setting: str) -> tuple[Location, list[dict[str, Any]]
         if source.path.endswith(".parquet"):
             rows = _read_parquet(source)
         elif source.path.endswith(".jsonl"):
-            rows = [json.loads(line) for line in source.read().decode().splitlines() if line.strip()]
+            rows = [json.loads(line) for line in source.read().decode().split("\n") if line.strip()]
         else:
             rows = json.loads(source.read().decode())
     except (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid) as error:
@@ -51,6 +51,8 @@ def image_place(row: Mapping[str, Any], source: Location, folder: Location) -> d
         if len(image) > 1:
             return {"path": None, "row": None, "problem": f"{len(image)} images; one image per row"}
         image = image[0] if image else None
+    if isinstance(image, Mapping):
+        image = image.get("path")
     if not image:
         return {"path": None, "row": None, "problem": None}
     path = str(image)
@@ -70,10 +72,14 @@ def load_records(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Tab
     return with_images(pa.Table.from_pylist(list(rows), schema=schema), images)
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def _read_parquet(source: Location) -> list[dict[str, Any]]:
     with source.filesystem.open_input_file(source.path) as stream:
         schema = pq.read_schema(stream)
-    holds_bytes = _IMAGE in schema.names and not pa.types.is_string(schema.field(_IMAGE).type)
+    holds_bytes = _IMAGE in schema.names and not _is_text(schema.field(_IMAGE).type)
     columns = [name for name in schema.names if name != _IMAGE or not holds_bytes]
     with source.filesystem.open_input_file(source.path) as stream:
         rows = pq.read_table(stream, columns=columns).to_pylist()

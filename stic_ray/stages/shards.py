@@ -62,6 +62,11 @@ class ShardJob:
         """The family whose file marks a shard as done."""
         return list(self.families)[-1]
 
+    @property
+    def empty_family(self) -> str:
+        """The family whose file stands for a main file without rows."""
+        return f"empty-{self.main_family}"
+
 
 class _Worker:
     """Adapts a ShardWorker to rows of Ray Data."""
@@ -80,7 +85,7 @@ def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig |
     Raises UserError as the worker raised it, and StageError for any other failure: finished shards stay, and a
     rerun does the others.
     """
-    done = job.output.shard_numbers(job.main_family)
+    done = job.output.shard_numbers(job.main_family) | job.output.shard_numbers(job.empty_family)
     todo = [task for task in tasks if task.number not in done]
     if done:
         logger.info("%s: %d of %d shards are already there", job.stage, len(tasks) - len(todo), len(tasks))
@@ -133,8 +138,11 @@ def _publish(job: ShardJob, row: dict[str, Any]) -> dict[str, Any]:
     tables = {name: _unpack(data) for name, data in zip(row["names"], row["tables"], strict=True)}
     assert set(tables) == set(job.families), f"{job.stage} gave {sorted(tables)}, expected {sorted(job.families)}"
     for family, schema in job.families.items():
-        if tables[family].num_rows or family == job.main_family:
+        if tables[family].num_rows:
             job.output.write_shard(family, row["number"], tables[family], schema)
+        elif family == job.main_family:
+            # `datasets` cannot read a file without rows, so the mark that the shard is done has another name.
+            job.output.write_shard(job.empty_family, row["number"], tables[family], schema)
     return {"num_rows": sum(table.num_rows for table in tables.values())}
 
 

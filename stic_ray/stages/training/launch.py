@@ -9,7 +9,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import StageError
+from stic_ray.core.errors import ConfigError, StageError
 from stic_ray.core.rundir import RunDir, digest, row_counts
 from stic_ray.stages.training.worker import train_worker
 
@@ -24,6 +24,13 @@ def train_dpo(config: RunConfig, run: RunDir) -> dict[str, Any]:
 def train_sft(config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Train on the infused rows from the model of `dpo`; leaves the same files in `run`/sft."""
     start = (run / "dpo").location / "checkpoint"
+    infused, workers = run / "infusion", config.workers
+    mixed = infused.num_rows(["text"]) and infused.num_rows(["rows"])
+    if mixed and workers.zero_stage == 3 and workers.num_workers > 1:
+        raise ConfigError(
+            "workers.zero_stage=3 cannot train on rows with and without an image: workers would wait for each other's "
+            "vision tower for ever. Use workers.zero_stage=2, or instruction data of one kind."
+        )
     return _train("sft", config, run, (run / "infusion", ["rows", "text"]), start=start.uri)
 
 
@@ -44,7 +51,9 @@ def _train(
         "files": [shard.uri for family in families for shard in source.shards(family)],
         "start": start,
     }
-    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows])
+    # Optimiser state is cut by the number of workers, so another number starts afresh under another name.
+    cut = [workers.num_workers, workers.micro_batch, workers.zero_stage]
+    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows, cut])
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,

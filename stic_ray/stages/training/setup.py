@@ -1,5 +1,6 @@
 """From the configuration to a TRL trainer: arguments, DeepSpeed, model parts, data."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> 
     dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
     processor = load_processor(model)
     dataset = _read(files, ["image", "prompt", "chosen", "rejected"], folder)
+    # Made before TRL's arguments, which turn ZeRO-3's partitioning of every new model on.
+    adapter = _lora(model, config.tuning) if config.tuning.method == "lora" else None
     arguments = TRLDPOConfig(
         **_arguments(config, config.dpo, folder, dataset.num_rows),
         disable_dropout=False,
@@ -59,7 +62,7 @@ def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> 
         train_dataset=dataset,
         processing_class=processor,
         data_collator=PreferenceCollator(processor=processor),
-        peft_config=_lora(model, config.tuning) if config.tuning.method == "lora" else None,
+        peft_config=adapter,
     )
     if config.tuning.method == "full":
         _freeze(model_of(trainer), config.tuning)
@@ -161,7 +164,7 @@ def _read(files: Sequence[Path], columns: list[str], folder: Path) -> Dataset:
     """Map the Parquet files; images are decoded when a batch is made. The Arrow copy lives and goes with `folder`."""
     dataset = load_dataset(
         "parquet",
-        data_files=[str(file) for file in files],
+        data_files=[glob.escape(str(file)) for file in files],
         split="train",
         columns=columns,
         cache_dir=str(folder / "data"),
