@@ -155,6 +155,7 @@ class Location:
             try:
                 partial.rename(target)
             except OSError:
-                pass  # another process of this machine was first
+                if not target.exists():  # else another process of this machine was first
+                    raise
             shutil.rmtree(partial.parent)
         return target

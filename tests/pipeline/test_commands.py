@@ -83,6 +83,28 @@ def test_families_that_need_torchvision_name_the_extra(family: str, tmp_path: Pa
     assert "stic-ray[torchvision]" in refusal("--set", f"model.path={family}", folder=tmp_path)
 
 
+def test_a_run_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "file" in refusal("--run", "file", "--stages", "pool", folder=tmp_path)
+
+
+def test_evaluation_alone_scores_the_base_model_only(tmp_path: Path) -> None:
+    from tests.stages.builders import fake_script
+
+    (tmp_path / "b.jsonl").write_text(
+        '{"question": "Which?", "answer": "red"}\n{"question": "What?", "answer": "blue"}'
+    )
+    script = fake_script(tmp_path, "default: red")
+    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "--model", script, "--benchmark", "b.jsonl"]
+    command += ["--set", "model.engine=fake", "--run", "scores"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:4] for line in done.stdout.splitlines()] == [
+        ["b", "base", "describe_and_respond", "0.500"],
+        ["b", "base", "direct", "0.500"],
+    ]
+
+
 def test_a_directory_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 1)
     assert "cannot be loaded" in refusal("--set", f"model.path={pictures}", folder=tmp_path)

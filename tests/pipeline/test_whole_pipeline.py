@@ -185,6 +185,8 @@ def test_a_checkpoint_can_be_scored_alone(run: RunDir, command: list[str], tmp_p
         ("checkpoint", "describe_and_respond"),
         ("checkpoint", "direct"),
     ]
+    missing = run_job(*arguments[:-1], str(tmp_path / "t"), "--checkpoint", "nowhere", job="evaluate.py")
+    assert missing.returncode == 1 and "error: --checkpoint 'nowhere' is no folder" in missing.stderr
 
 
 def _setting(command: list[str], key: str) -> str:

@@ -12,7 +12,7 @@ from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PREDICTIONS
-from stic_ray.stages.benchmarks import read_benchmark
+from stic_ray.stages.benchmarks import read_benchmark, read_benchmarks
 from stic_ray.stages.evaluation import evaluate, summarise
 from tests.stages.builders import draw_pictures, fake_config
 
@@ -62,6 +62,31 @@ def test_questions_are_answered_directly_and_with_a_description(tmp_path: Path) 
     assert scores["describe_and_respond"]["difference"] == pytest.approx(0.5 - 0.25)
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_questions_without_ids_of_two_files_stay_apart(tmp_path: Path) -> None:
+    """Both files number their rows from 0, and their questions share a batch."""
+    for name in ("one", "two"):
+        rows = [{"question": f"Say {name} {i}", "answer": f"{name} {i}"} for i in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    script = "rules:\n" + "".join(
+        f"  - {{prompt: Say {name} {i}, answer: {name} {i}}}\n" for name in ("one", "two") for i in range(2)
+    )
+    benchmarks = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    config = fake_config(tmp_path, tmp_path, script, evaluation={"benchmarks": benchmarks})
+    output = RunDir.of(str(tmp_path / "run")) / "evaluation"
+    evaluate(config, output, {"base": None})
+    scores = output.read_json("scores.json")
+    assert [(row["benchmark"], row["score"]) for row in scores] == [("one", 1.0)] * 2 + [("two", 1.0)] * 2
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}))
+    with pytest.raises(SourceError, match="two files are called 'same'"):
+        read_benchmarks([str(tmp_path / folder / "same.jsonl") for folder in ("a", "b")])
+
+
 def test_differences_are_paired_by_question() -> None:
     """The trained model is right on two more questions of ten; the unpaired intervals would overlap widely."""
     base = [
@@ -106,6 +131,9 @@ def test_parquet_and_jsonl_hold_the_same_questions(tmp_path: Path) -> None:
         ({"question": "q", "answer": "C", "choices": ["x", "y"]}, "'C' is none of the 2 choices"),
         ({"question": "q", "answer": "A", "choices": ["x"]}, "1 choices; from 2"),
         ({"question": "q", "answer": "A", "metric": "multiple_choice"}, "go together"),
+        ({"question": "q", "answer": 1.5, "choices": ["x", "y"]}, "1.5 is none of the 2 choices"),
+        ({"question": "q", "answers": [None]}, "with text or numbers"),
+        ({"question": "q", "answer": "a", "metric": ["a"]}, "unknown metric"),
     ],
 )
 def test_a_wrong_row_is_named_in_one_line(row: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -81,12 +81,21 @@ def test_parquet_with_image_bytes_gives_the_same_rows_as_json(tmp_path: Path) ->
     in_table = [{**row, "image": {"bytes": (pictures / row["image"]).read_bytes(), "path": None}} for row in rows]
     in_table.append({"id": "text", "image": None, "conversations": turns("q", "a")})
     pq.write_table(pa.Table.from_pylist(in_table), tmp_path / "rows.parquet")
+    paths = pa.Table.from_pylist(rows)  # pandas writes its text as large_string
+    at = paths.column_names.index("image")
+    paths = paths.set_column(at, "image", paths["image"].cast(pa.large_string()))
+    pq.write_table(paths, pictures / "paths.parquet")
     found = []
-    for name, source in (("json", pictures / "rows.json"), ("parquet", tmp_path / "rows.parquet")):
+    sources = {
+        "json": pictures / "rows.json",
+        "parquet": tmp_path / "rows.parquet",
+        "paths": pictures / "paths.parquet",
+    }
+    for name, source in sources.items():
         config = fake_config(tmp_path, pictures, infusion={"source": str(source)})
         run, _ = infuse(config, tmp_path / name)
         found.append({i: (row["image"]["bytes"], row["messages"]) for i, row in rows_of(run, "rows").items()})
-    assert found[0] == found[1] and len(found[0]) == 3
+    assert found[0] == found[1] == found[2] and len(found[0]) == 3
     assert set(rows_of(RunDir.of(str(tmp_path / "parquet")), "text")) == {"text"}
 
 

@@ -139,3 +139,24 @@ def test_stored_pictures_are_what_the_model_saw(tmp_path: Path) -> None:
     stored = Image.open(io.BytesIO(rows["deep.png"]["image"]["bytes"]))
     assert stored.mode == "RGB" and stored.getpixel((0, 0)) == (128, 128, 128)
     assert rows["000.jpg"]["image"]["bytes"] == (pictures / "000.jpg").read_bytes()
+
+
+def test_a_source_that_was_mended_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "000.jpg").write_text("x")
+    config = fake_config(tmp_path, tmp_path / "pictures")
+    with pytest.raises(SourceError, match="no image that can be used"):
+        run_stages(config, tmp_path / "run", "pool")
+    draw_pictures(tmp_path / "pictures", 1)
+    assert len(index_of(run_stages(config, tmp_path / "run", "pool"))) == 1
+
+
+def test_other_files_beside_parquet_and_broken_links_are_accounted_for(tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 3)
+    pq.write_table(pa.table({"image": [(pictures / "000.jpg").read_bytes()]}), pictures / "more.parquet")
+    (pictures / "_SUCCESS").write_text("")
+    (pictures / "link.jpg").symlink_to(pictures / "nowhere.jpg")
+    run = run_stages(fake_config(tmp_path, pictures), tmp_path / "run", "pool")
+    reasons = {Path(row["path"]).name: row["reason"] for row in rejected_of(run, "pool")}
+    assert reasons == {"_SUCCESS": "empty_file", "link.jpg": "unreadable_file", "more.parquet": "duplicate"}
+    assert len(index_of(run)) == 3

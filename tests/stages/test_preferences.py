@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from datasets import Dataset, load_dataset
 from PIL import Image
 
-from stic_ray.core.errors import SourceError
+from stic_ray.core.errors import RunError, SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.method.corruption import corrupt, pixel_change
 from tests.stages.builders import (
@@ -104,6 +105,29 @@ def test_rows_too_long_to_train_on_are_rejected_with_a_count(tmp_path: Path) -> 
     assert all(row["num_image_tokens"] == 10 for row in rows)
     manifest = (run / "preferences").manifest
     assert manifest is not None and manifest["rejected_by_reason"]["too_long"] == 16 - len(rows) > 0
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_shard_without_a_pair_leaves_no_empty_pairs_file(tmp_path: Path) -> None:
+    """`datasets` cannot read a Parquet file without rows; the shard is done all the same."""
+    pictures = draw_pictures(tmp_path / "pictures", 5)
+    white_picture(pictures / "white.png")
+    config = fake_config(tmp_path, pictures, TELLING, pool={"shard_size": 1}, preferences={"hallucination_share": 0.0})
+    run = run_stages(config, tmp_path / "run", "pool", "preferences")
+    rows = load_dataset("parquet", data_files=f"{run.uri}/preferences/pairs-*.parquet", split="train")
+    assert isinstance(rows, Dataset) and rows.num_rows == len((run / "preferences").shards("pairs")) == 5
+    ((run / "preferences").location / "manifest.json").delete()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "preferences").glob("*.parquet")}
+    run_stages(config, tmp_path / "run", "preferences")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_settings_of_stages_before_must_fit_too(tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 5)
+    run_stages(fake_config(tmp_path, pictures, TELLING), tmp_path / "run", "pool")
+    with pytest.raises(RunError, match="pool.shard_size was 4, is now 3"):
+        run_stages(fake_config(tmp_path, pictures, TELLING, pool={"shard_size": 3}), tmp_path / "run", "preferences")
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -18,7 +18,7 @@ from tests.stages.test_training_batches import config_for, encoded, write_pairs
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def prepare(folder: Path, num_pairs: int) -> RunDir:
+def prepare(folder: Path, num_pairs: int, *, with_text: bool = True) -> RunDir:
     """Write pairs and infused rows as the stages before would have."""
     write_pairs(folder / "preferences", num_pairs)
     messages = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A circle."}]
@@ -34,8 +34,9 @@ def prepare(folder: Path, num_pairs: int) -> RunDir:
     ]
     run = RunDir.of(str(folder))
     (run / "infusion").write_shard("rows", 0, table_of(rows, INFUSED), INFUSED)
-    text = [{**row, "id": f"t{row['id']}", "image": None} for row in rows[:2]]
-    (run / "infusion").write_shard("text", 0, table_of(text, INFUSED), INFUSED)
+    if with_text:
+        text = [{**row, "id": f"t{row['id']}", "image": None} for row in rows[:2]]
+        (run / "infusion").write_shard("text", 0, table_of(text, INFUSED), INFUSED)
     return run
 
 
@@ -76,8 +77,18 @@ def test_zero_2_lora_equals_one_process_and_sft_goes_on_from_dpo(tmp_path: Path,
     assert any(not p.equal(adapters["dpo"][n]) for n, p in adapters["sft"].items())
 
 
+def test_zero_3_lora_works_in_a_folder_with_glob_characters(tmp_path: Path, tiny_llava: Path) -> None:
+    run = prepare(tmp_path / "run [1] 50%*", 4)
+    config = config_for(tiny_llava, workers={"num_workers": 2, "micro_batch": 2, "zero_stage": 3})
+    train_dpo(config, run)
+    assert (run / "dpo").read_json("result.json")["num_nonzero_lora_b"] > 0
+    assert losses(run, "dpo", "loss/dpo")[0] == pytest.approx(math.log(2), abs=1e-6)
+    with pytest.raises(ConfigError, match="workers.zero_stage=3 cannot train on rows with and without an image"):
+        train_sft(config, run)
+
+
 def test_zero_3_full_fine_tuning_leaves_a_whole_model(tmp_path: Path, tiny_llava: Path) -> None:
-    run = prepare(tmp_path / "run", 4)
+    run = prepare(tmp_path / "run", 4, with_text=False)
     config = config_for(
         tiny_llava,
         tuning={"method": "full"},
