@@ -151,12 +151,11 @@ def test_a_source_that_was_mended_is_read_again(tmp_path: Path) -> None:
     assert len(index_of(run_stages(config, tmp_path / "run", "pool"))) == 1
 
 
-def test_other_files_beside_parquet_and_broken_links_are_accounted_for(tmp_path: Path) -> None:
+def test_other_files_beside_parquet_are_accounted_for(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 3)
     pq.write_table(pa.table({"image": [(pictures / "000.jpg").read_bytes()]}), pictures / "more.parquet")
     (pictures / "_SUCCESS").write_text("")
-    (pictures / "link.jpg").symlink_to(pictures / "nowhere.jpg")
     run = run_stages(fake_config(tmp_path, pictures), tmp_path / "run", "pool")
     reasons = {Path(row["path"]).name: row["reason"] for row in rejected_of(run, "pool")}
-    assert reasons == {"_SUCCESS": "empty_file", "link.jpg": "unreadable_file", "more.parquet": "duplicate"}
+    assert reasons == {"_SUCCESS": "empty_file", "more.parquet": "duplicate"}
     assert len(index_of(run)) == 3
