@@ -148,6 +148,7 @@ class Location:
         if not target.exists():
             partial = Path(tempfile.mkdtemp(prefix="stic_ray_")) / "content"
             if self.is_folder():
+                partial.mkdir()
                 fs.copy_files(self.path, str(partial), source_filesystem=self.filesystem)
             else:
                 partial.write_bytes(self.read())
