@@ -5,8 +5,10 @@ that holds its tables as Arrow IPC bytes: Ray Data splits and merges blocks on t
 travel encoded. The file of the main family is published last, so its presence says that the shard is done.
 """
 
+import builtins
 import json
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,7 @@ import ray.exceptions
 from ray.data import ActorPoolStrategy, Dataset
 from ray.util.annotations import RayDeprecationWarning
 
+from stic_ray.core import errors
 from stic_ray.core.config import ActorsConfig
 from stic_ray.core.errors import StageError, UserError
 from stic_ray.core.rundir import RunDir
@@ -158,19 +161,24 @@ def _unpack(data: bytes) -> pa.Table:
 
 
 def _explain(stage: str, error: BaseException) -> Exception:
-    """Return the user's error inside a failed task, or a StageError that names the stage and the cause."""
-    cause: BaseException | None = error
-    while cause is not None:
-        inner = getattr(cause, "cause", None)
-        if isinstance(cause, UserError):
-            return cause
-        if isinstance(inner, UserError):
-            return inner
-        if isinstance(inner, OSError):
-            return StageError(f"{stage} could not read or write: {inner}. Mend this and run the same command again.")
-        cause = inner or cause.__cause__
-    last_line = [line for line in str(error).splitlines() if line.strip()][-1:]
-    return StageError(f"{stage} stopped: {last_line[0].strip() if last_line else type(error).__name__}")
+    """Return the error that a task or actor raised as the user's own, or as a StageError with stage and cause.
+
+    Ray hands the remote traceback over as text, with the exception that came first on its first unindented line.
+    """
+    lines = str(error).splitlines()
+    raised = [match for line in lines if (match := re.match(r"([\w.]+(?:Error|Exception)): (.+)", line))]
+    ours = (match for match in raised if match[1].startswith("stic_ray."))  # says more than what it was raised from
+    first = next(ours, None) or next((match for match in raised if not match[1].startswith("ray.")), None)
+    if first is None:
+        last = next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
+        return StageError(f"{stage} stopped: {last}")
+    name, message = first[1].rsplit(".", 1)[-1], first[2].strip()
+    kind = getattr(errors if first[1].startswith("stic_ray.") else builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, UserError):
+        return kind(message)
+    if isinstance(kind, type) and issubclass(kind, OSError):
+        return StageError(f"{stage} could not read or write: {message}. Mend this and run the same command again.")
+    return StageError(f"{stage} stopped: {name}: {message}")
 
 
 class _Progress:

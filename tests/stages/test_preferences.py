@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 from datasets import Dataset, load_dataset
 from PIL import Image
 
-from stic_ray.core.errors import RunError, SourceError
+from stic_ray.core.errors import ModelError, RunError, SourceError, StageError
 from stic_ray.core.rundir import RunDir
 from stic_ray.method.corruption import corrupt, pixel_change
+from stic_ray.stages.preferences import build_preferences
 from tests.stages.builders import (
     TELLING,
     draw_pictures,
@@ -146,6 +148,30 @@ def test_only_the_missing_shard_is_done_again(tmp_path: Path) -> None:
     assert pairs_of(again).equals(before)
     now = {shard.name: os.stat(shard.path).st_mtime_ns for shard in output.shards("pairs")}
     assert {name for name in now if now[name] != written[name]} == {"pairs-000001.parquet"}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_shard_that_cannot_be_written_stops_the_stage_in_one_line(tmp_path: Path) -> None:
+    """A folder stands where a shard belongs; the other shards stay, and the rerun after mending does the rest."""
+    pictures = draw_pictures(tmp_path / "pictures", 8)
+    config = fake_config(tmp_path, pictures, TELLING)
+    obstacle = tmp_path / "run" / "preferences" / "pairs-000001.parquet" / "in the way"
+    obstacle.mkdir(parents=True)
+    with pytest.raises(StageError, match="preferences could not read or write: .*pairs-000001.parquet") as caught:
+        run_stages(config, tmp_path / "run", "pool", "preferences")
+    assert "\n" not in str(caught.value) and "run the same command again" in str(caught.value)
+    shutil.rmtree(obstacle.parent)
+    assert pairs_of(run_stages(config, tmp_path / "run", "preferences")).num_rows == 8
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_model_that_an_actor_cannot_load_is_the_users_error(tmp_path: Path) -> None:
+    """The engine's script is gone when the actor starts: an error inside its constructor."""
+    config = fake_config(tmp_path, tmp_path, model={"engine": "fake", "path": str(tmp_path / "nowhere.yaml")})
+    draw_pictures(tmp_path / "pictures", 2)
+    run_stages(fake_config(tmp_path, tmp_path / "pictures"), tmp_path / "run", "pool")
+    with pytest.raises(ModelError, match="nowhere.yaml"):
+        build_preferences(config, RunDir.of(str(tmp_path / "run")))
 
 
 def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path) -> None:
