@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from stic_ray.core.config import PoolConfig
 from stic_ray.core.schemas import Reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -31,6 +32,11 @@ class ImageLimits:
     min_side_px: int
     max_pixels: int
     max_aspect_ratio: float
+
+    @staticmethod
+    def of(pool: PoolConfig) -> "ImageLimits":
+        """Return the limits that a pool's settings say; they hold for every image that a user brings."""
+        return ImageLimits(pool.min_side_px, pool.max_image_pixels, pool.max_aspect_ratio)
 
 
 @dataclass(frozen=True)
@@ -63,23 +69,28 @@ def inspect(encoded: bytes, limits: ImageLimits) -> ImageFacts:
         return ImageFacts(width, height, _format_name(image), mode)
 
 
-def decode(encoded: bytes) -> Image.Image:
+def decode(encoded: bytes, limits: ImageLimits | None = None) -> Image.Image:
     """Return the picture upright and in 8-bit RGB, whatever its mode; of an animation, the first frame.
 
-    Transparent parts become white, 16-bit values are scaled to 8 bits. Raises ImageRejected.
+    Transparent parts become white, 16-bit values are scaled to 8 bits. Images that did not pass `inspect` need
+    `limits`. Raises ImageRejected.
     """
     with _open(encoded) as image:
+        if limits is not None:
+            _check_limits(*image.size, limits)
         _load(image)
-        return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) not in (None, 1) else image)
+        return _upright_rgb(image)
 
 
-def decode_for_storage(encoded: bytes) -> tuple[Image.Image, bytes]:
+def decode_for_storage(encoded: bytes, limits: ImageLimits | None = None) -> tuple[Image.Image, bytes]:
     """Return the picture as `decode` does, and the bytes to store so that every reader sees the same one.
 
     Bytes that any reader would show alike (upright, RGB, one frame) are kept as they came, others become PNG.
     Raises ImageRejected.
     """
     with _open(encoded) as image:
+        if limits is not None:
+            _check_limits(*image.size, limits)
         _load(image)
         plain = (
             image.mode == "RGB"
@@ -88,7 +99,7 @@ def decode_for_storage(encoded: bytes) -> tuple[Image.Image, bytes]:
             and "transparency" not in image.info
             and getattr(image, "n_frames", 1) == 1
         )
-    picture = decode(encoded)
+        picture = _upright_rgb(image)
     return picture, encoded if plain else encode_png(picture)
 
 
@@ -149,6 +160,10 @@ def _orientation(image: Image.Image) -> int | None:
 
 def _format_name(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else str(image.format)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) not in (None, 1) else image)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

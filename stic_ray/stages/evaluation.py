@@ -17,7 +17,7 @@ from stic_ray.core.schemas import PREDICTIONS, REJECTED, Reason, table_of
 from stic_ray.core.storage import Location
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
-from stic_ray.method.images import ImageLimits, ImageRejected, decode, inspect
+from stic_ray.method.images import ImageLimits, ImageRejected, decode
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.scoring import METRICS, choice_lines, read_choice
@@ -93,8 +93,7 @@ class Examinee:
         self.name = name
         self.prompts = prompts
         self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
-        pool = config.pool
-        self.limits = ImageLimits(pool.min_side_px, pool.max_image_pixels, pool.max_aspect_ratio)
+        self.limits = ImageLimits.of(config.pool)
 
     def __call__(self, shard: pa.Table) -> Tables:
         """Return two predictions, or two rejected rows, for each question."""
@@ -119,8 +118,7 @@ class Examinee:
         if row["fetch_error"] is not None:
             return Rejection(Reason.UNREADABLE_FILE, row["fetch_error"])
         try:
-            inspect(row["encoded"] or b"", self.limits)
-            return decode(row["encoded"])
+            return decode(row["encoded"] or b"", self.limits)
         except ImageRejected as error:
             return Rejection(error.reason, error.message)
 

@@ -18,7 +18,7 @@ from stic_ray.core.schemas import INFUSED, REJECTED, Reason, table_of
 from stic_ray.core.storage import Location
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
-from stic_ray.method.images import ImageLimits, ImageRejected, decode_for_storage, inspect
+from stic_ray.method.images import ImageLimits, ImageRejected, decode_for_storage
 from stic_ray.method.infusion import Messages, infuse, read_conversation
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, load_prompts
@@ -94,8 +94,7 @@ class Infuser:
         self.prompts = prompts
         self.engine = open_engine(config.model, config.actors, checkpoint.local_copy())
         self.sampling = Sampling(config.infusion.max_new_tokens, config.infusion.temperature)
-        pool = config.pool
-        self.limits = ImageLimits(pool.min_side_px, pool.max_image_pixels, pool.max_aspect_ratio)
+        self.limits = ImageLimits.of(config.pool)
 
     def __call__(self, shard: pa.Table) -> Tables:
         """Return infused, text-only and rejected rows, together as many as the shard has."""
@@ -135,8 +134,7 @@ class Infuser:
         if row["fetch_error"] is not None:
             return Rejection(Reason.UNREADABLE_FILE, row["fetch_error"])
         try:
-            inspect(row["encoded"] or b"", self.limits)
-            picture, stored = decode_for_storage(row["encoded"])
+            picture, stored = decode_for_storage(row["encoded"] or b"", self.limits)
         except ImageRejected as error:
             return Rejection(error.reason, error.message)
         return {**found, "picture": picture, "image": {"bytes": stored, "path": row["path"]}}

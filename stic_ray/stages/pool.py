@@ -48,7 +48,7 @@ def build_pool(config: RunConfig, run: RunDir) -> dict[str, Any]:
     tasks = _scan_tasks(source, config.pool)
     state = [(file.path, file.size, file.mtime_ns) for file in _files(source)]
     scan = output / f"scan-{digest([state, config.pool.model_dump()])}"
-    limits = ImageLimits(config.pool.min_side_px, config.pool.max_image_pixels, config.pool.max_aspect_ratio)
+    limits = ImageLimits.of(config.pool)
     job = ShardJob(
         stage="pool",
         output=scan,
