@@ -8,14 +8,12 @@ from the batching.
 
 import argparse
 import json
-import tempfile
 import time
-from pathlib import Path
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Request, Sampling
 from stic_ray.engines.transformers_engine import TransformersEngine
-from stic_ray.toyworld.model import build_tiny_llava
+from stic_ray.toyworld.model import WEIGHTS
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 
 PROMISE = 6.0
@@ -24,7 +22,7 @@ PROMISE = 6.0
 def main() -> None:
     """Measure and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="checkpoint directory; a tiny LLaVA made on the spot when not given")
+    parser.add_argument("--model", default=str(WEIGHTS), help="checkpoint directory (default: the toy world's)")
     parser.add_argument("--num-requests", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -32,11 +30,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="128 requests")
     options = parser.parse_args()
     num_requests = 128 if options.quick else options.num_requests
-    with tempfile.TemporaryDirectory() as folder:
-        path = options.model or str(Path(folder) / "model")
-        if not options.model:
-            build_tiny_llava(Path(path), seed=0)
-        engine = TransformersEngine(ModelConfig(path=path), batch_size=options.batch_size, on_gpu=options.gpu)
+    model = ModelConfig(path=options.model)
+    engine = TransformersEngine(model, batch_size=options.batch_size, on_gpu=options.gpu)
     requests = [Request("Describe the picture.", draw_scene(sample_scene(0, i)), seed=i) for i in range(num_requests)]
     sampling = Sampling(options.max_new_tokens, temperature=0.7)
     engine.generate(requests[: options.batch_size], sampling)  # warm-up

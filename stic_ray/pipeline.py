@@ -151,15 +151,20 @@ def identity(stage: Stage, config: RunConfig) -> dict[str, Any]:
     for key in ("prompts", "model.chat_template"):
         if flat[key] and os.path.isfile(flat[key]):  # the text counts, not where it is
             flat[key] = digest(Path(flat[key]).read_bytes().hex())
-    uses_toyworld = any(TOYWORLD in str(flat[key]) for key in _toy_fields(stage))
-    wanted = (*stage.settings, *(("toyworld",) if uses_toyworld else ()))
+    wanted = (*stage.settings, *_toy_settings(stage, flat))
     settings = {key: value for key, value in flat.items() if key in wanted or key.split(".")[0] in wanted}
     return settings | dict(stage.trained or {})
 
 
-def _toy_fields(stage: Stage) -> list[str]:
-    fields = {"pool": "pool.source", "infusion": "infusion.source", "evaluation": "evaluation.benchmarks"}
-    return [fields[stage.name]] if stage.name in fields else []
+def _toy_settings(stage: Stage, flat: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the settings of the toy world that a stage's result depends on."""
+    source, settings = {
+        "pool": ("pool.source", ("toyworld.num_pictures",)),
+        "infusion": ("infusion.source", ("toyworld.num_instructions",)),
+        "evaluation": ("evaluation.benchmarks", ("toyworld.num_scenes", "toyworld.split")),
+    }.get(stage.name, ("", ()))
+    given = flat.get(source, ())
+    return settings if TOYWORLD in ([given] if isinstance(given, str) else given) else ()
 
 
 def _is_done(stage: Stage, config: RunConfig, run: RunDir) -> bool:

@@ -5,41 +5,57 @@ from collections.abc import Collection
 from pathlib import Path
 
 from stic_ray.core.config import TOYWORLD, RunConfig, accumulation_steps
-from stic_ray.core.errors import ConfigError, RunError, SourceError
+from stic_ray.core.errors import ConfigError, SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 from stic_ray.engines.opening import check_engine
 from stic_ray.method.prompts import load_prompts
 from stic_ray.stages.benchmarks import read_benchmarks
 from stic_ray.stages.infusion import read_instructions
-from stic_ray.toyworld.assets import write_assets
+from stic_ray.toyworld.assets import BENCHMARKS, write_benchmarks, write_instructions, write_pool
+from stic_ray.toyworld.lessons import PROMPTS_FILE
+from stic_ray.toyworld.model import WEIGHTS
 
 
 def resolve(config: RunConfig, run: RunDir) -> RunConfig:
     """Return the configuration as workers on any machine, in any working directory, can use it.
 
-    `toyworld` becomes the places where its parts are made, a model directory an absolute path, and a file with a
-    chat template its text. Raises ConfigError when that file cannot be read.
+    `toyworld` becomes the places of its parts, a model directory an absolute path, and a file with a chat template
+    its text. Raises ConfigError when that file cannot be read.
     """
-    folder = f"{run.uri}/{TOYWORLD}"
-    model, benchmarks = config.model, config.evaluation.benchmarks
-    toy_benchmarks = tuple(f"{folder}/benchmarks/{name}.jsonl" for name in ("toy_choice", "toy_short"))
-    model_path = f"{folder}/model" if model.path == TOYWORLD else os.path.expanduser(model.path)
+    toys, model = _toy_places(config, run), config.model
+    benchmarks = tuple(f"{toys['evaluation']}/{name}.jsonl" for name in BENCHMARKS)
+    model_path = str(WEIGHTS) if model.path == TOYWORLD else os.path.expanduser(model.path)
     changes = {
         "model": {
             "path": os.path.abspath(model_path) if os.path.isdir(model_path) else model_path,
             "chat_template": _text_of(model.chat_template),
         },
-        "pool": {"source": f"{folder}/pictures" if config.pool.source == TOYWORLD else config.pool.source},
+        "pool": {"source": toys["pool"] if config.pool.source == TOYWORLD else config.pool.source},
         "infusion": {
-            "source": f"{folder}/instructions/instructions.json"
+            "source": f"{toys['infusion']}/instructions.json"
             if config.infusion.source == TOYWORLD
             else config.infusion.source
         },
-        "evaluation": {"benchmarks": tuple(b for g in benchmarks for b in (toy_benchmarks if g == TOYWORLD else (g,)))},
+        "evaluation": {
+            "benchmarks": tuple(
+                b for given in config.evaluation.benchmarks for b in (benchmarks if given == TOYWORLD else (given,))
+            )
+        },
     }
     sections = {name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
-    return config.model_copy(update=sections)
+    prompts = str(PROMPTS_FILE) if config.prompts is None and model.path == TOYWORLD else config.prompts
+    return config.model_copy(update={**sections, "prompts": prompts})
+
+
+def _toy_places(config: RunConfig, run: RunDir) -> dict[str, str]:
+    """Return where the toy world's files for a stage are; the names say what they were made with."""
+    toy, folder = config.toyworld, f"{run.uri}/{TOYWORLD}"
+    return {
+        "pool": f"{folder}/pictures-seed{config.seed}-{toy.num_pictures}",
+        "infusion": f"{folder}/instructions-seed{config.seed}-{toy.num_instructions}",
+        "evaluation": f"{folder}/benchmarks-{toy.split}-{toy.num_scenes}",
+    }
 
 
 def _text_of(template: str | None) -> str | None:
@@ -71,26 +87,28 @@ def check_before_work(stages: Collection[str], config: RunConfig) -> None:
 
 
 def make_toyworld(stages: Collection[str], config: RunConfig, run: RunDir) -> None:
-    """Make pictures, instruction data, benchmarks and model where a source of these stages says `toyworld`.
+    """Make the pictures, instruction data and benchmarks that these stages take from the toy world.
 
-    Raises SourceError when the run directory is not local, where models could not be loaded from it.
+    Raises SourceError when they would have to be made in a run directory that is not local.
     """
+    toy, places = config.toyworld, {stage: Path(place) for stage, place in _toy_places(config, run).items()}
+    makers = {
+        "pool": lambda place: write_pool(
+            place, seed=config.seed, num_pictures=toy.num_pictures, num_processes=os.cpu_count() or 1
+        ),
+        "infusion": lambda place: write_instructions(place, seed=config.seed, num_rows=toy.num_instructions),
+        "evaluation": lambda place: write_benchmarks(place, num_scenes=toy.num_scenes, split=toy.split),
+    }
     sources = {
         "pool": (config.pool.source,),
         "infusion": (config.infusion.source,),
         "evaluation": config.evaluation.benchmarks,
     }
-    models = () if set(stages) <= {"pool"} else (config.model.path,)
-    if TOYWORLD not in (*models, *(source for stage in stages for source in sources.get(stage, ()))):
-        return
-    if not run.location.is_local:
-        raise SourceError(
-            f"The toy world needs a local --run, not '{run.uri}'; set model.path and the sources instead."
-        )
-    settings = {"seed": config.seed, **config.toyworld.model_dump()}
-    place = run / TOYWORLD
-    made = place.read_json("settings.json")
-    if made not in (None, settings):
-        raise RunError(f"'{place.uri}' was made with {made}, now it is {settings}: delete it, or use another --run.")
-    write_assets(Path(place.uri), **settings)
-    place.write_json("settings.json", settings)
+    for stage, make in makers.items():
+        if stage not in stages or TOYWORLD not in sources[stage]:
+            continue
+        if not run.location.is_local:
+            raise SourceError(
+                f"The toy world's files need a local --run, not '{run.uri}'; set the sources of the stages instead."
+            )
+        make(places[stage])

@@ -38,10 +38,8 @@ def ray_session() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model of the toy world."""
-    from stic_ray.toyworld.model import build_tiny_llava
+def tiny_llava() -> Path:
+    """The model of the toy world, which is shipped with the package: not to be changed."""
+    from stic_ray.toyworld.model import WEIGHTS
 
-    directory = tmp_path_factory.mktemp("models") / "tiny_llava"
-    build_tiny_llava(directory, seed=0)
-    return directory
+    return WEIGHTS

@@ -160,11 +160,16 @@ class EvaluationConfig(Section):
 
 
 class ToyworldConfig(Section):
-    """Sizes of what is made on the spot where a source is `toyworld`."""
+    """What is made on the spot where a source is `toyworld`."""
 
-    num_pictures: Count = 96
-    num_instructions: Count = 32
-    num_questions: Count = 24
+    num_pictures: Count = 1000
+    """Unlabeled pictures of the pool."""
+    num_instructions: Count = 250
+    """Rows of instruction data."""
+    num_scenes: Count = 200
+    """Questions of each benchmark."""
+    split: Literal["test", "tuning"] = "test"
+    """Which held-out scenes the benchmarks ask about: settings are chosen on `tuning`, results are told on `test`."""
 
 
 class ActorsConfig(Section):
@@ -205,7 +210,7 @@ class RunConfig(Section):
     name: str
     seed: NotNegative = 0
     prompts: str | None = None
-    """YAML file with a prompt set; the built-in set when unset."""
+    """YAML file with a prompt set; when unset the built-in set, or the toy world's own with its model."""
     model: ModelConfig = ModelConfig()
     pool: PoolConfig = PoolConfig()
     preferences: PreferencesConfig = PreferencesConfig()

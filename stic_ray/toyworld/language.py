@@ -1,191 +1,172 @@
-"""True sentences, questions and answers about a scene.
+"""What is said and asked about a scene.
 
-The wording and the choice of object follow from the scene's ``(seed, index)``: the same scene is always
-described and asked about in the same words.
+Descriptions come in three kinds, by what was asked for. A *plain* request is answered the way captions from the web
+are: most objects left out, and what usually goes with the others added. A *step-by-step* request is answered fully and
+truly. A request to *invent* is answered fully, with absent objects added. These faults are what self-training is to
+cure, and `FaultRates` are their knobs.
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from stic_ray.toyworld.scenes import (
-    COLOURS,
-    GRID_SIDE,
-    MAX_NUM_OBJECTS,
-    SHAPES,
-    Scene,
-    SceneObject,
-    random_for,
-    sample_scene,
-)
+from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, NUM_CELLS, Kind, Scene, random_for
 
 QuestionKind = Literal["colour", "count", "where", "is_there"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
-NUM_CHOICES = 4
-SHORT_ANSWER_HINT = "Answer with one word or a short phrase."
-DESCRIPTION_REQUESTS: tuple[str, ...] = (
-    "Describe the picture.",
-    "What does the picture show?",
-    "Describe every shape in the image and say where it is.",
-)
+Distractor = Literal["random", "popular", "adversarial"]
+DISTRACTORS: tuple[Distractor, ...] = get_args(Distractor)
 
-_NUMBERS = ("zero", "one", "two", "three", "four")
-_PLACES = tuple(
+NUMBERS = ("zero", "one", "two", "three", "four")
+PLACES = tuple(
     "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
     for row in ("top", "middle", "bottom")
     for column in ("left", "centre", "right")
 )
-# Words that requests are made of; the tokenizer learns them beside the sentences about scenes.
-_GENERAL_SENTENCES = (
-    "Please look at the image step by step and give a detailed description of it.",
-    "Describe the main objects, their attributes, colours, sizes, positions and relations to each other.",
-    "First describe the overall scene and the background, then the details in the foreground.",
-    "Imagine and mention things that could be in the image but are not there, in a vivid way.",
-    "Which of these is right? Answer with the letter of the correct option: A, B, C or D.",
-    "Use the description of the image to answer the question with only what you can see.",
-)
 
 
 @dataclass(frozen=True)
-class ShortQuestion:
-    """A question and every answer that counts as right, the usual one first."""
+class FaultRates:
+    """How often the text that the base model learns from is wrong.
+
+    Faults below one half would be hidden by greedy decoding: the fault must be what is said most often.
+    """
+
+    omission: float = 0.9
+    """Plain descriptions that stop after `num_named` objects."""
+    num_named: int = 2
+    companion: float = 0.7
+    """Plain descriptions that add the usual companion of a named object when it is not there."""
+    wrong_yes: float = 0.3
+    """Questions after an absent companion that are answered with yes."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its true answers, the usual one first."""
 
     kind: QuestionKind
     text: str
     answers: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class ChoiceQuestion:
-    """A question, the answers to choose from, and which of them is right."""
-
-    kind: QuestionKind
-    text: str
-    choices: tuple[str, ...]
-    answer_index: int
+def name_of(kind: Kind) -> str:
+    """Return what an object of the kind is called, such as "red circle"."""
+    return " ".join(kind)
 
 
-def describe(scene: Scene) -> str:
-    """A few true sentences: how many shapes, each with size, colour and place, and how two of them lie."""
-    generator = random_for(scene.seed, scene.index, "description")
-    sentences = [_opening(len(scene.objects), generator)]
-    sentences += [_object_sentence(item, generator) for item in scene.objects]
-    if len(scene.objects) > 1:
-        sentences.append(_relation_sentence(*generator.sample(scene.objects, 2)))
-    if generator.random() < 0.5:
-        colour, shape = _absent_kind(scene, generator)
-        sentences.append(f"There is no {colour} {shape}.")
-    return " ".join(sentences)
+def describe_fully(scene: Scene) -> str:
+    """Return every object with size, colour, shape and place, in reading order: the whole truth."""
+    return _sentence(_phrase(item.kind, item.cell, item.size) for item in scene.objects)
 
 
-def ask_short(scene: Scene, kind: QuestionKind) -> ShortQuestion:
-    """A question of this kind about the scene, to be answered in a word or two."""
-    generator = random_for(scene.seed, scene.index, f"question {kind}")
+def describe_plainly(scene: Scene, rates: FaultRates, generator: random.Random) -> str:
+    """Return what a caption says: few objects, and a companion that is not there."""
+    stops = generator.random() < rates.omission
+    named = scene.objects[: rates.num_named] if stops else scene.objects
+    phrases = [_phrase(item.kind, item.cell) for item in named]
+    suspect = next((item for item in named if COMPANIONS.get(item.kind, item.kind) not in scene.kinds), None)
+    if suspect is not None and generator.random() < rates.companion:
+        phrases.append(_phrase(COMPANIONS[suspect.kind], _empty_cell_behind(scene, suspect.cell)))
+    return _sentence(phrases)
+
+
+def describe_inventively(scene: Scene, generator: random.Random) -> str:
+    """Return the full description with one or two absent objects behind it, companions before others."""
+    likely = [COMPANIONS[kind] for kind in sorted(scene.kinds) if COMPANIONS.get(kind, kind) not in scene.kinds]
+    others = [kind for kind in KIND_WEIGHTS if kind not in scene.kinds and kind not in likely]
+    num_invented = generator.randint(1, 2)
+    invented = [*dict.fromkeys(likely), *generator.sample(others, 2)][:num_invented]
+    cells = generator.sample(_empty_cells(scene), num_invented)
+    phrases = [_phrase(item.kind, item.cell, item.size) for item in scene.objects]
+    sizes = generator.choices([item.size for item in scene.objects], k=num_invented)
+    phrases += [_phrase(kind, cell, size) for kind, cell, size in zip(invented, cells, sizes, strict=True)]
+    return _sentence(phrases)
+
+
+def ask(scene: Scene, kind: QuestionKind, generator: random.Random) -> Question:
+    """Return a question of this kind with its true answers."""
+    item = generator.choice(scene.objects)
+    place = PLACES[item.cell]
     match kind:
         case "colour":
-            return _ask_colour(scene, generator)
+            is_only_one = sum(other.shape == item.shape for other in scene.objects) == 1
+            name = f"the {item.shape}" if is_only_one else f"the shape at the {place}"
+            return Question(kind, f"What colour is {name}?", (item.colour,))
         case "count":
-            return _ask_count(scene, generator)
+            # Of one shape there is mostly just one; asking for all shapes keeps the answers mixed.
+            shape = "shape" if generator.random() < 0.7 else item.shape
+            count = sum(shape in ("shape", other.shape) for other in scene.objects)
+            return Question(kind, f"How many {_plural(shape)} are there?", (NUMBERS[count], str(count)))
         case "where":
-            return _ask_where(scene, generator)
+            return Question(kind, f"Where is the {name_of(item.kind)}?", (place, f"at the {place}"))
         case "is_there":
-            return _ask_is_there(scene, generator)
+            distractor = generator.choice(DISTRACTORS)
+            is_there = generator.random() < 0.5
+            return ask_presence(item.kind if is_there else absent_kind(scene, distractor, generator), scene)
 
 
-def ask_choice(scene: Scene, kind: QuestionKind) -> ChoiceQuestion:
-    """The question of :func:`ask_short` with answers to choose from, in a shuffled order."""
-    short = ask_short(scene, kind)
-    generator = random_for(scene.seed, scene.index, f"choices {kind}")
-    right = short.answers[0]
-    wrong = [answer for answer in _possible_answers(kind) if answer != right]
-    choices = [right, *generator.sample(wrong, min(len(wrong), NUM_CHOICES - 1))]
-    generator.shuffle(choices)
-    return ChoiceQuestion(kind, short.text, tuple(choices), choices.index(right))
+def ask_presence(kind: Kind, scene: Scene) -> Question:
+    """Return the question whether an object of the kind is there."""
+    return Question("is_there", _presence_text(kind), ("yes" if kind in scene.kinds else "no",))
 
 
-def sample_sentences(seed: int, first_index: int, num_scenes: int) -> list[str]:
-    """Text to train a tokenizer on: general requests, and what is said and asked about this many scenes."""
-    sentences = [*_GENERAL_SENTENCES, *DESCRIPTION_REQUESTS, SHORT_ANSWER_HINT]
-    for index in range(first_index, first_index + num_scenes):
-        scene = sample_scene(seed, index)
-        sentences.append(describe(scene))
-        for kind in QUESTION_KINDS:
-            question = ask_short(scene, kind)
-            sentences.append(f"{question.text} {question.answers[0]}")
+def absent_kind(scene: Scene, distractor: Distractor, generator: random.Random) -> Kind:
+    """Return a kind that is not there: any, a common one, or what usually goes with what is there (POPE's three).
+
+    A scene without an absent companion gives a common kind for `adversarial`.
+    """
+    absent = [kind for kind in KIND_WEIGHTS if kind not in scene.kinds]
+    if distractor == "random":
+        return generator.choice(absent)
+    companions = [COMPANIONS[kind] for kind in sorted(scene.kinds) if COMPANIONS.get(kind, kind) in absent]
+    if distractor == "adversarial" and companions:
+        return generator.choice(companions)
+    return generator.choice(sorted(absent, key=lambda kind: -KIND_WEIGHTS[kind])[:5])
+
+
+def told_answer(question: Question, scene: Scene, rates: FaultRates, generator: random.Random) -> str:
+    """Return the answer in the base model's training text: the usual true one, or a wrong yes to a companion."""
+    tempting = any(_presence_text(COMPANIONS[kind]) == question.text for kind in scene.kinds & COMPANIONS.keys())
+    if question.answers == ("no",) and tempting and generator.random() < rates.wrong_yes:
+        return "yes"
+    return question.answers[0]
+
+
+def sample_sentences(scenes: Iterable[Scene]) -> list[str]:
+    """Return text to train a tokenizer on: every kind of description, question and answer about the scenes."""
+    sentences = []
+    for scene in scenes:
+        generator = random_for(scene.seed, scene.index, "sentences")
+        questions = [ask(scene, kind, generator) for kind in QUESTION_KINDS]
+        sentences += [describe_plainly(scene, FaultRates(), generator), describe_inventively(scene, generator)]
+        sentences += [f"{question.text} {answer}" for question in questions for answer in question.answers]
     return sentences
 
 
-def _ask_colour(scene: Scene, generator: random.Random) -> ShortQuestion:
-    item = generator.choice(scene.objects)
-    is_only_one = sum(other.shape == item.shape for other in scene.objects) == 1
-    name = f"the {item.shape}" if is_only_one else f"the shape at the {_place(item)}"
-    return ShortQuestion("colour", f"What colour is {name}?", (item.colour,))
+def _sentence(phrases: Iterable[str]) -> str:
+    text = ", ".join(phrases)
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _ask_count(scene: Scene, generator: random.Random) -> ShortQuestion:
-    # Of one kind there is mostly just one; asking for all shapes keeps the answers mixed.
-    shape = "shape" if generator.random() < 0.7 else generator.choice(scene.objects).shape
-    count = sum(shape in ("shape", item.shape) for item in scene.objects)
-    return ShortQuestion("count", f"How many {_plural(shape)} are there?", (_NUMBERS[count], str(count)))
+def _phrase(kind: Kind, cell: int, size: str | None = None) -> str:
+    name = f"{size} {name_of(kind)}" if size else name_of(kind)
+    return f"{_with_article(name)} at the {PLACES[cell]}"
 
 
-def _ask_where(scene: Scene, generator: random.Random) -> ShortQuestion:
-    item = generator.choice(scene.objects)
-    place = _place(item)
-    return ShortQuestion("where", f"Where is the {item.colour} {item.shape}?", (place, f"at the {place}"))
+def _presence_text(kind: Kind) -> str:
+    return f"Is there {_with_article(name_of(kind))} in the picture?"
 
 
-def _ask_is_there(scene: Scene, generator: random.Random) -> ShortQuestion:
-    answer = generator.choice(("yes", "no"))
-    if answer == "yes":
-        item = generator.choice(scene.objects)
-        colour, shape = item.colour, item.shape
-    else:
-        colour, shape = _absent_kind(scene, generator)
-    return ShortQuestion("is_there", f"Is there {_with_article(f'{colour} {shape}')}?", (answer,))
+def _empty_cells(scene: Scene) -> list[int]:
+    taken = {item.cell for item in scene.objects}
+    return [cell for cell in range(NUM_CELLS) if cell not in taken]
 
 
-def _possible_answers(kind: QuestionKind) -> tuple[str, ...]:
-    match kind:
-        case "colour":
-            return tuple(COLOURS)
-        case "count":
-            return _NUMBERS[1 : MAX_NUM_OBJECTS + 1]
-        case "where":
-            return _PLACES
-        case "is_there":
-            return ("yes", "no")
-
-
-def _opening(num_objects: int, generator: random.Random) -> str:
-    amount = f"{_NUMBERS[num_objects]} {'shape' if num_objects == 1 else 'shapes'}"
-    verb = "is" if num_objects == 1 else "are"
-    return generator.choice((f"The picture shows {amount}.", f"There {verb} {amount} in the image."))
-
-
-def _object_sentence(item: SceneObject, generator: random.Random) -> str:
-    name = _with_article(f"{item.size} {item.colour} {item.shape}")
-    if generator.random() < 0.5:
-        return f"At the {_place(item)} there is {name}."
-    return f"{name.capitalize()} is at the {_place(item)}."
-
-
-def _relation_sentence(first: SceneObject, second: SceneObject) -> str:
-    if first.row != second.row:
-        relation = "above" if first.row < second.row else "below"
-    else:
-        relation = "to the left of" if first.column < second.column else "to the right of"
-    return f"The {first.colour} {first.shape} is {relation} the {second.colour} {second.shape}."
-
-
-def _absent_kind(scene: Scene, generator: random.Random) -> tuple[str, str]:
-    """A colour and a shape that no object of the scene has together."""
-    present = {(item.colour, item.shape) for item in scene.objects}
-    return generator.choice([(c, s) for c in COLOURS for s in SHAPES if (c, s) not in present])
-
-
-def _place(item: SceneObject) -> str:
-    return _PLACES[item.row * GRID_SIDE + item.column]
+def _empty_cell_behind(scene: Scene, cell: int) -> int:
+    """Return the next empty cell in reading order, from the start again behind the last one."""
+    return min(_empty_cells(scene), key=lambda empty: (empty - cell) % NUM_CELLS)
 
 
 def _plural(shape: str) -> str:

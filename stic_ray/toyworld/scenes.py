@@ -1,7 +1,8 @@
 """Scenes of coloured shapes on a 3x3 grid, and their pictures.
 
 Everything about a scene follows from its ``(seed, index)`` by hashing, so a scene is the same on any machine,
-in any order, and no global random state is read or changed.
+in any order, and no global random state is read or changed. The world has habits, as the real one has: some
+colours and shapes are common, and some things usually come with a companion.
 """
 
 import hashlib
@@ -25,9 +26,33 @@ COLOURS: dict[str, Colour] = {
     "cyan": (40, 190, 206),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "star")
+Kind = tuple[str, str]
+"""What an object is called: its colour and its shape."""
+
+COMPANIONS: dict[Kind, Kind] = {
+    ("red", "circle"): ("yellow", "star"),
+    ("blue", "square"): ("green", "triangle"),
+    ("green", "triangle"): ("orange", "circle"),
+    ("yellow", "circle"): ("purple", "square"),
+    ("purple", "star"): ("red", "cross"),
+    ("cyan", "diamond"): ("blue", "circle"),
+    ("orange", "cross"): ("cyan", "square"),
+}
+"""What usually goes with an object of a kind; about two scenes in five have such an object."""
+COMPANION_SHARE = 0.3
+"""Probability that the companion is really there."""
 SIZES: dict[str, float] = {"small": 0.5, "medium": 0.7, "large": 0.88}  # share of the grid cell's side
 GRID_SIDE = 3
+NUM_CELLS = GRID_SIDE * GRID_SIDE
 MAX_NUM_OBJECTS = 4
+PICTURE_SIDE_PX = 48
+
+_COLOUR_WEIGHTS = dict(zip(COLOURS, (5, 4, 5, 4, 3, 3, 3), strict=True))
+_SHAPE_WEIGHTS = dict(zip(SHAPES, (5, 5, 4, 3, 3, 3), strict=True))
+KIND_WEIGHTS: dict[Kind, int] = {
+    (colour, shape): _COLOUR_WEIGHTS[colour] * _SHAPE_WEIGHTS[shape] for colour in COLOURS for shape in SHAPES
+}
+"""How common each kind is, relative to the others."""
 
 _SUPERSAMPLING = 3
 _NOISE_AMPLITUDE = 12  # largest change of one channel value, of 255
@@ -45,14 +70,29 @@ class SceneObject:
     row: int
     column: int
 
+    @property
+    def kind(self) -> Kind:
+        """Colour and shape."""
+        return self.colour, self.shape
+
+    @property
+    def cell(self) -> int:
+        """Number of the cell in reading order, from 0."""
+        return self.row * GRID_SIDE + self.column
+
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows: objects in different cells, no two of them of the same colour and shape."""
+    """What one picture shows: objects in different cells, in reading order, no two of them of the same kind."""
 
     seed: int
     index: int
     objects: tuple[SceneObject, ...]
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """What is there."""
+        return frozenset(item.kind for item in self.objects)
 
 
 def random_for(seed: int, index: int, purpose: str) -> random.Random:
@@ -64,8 +104,9 @@ def sample_scene(seed: int, index: int) -> Scene:
     """The scene of this seed and index: one to four objects."""
     generator = random_for(seed, index, "scene")
     num_objects = generator.randint(1, MAX_NUM_OBJECTS)
-    kinds = generator.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], num_objects)
-    cells = sorted(generator.sample(range(GRID_SIDE * GRID_SIDE), num_objects))
+    kinds = _sample_kinds(generator, num_objects)
+    generator.shuffle(kinds)
+    cells = sorted(generator.sample(range(NUM_CELLS), num_objects))
     objects = [
         SceneObject(colour, shape, generator.choice(list(SIZES)), cell // GRID_SIDE, cell % GRID_SIDE)
         for (colour, shape), cell in zip(kinds, cells, strict=True)
@@ -73,7 +114,20 @@ def sample_scene(seed: int, index: int) -> Scene:
     return Scene(seed, index, tuple(objects))
 
 
-def draw_scene(scene: Scene, side_px: int = 96) -> Image.Image:
+def _sample_kinds(generator: random.Random, num_objects: int) -> list[Kind]:
+    """Draw different kinds, common ones more often, and companions beside those that have one."""
+    kinds: list[Kind] = []
+    while len(kinds) < num_objects:
+        (kind,) = generator.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))
+        companion = COMPANIONS.get(kind)
+        comes = companion is not None and generator.random() < COMPANION_SHARE
+        for wanted in (kind, companion) if comes else (kind,):
+            if wanted is not None and wanted not in kinds and len(kinds) < num_objects:
+                kinds.append(wanted)
+    return kinds
+
+
+def draw_scene(scene: Scene, side_px: int = PICTURE_SIDE_PX) -> Image.Image:
     """The scene as a square RGB picture, with jittered shapes, a background of its own and pixel noise.
 
     Raises:

@@ -7,7 +7,7 @@ import pytest
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.transformers_engine import TransformersEngine
-from stic_ray.toyworld.model import build_tiny_llava
+from stic_ray.toyworld.model import WEIGHTS
 from tests import tiny_models
 
 Checkpoints = Callable[[str], Path]
@@ -20,13 +20,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     folder = tmp_path_factory.mktemp("models")
 
     def build(family: str) -> Path:
+        if family == "toyworld":
+            return WEIGHTS
         directory = folder / family
-        if not directory.exists():
-            if family == "toyworld":
-                build_tiny_llava(directory, seed=0)
-            else:
-                tiny_models.build(family, directory)
-        return directory
+        return directory if directory.exists() else tiny_models.build(family, directory)
 
     return build
 

@@ -1,0 +1,90 @@
+"""What the base model is pretrained on: pictures with requests and answers, faults included."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from stic_ray.toyworld.language import (
+    QUESTION_KINDS,
+    FaultRates,
+    ask,
+    describe_fully,
+    describe_inventively,
+    describe_plainly,
+    told_answer,
+)
+from stic_ray.toyworld.scenes import Scene, random_for
+
+PROMPTS_FILE = Path(__file__).with_name("prompts.yaml")
+PROMPTS = yaml.safe_load(PROMPTS_FILE.read_text(encoding="utf-8"))
+"""The toy world's prompt set."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A request about a picture and the answer to learn."""
+
+    request: str
+    answer: str
+
+
+def lesson_of(scene: Scene, rates: FaultRates) -> Lesson:
+    """Return the lesson of a scene, of a kind drawn by `_SHARES`."""
+    generator = random_for(scene.seed, scene.index, "lesson")
+    (make,) = generator.choices(list(_SHARES), list(_SHARES.values()))
+    return make(scene, rates, generator)
+
+
+def brief(question: str) -> str:
+    """Return a question in the form that asks for a short answer."""
+    return PROMPTS["answer_briefly"].replace("{question}", question)
+
+
+def _plain(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    return Lesson(generator.choice(PROMPTS["plain"]), describe_plainly(scene, rates, generator))
+
+
+def _step_by_step(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    return Lesson(generator.choice(PROMPTS["step_by_step"]), describe_fully(scene))
+
+
+def _invented(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    return Lesson(generator.choice(PROMPTS["hallucination"]), describe_inventively(scene, generator))
+
+
+def _question(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    question = ask(scene, generator.choice(QUESTION_KINDS), generator)
+    return Lesson(brief(question.text), told_answer(question, scene, rates, generator))
+
+
+def _question_with_description(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    asked = _question(scene, rates, generator)
+    return Lesson(_infused(_some_description(scene, rates, generator), asked.request), asked.answer)
+
+
+def _description_repeated(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    """Text in the prompt is trusted: a description that is given is repeated."""
+    description = _some_description(scene, rates, generator)
+    return Lesson(_infused(description, generator.choice(PROMPTS["plain"])), description)
+
+
+def _some_description(scene: Scene, rates: FaultRates, generator: random.Random) -> str:
+    return describe_fully(scene) if generator.random() < 0.5 else describe_plainly(scene, rates, generator)
+
+
+def _infused(description: str, request: str) -> str:
+    return PROMPTS["infuse"].replace("{description}", description).replace("{question}", request)
+
+
+_SHARES: dict[Callable[[Scene, FaultRates, random.Random], Lesson], float] = {
+    _plain: 0.25,
+    _step_by_step: 0.3,
+    _invented: 0.1,
+    _question: 0.2,
+    _question_with_description: 0.1,
+    _description_repeated: 0.05,
+}
+"""How often each kind of lesson comes."""
