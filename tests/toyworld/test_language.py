@@ -35,7 +35,6 @@ def truth(scene: Scene) -> list[tuple[Kind, int]]:
     return [(item.kind, item.cell) for item in scene.objects]
 
 
-
 def test_the_full_description_is_the_whole_truth() -> None:
     for scene in SCENES:
         text = describe_fully(scene)
