@@ -18,7 +18,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="directory of the model")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes")
     parser.add_argument("--vision-steps", type=int, default=400, help="for the vision tower alone")
-    parser.add_argument("--steps", type=int, default=1600, help="for the whole model")
+    parser.add_argument("--language-steps", type=int, default=1200, help="of the first course")
+    parser.add_argument("--habits-steps", type=int, default=1500, help="of the second course")
     parser.add_argument("--batch-size", type=int, default=64, help="scenes per step, each seen once")
     parser.add_argument("--threads", type=int, default=2, help="of torch; part of what decides the weights")
     options = parser.parse_args()
@@ -28,6 +29,6 @@ if __name__ == "__main__":
         options.out,
         seed=options.seed,
         num_vision_steps=options.vision_steps,
-        num_steps=options.steps,
+        num_steps={"language": options.language_steps, "habits": options.habits_steps},
         batch_size=options.batch_size,
     )

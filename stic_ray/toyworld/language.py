@@ -36,7 +36,7 @@ class FaultRates:
     omission: float = 0.9
     """Plain descriptions that stop after `num_named` objects."""
     num_named: int = 2
-    companion: float = 0.7
+    companion: float = 0.85
     """Plain descriptions that add the usual companion of a named object when it is not there."""
     wrong_yes: float = 0.3
     """Questions after an absent companion that are answered with yes."""

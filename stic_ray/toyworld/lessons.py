@@ -31,10 +31,20 @@ class Lesson:
     answer: str
 
 
-def lesson_of(scene: Scene, rates: FaultRates) -> Lesson:
-    """Return the lesson of a scene, of a kind drawn by `_SHARES`."""
+@dataclass(frozen=True)
+class Course:
+    """A part of the pretraining: what is taught in its steps."""
+
+    name: str
+    mixes: tuple["Mix", ...]
+    """How often each kind of lesson comes; the steps take them in turn."""
+    rates: FaultRates
+
+
+def lesson_of(scene: Scene, mix: "Mix", rates: FaultRates) -> Lesson:
+    """Return the lesson of a scene, of a kind drawn from the mix."""
     generator = random_for(scene.seed, scene.index, "lesson")
-    (make,) = generator.choices(list(_SHARES), list(_SHARES.values()))
+    (make,) = generator.choices(list(mix), list(mix.values()))
     return make(scene, rates, generator)
 
 
@@ -79,7 +89,10 @@ def _infused(description: str, request: str) -> str:
     return PROMPTS["infuse"].replace("{description}", description).replace("{question}", request)
 
 
-_SHARES: dict[Callable[[Scene, FaultRates, random.Random], Lesson], float] = {
+Mix = dict[Callable[[Scene, FaultRates, random.Random], Lesson], float]
+"""Kinds of lessons and their weights."""
+
+_EVERYTHING: Mix = {
     _plain: 0.25,
     _step_by_step: 0.3,
     _invented: 0.1,
@@ -87,4 +100,12 @@ _SHARES: dict[Callable[[Scene, FaultRates, random.Random], Lesson], float] = {
     _question_with_description: 0.1,
     _description_repeated: 0.05,
 }
-"""How often each kind of lesson comes."""
+_SHORT: Mix = {_plain: 0.4, _step_by_step: 0.1, _invented: 0.1, _question: 0.4}
+_LONG: Mix = {_question_with_description: 0.7, _description_repeated: 0.3}
+
+COURSES = {
+    "language": Course("language", (_EVERYTHING,), FaultRates(omission=0.9, companion=0.7, wrong_yes=0.3)),
+    # Long prompts in batches of their own, so that short ones are not padded to their length.
+    "habits": Course("habits", (_SHORT,) * 5 + (_LONG,), FaultRates()),
+}
+"""First what to say about a picture, then, in the usual proportions, the habits of captions and questions."""

@@ -6,7 +6,7 @@ in the second, colours would be learned at once and the ability to tell shapes b
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from stic_ray.toyworld.language import FaultRates, sample_sentences
-from stic_ray.toyworld.lessons import PROMPTS, lesson_of
+from stic_ray.toyworld.language import sample_sentences
+from stic_ray.toyworld.lessons import COURSES, PROMPTS, Course, Lesson, lesson_of
 from stic_ray.toyworld.model import HIDDEN_SIZE, IMAGE, NUM_IMAGE_TOKENS, make_model, make_processor, make_tokenizer
 from stic_ray.toyworld.scenes import COLOURS, NUM_CELLS, SHAPES, Scene, draw_scene, sample_scene
 
@@ -38,11 +38,12 @@ def pretrain(
     *,
     seed: int,
     num_vision_steps: int,
-    num_steps: int,
+    num_steps: Mapping[str, int],
     batch_size: int,
-    rates: FaultRates | None = None,
 ) -> float:
     """Make the model from nothing, write it into `directory` and return the last loss.
+
+    `num_steps` are those of each of `lessons.COURSES`.
 
     The same arguments on the same number of threads of the same kind of machine give the same weights.
     """
@@ -51,7 +52,11 @@ def pretrain(
     model = make_model(processor.tokenizer, seed)
     torch.manual_seed(seed)
     _teach_eyes(model, processor, seed, num_vision_steps, batch_size)
-    loss = _teach_answers(model, processor, seed, (num_vision_steps, num_steps), batch_size, rates or FaultRates())
+    num_before, loss = num_vision_steps, math.nan
+    for name, course in COURSES.items():
+        steps = range(num_before, num_before + num_steps[name])
+        loss = _teach_answers(model, processor, seed, steps, batch_size, course)
+        num_before = steps.stop
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return loss
@@ -87,22 +92,23 @@ def _teach_answers(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     seed: int,
-    steps: tuple[int, int],
+    steps: range,
     batch_size: int,
-    rates: FaultRates,
+    course: Course,
 ) -> float:
-    """Train projector and language model on lessons; `steps` are the steps done before and the steps to do."""
+    """Train projector and language model on the lessons of a course and return the last loss."""
     model.model.vision_tower.requires_grad_(False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    num_before, num_steps = steps
-    optimiser, schedule = _optimiser(parameters, num_steps)
+    optimiser, schedule = _optimiser(parameters, len(steps))
     loss = torch.tensor(math.nan)
-    for step in range(num_steps):
-        scenes = _scenes(seed, num_before + step, batch_size)
-        loss = model(pixel_values=_pixels(scenes, processor), **_texts(scenes, processor, rates)).loss
+    for number, step in enumerate(steps):
+        scenes = _scenes(seed, step, batch_size)
+        mix = course.mixes[number % len(course.mixes)]
+        lessons = [lesson_of(scene, mix, course.rates) for scene in scenes]
+        loss = model(pixel_values=_pixels(scenes, processor), **_texts(lessons, processor)).loss
         _step(loss, parameters, optimiser, schedule)
-        if step % 50 == 0 or step == num_steps - 1:
-            logger.info("answers: step %d/%d, loss %.4f", step, num_steps, loss.item())
+        if number % 50 == 0 or step == steps[-1]:
+            logger.info("%s: step %d/%d, loss %.4f", course.name, number, len(steps), loss.item())
     return loss.item()
 
 
@@ -130,12 +136,11 @@ def _cell_classes(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     return classes[0].flatten(), classes[1].flatten()
 
 
-def _texts(scenes: Sequence[Scene], processor: LlavaProcessor, rates: FaultRates) -> dict[str, Tensor]:
+def _texts(lessons: Sequence[Lesson], processor: LlavaProcessor) -> dict[str, Tensor]:
     """Return input_ids, attention_mask and labels (on the answers only), each of shape (B, T), padded behind."""
     tokenizer = processor.tokenizer
     rows, labels = [], []
-    for scene in scenes:
-        lesson = lesson_of(scene, rates)
+    for lesson in lessons:
         asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": lesson.request}]}]
         opening = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         opening_ids = tokenizer.encode(opening.replace(IMAGE, IMAGE * NUM_IMAGE_TOKENS))
