@@ -65,7 +65,8 @@ def build_config(data: dict[str, Any]) -> RunConfig:
 
 def _assign(data: dict[str, Any], keys: list[str], text: str) -> None:
     """Set data[keys...] to the YAML value of `text`."""
-    _section_of(data, keys)[keys[-1]] = _read_value(text, is_text=_is_text(keys))
+    section = _section_of(data, keys)
+    section[keys[-1]] = _read_value(text, is_text=_is_text(keys))
 
 
 def _section_of(data: dict[str, Any], keys: list[str]) -> dict[str, Any]:
