@@ -144,7 +144,8 @@ def _check_variant(name: str, overrides: Mapping[str, Any], sizes: Sequence[int]
             )
         if isinstance(value, Mapping) and set(value) != set(sizes):
             raise ConfigError(
-                f"Variant '{name}' gives {field} by size, for {_listed(value)}; give exactly the sizes {_listed(sizes)}."
+                f"Variant '{name}' gives {field} by size, for {_listed(value)}; give exactly the sizes "
+                f"{_listed(sizes)}."
             )
 
 
