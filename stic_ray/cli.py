@@ -14,7 +14,7 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, SourceError, SticError
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.rundir import RunDir
-from stic_ray.pipeline import STAGE_NAMES, run_evaluation_alone, run_pipeline
+from stic_ray.pipeline import STAGE_NAMES, run_evaluation_alone, run_pipeline, stages_needed
 from stic_ray.plan import plan
 from stic_ray.recipes import RECIPES, recipe
 
@@ -54,11 +54,12 @@ def full_pipeline(description: str | None, arguments: Sequence[str] | None = Non
     """Run the pipeline as the command line says."""
     options_of = parser(description)
     options_of.add_argument(
-        "--stages", metavar="A,B", default=",".join(STAGE_NAMES), help=f"only these of: {', '.join(STAGE_NAMES)}"
+        "--stages", metavar="A,B", help=f"only these of: {', '.join(STAGE_NAMES)} (default: all that the scores need)"
     )
     options = options_of.parse_args(arguments)
     config, address, facts = read_config(options)
-    stages = [name.strip() for name in options.stages.split(",") if name.strip()]
+    named = stages_needed(config) if options.stages is None else options.stages.split(",")
+    stages = [name.strip() for name in named if name.strip()]
     if options.dry_run:
         print_plan(config, address, stages)
         return

@@ -27,11 +27,9 @@ StageFunction = Callable[[RunConfig, RunDir, Mapping[str, str] | None], dict[str
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: what it reads, and the settings that are part of its identity."""
+    """A stage, and the settings that are part of its identity; what it reads is `inputs_of`."""
 
     name: str
-    inputs: tuple[str, ...]
-    """Stages whose output it reads."""
     settings: tuple[str, ...]
     """Sections (or "section.field") of the configuration that its result depends on."""
     leaves: str
@@ -44,28 +42,47 @@ _IMAGES = ("pool.shard_size", "pool.min_side_px", "pool.max_image_pixels", "pool
 """Settings of the pool that also hold for images of instruction data and benchmarks."""
 
 STAGES = (
-    Stage("pool", (), ("seed", "pool"), "index-*.parquet"),
+    Stage("pool", ("seed", "pool"), "index-*.parquet"),
     Stage(
         "preferences",
-        ("pool",),
         ("seed", "prompts", "model", "preferences", "dpo.max_length_tokens", "pool.shard_size"),
         "pairs-*.parquet",
     ),
-    Stage("dpo", ("preferences",), ("seed", "model", "tuning", "dpo"), "checkpoint/"),
+    Stage("dpo", ("seed", "model", "tuning", "dpo"), "checkpoint/"),
     Stage(
         "infusion",
-        ("dpo",),
         ("seed", "prompts", "model", "infusion", "sft.max_length_tokens", *_IMAGES),
         "rows-*.parquet",
     ),
-    Stage("sft", ("dpo", "infusion"), ("seed", "model", "tuning", "sft"), "checkpoint/"),
-    Stage("evaluation", ("dpo", "sft"), ("seed", "prompts", "model", "evaluation", *_IMAGES), "scores.json"),
+    Stage("sft", ("seed", "model", "tuning", "sft"), "checkpoint/"),
+    Stage("evaluation", ("seed", "prompts", "model", "evaluation", *_IMAGES), "scores.json"),
 )
 EVALUATION = STAGES[-1]
 REPORT = "report"
 STARTED = "started.json"
 """What a stage was begun with; replaced by its manifest."""
 STAGE_NAMES = (*(stage.name for stage in STAGES), REPORT)
+_PAIRS = "dpo.pairs"
+"""Name under which the pairs of another run are recorded as an input."""
+
+
+def inputs_of(stage: Stage, config: RunConfig) -> tuple[str, ...]:
+    """Return the stages whose output a stage reads under this configuration."""
+    start = ("dpo",) if config.sft.start == "dpo" else ()
+    inputs = {
+        "preferences": ("pool",),
+        "dpo": () if config.dpo.pairs else ("preferences",),
+        "infusion": start if config.infusion.describe else (),
+        "sft": (*start, "infusion"),
+        "evaluation": tuple(model for model in config.evaluation.models if model != "base"),
+    }
+    return inputs.get(stage.name, ())
+
+
+def stages_needed(config: RunConfig) -> tuple[str, ...]:
+    """Return the stages of a whole run in order, without those that nothing in its evaluation comes from."""
+    needed = _with_inputs({EVALUATION.name, REPORT}, config)
+    return tuple(name for name in STAGE_NAMES if name in needed)
 
 
 def run_pipeline(config: RunConfig, run: RunDir, stages: Sequence[str], facts: dict[str, Any]) -> None:
@@ -75,11 +92,11 @@ def run_pipeline(config: RunConfig, run: RunDir, stages: Sequence[str], facts: d
     its input, and whatever a stage raises. What was finished stays.
     """
     check_stage_names(stages)
-    needed = _with_inputs(stages)
+    needed = _with_inputs(stages, config)
     unfinished = [stage for stage in STAGES if stage.name in needed and not _is_done(stage, config, run)]
     todo = [stage for stage in unfinished if stage.name in stages]
     if todo:
-        _check_inputs(todo, run)
+        _check_inputs(todo, config, run)
         _run(todo, config, run, facts)
     if REPORT in stages and not _report_is_current(run):
         from stic_ray.report.write import write_report  # matplotlib is for the report only
@@ -92,7 +109,8 @@ def run_evaluation_alone(config: RunConfig, run: RunDir, checkpoint: str | None,
     """Score the model of the configuration and, when given, a checkpoint that was trained from it."""
     if checkpoint is not None and not Location.of(checkpoint).is_folder():
         raise SourceError(f"--checkpoint '{checkpoint}' is no folder with an adapter or a model.")
-    stage = replace(EVALUATION, inputs=(), trained={"checkpoint": checkpoint} if checkpoint else {})
+    stage = replace(EVALUATION, trained={"checkpoint": checkpoint} if checkpoint else {})
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"models": ("base",)})})
     if not _is_done(stage, config, run):
         _run([stage], config, run, facts)
 
@@ -128,7 +146,7 @@ def _run_stage(stage: Stage, function: StageFunction, config: RunConfig, resolve
     """Run one stage and write its manifest."""
     logger.info("%s: started", stage.name)
     output = run / stage.name
-    settings = {"config": identity(stage, config), "inputs": _input_hashes(stage, run)}
+    settings = {"config": identity(stage, config), "inputs": _input_hashes(stage, config, run)}
     output.write_json(STARTED, settings)
     began_s = time.monotonic()
     accounts = function(resolved, run, stage.trained)
@@ -179,7 +197,14 @@ def _is_done(stage: Stage, config: RunConfig, run: RunDir) -> bool:
             f"Stage {stage.name} of '{run.uri}' was {how} with other settings: {differences}. "
             f"Set the old value, {way_out}"
         )
-    changed = [name for name, value in _input_hashes(stage, run).items() if value != made["inputs"].get(name)]
+    before, now = made["inputs"], _input_hashes(stage, config, run)
+    if before.keys() != now.keys():
+        sources = [" and ".join(sorted(inputs)) or "no other stage" for inputs in (before, now)]
+        raise RunError(
+            f"Stage {stage.name} of '{run.uri}' was {how} from {sources[0]}, these settings make it from "
+            f"{sources[1]}: {way_out}"
+        )
+    changed = [name for name in now if now[name] != before[name]]
     if changed:
         raise RunError(
             f"Stage {stage.name} of '{run.uri}' was {how} from another {changed[0]} than the one that is there now: "
@@ -190,12 +215,12 @@ def _is_done(stage: Stage, config: RunConfig, run: RunDir) -> bool:
     return manifest is not None
 
 
-def _with_inputs(names: Collection[str]) -> set[str]:
+def _with_inputs(names: Collection[str], config: RunConfig) -> set[str]:
     """Return the named stages and all that they are made from."""
     found = set(names)
     for stage in reversed(STAGES):
         if stage.name in found:
-            found |= set(stage.inputs)
+            found |= set(inputs_of(stage, config))
     return found
 
 
@@ -206,14 +231,17 @@ def _report_is_current(run: RunDir) -> bool:
     return report.is_file and all(report.mtime_ns >= manifest.mtime_ns for manifest in manifests if manifest.is_file)
 
 
-def _input_hashes(stage: Stage, run: RunDir) -> dict[str, str]:
-    return {name: digest((run / name).manifest) for name in stage.inputs}
+def _input_hashes(stage: Stage, config: RunConfig, run: RunDir) -> dict[str, str]:
+    manifests = {name: (run / name).manifest for name in inputs_of(stage, config)}
+    if stage.name == "dpo" and config.dpo.pairs:
+        manifests[_PAIRS] = RunDir.of(config.dpo.pairs).manifest
+    return {name: digest(manifest) for name, manifest in manifests.items()}
 
 
-def _check_inputs(todo: Sequence[Stage], run: RunDir) -> None:
+def _check_inputs(todo: Sequence[Stage], config: RunConfig, run: RunDir) -> None:
     coming = {stage.name for stage in todo}
     for stage in todo:
-        for name in stage.inputs:
+        for name in inputs_of(stage, config):
             if name not in coming and (run / name).manifest is None:
                 raise RunError(f"Stage {stage.name} needs stage {name}, which '{run.uri}' does not have; run it first.")
 

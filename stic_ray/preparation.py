@@ -18,14 +18,15 @@ from stic_ray.toyworld.assets import write_assets
 def resolve(config: RunConfig, run: RunDir) -> RunConfig:
     """Return the configuration as workers on any machine, in any working directory, can use it.
 
-    `toyworld` becomes the places where its parts are made, a model directory an absolute path, and a file with a
-    chat template its text. Raises ConfigError when that file cannot be read.
+    `toyworld` becomes the places where its parts are made, a model directory and a folder of pairs an absolute path,
+    and a file with a chat template its text. Raises ConfigError when that file cannot be read.
     """
     folder = f"{run.uri}/{TOYWORLD}"
     model, benchmarks = config.model, config.evaluation.benchmarks
     toy_benchmarks = tuple(f"{folder}/benchmarks/{name}.jsonl" for name in ("toy_choice", "toy_short"))
     model_path = f"{folder}/model" if model.path == TOYWORLD else os.path.expanduser(model.path)
     changes = {
+        "dpo": {"pairs": RunDir.of(config.dpo.pairs).uri if config.dpo.pairs else None},
         "model": {
             "path": os.path.abspath(model_path) if os.path.isdir(model_path) else model_path,
             "chat_template": _text_of(model.chat_template),
@@ -62,6 +63,13 @@ def check_before_work(stages: Collection[str], config: RunConfig) -> None:
             accumulation_steps(stage.global_batch, config.workers)
     if "pool" in stages and not Location.of(config.pool.source).exists():
         raise SourceError(f"pool.source='{config.pool.source}' does not exist.")
+    if "dpo" in stages and config.dpo.pairs:
+        pairs = RunDir.of(config.dpo.pairs)
+        if pairs.manifest is None or not pairs.shards("pairs"):
+            raise SourceError(
+                f"dpo.pairs='{config.dpo.pairs}' must hold pairs-*.parquet and the manifest.json of a finished stage; "
+                "give the folder preferences of a run."
+            )
     if "infusion" in stages:
         read_instructions(config.infusion)
     if "evaluation" in stages:

@@ -4,7 +4,7 @@ A section says *what* is computed and belongs to the identity of the stages that
 `workers`: these say *with what* it is computed, and may change between two invocations of the same run.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -14,6 +14,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
+ScoredModel = Literal["base", "dpo", "sft"]
 Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
 
 TOYWORLD = "toyworld"
@@ -101,10 +102,13 @@ class TuningConfig(Section):
 
 
 class OptimisationConfig(Section):
-    """What `dpo` and `sft` share: one pass of AdamW with a cosine schedule."""
+    """What `dpo` and `sft` share: AdamW with a cosine schedule."""
 
     learning_rate: Positive
     num_epochs: Count = 1
+    """Passes over the rows; unused where `num_steps` is set."""
+    num_steps: Count | None = None
+    """Stop after so many optimiser steps, repeating the rows as needed; `num_epochs` passes when unset."""
     global_batch: Count
     """Rows per optimiser step, over all workers and accumulation steps."""
     warmup_share: Share = 0.03
@@ -115,19 +119,26 @@ class OptimisationConfig(Section):
 
 
 class DPOConfig(OptimisationConfig):
-    """Regularised DPO (STIC Algorithm 1)."""
+    """Regularised DPO (STIC Algorithm 1), and its controls."""
 
     learning_rate: Positive = 1e-7
     global_batch: Count = 8
-    objective: Literal["paper", "released_code"] = "paper"
+    objective: Literal["paper", "released_code", "sft"] = "paper"
+    """`sft` is the control without dispreferred answers: likelihood of the preferred ones, mean over tokens."""
     beta: Positive = 0.1
-    """Strength of the pull to the reference model; lambda in the paper."""
+    """Strength of the pull to the reference model; lambda in the paper. Unused by `objective=sft`."""
     alpha: Annotated[float, Field(ge=0.0)] = 1 / 1024
-    """Weight of the summed log-probability of the preferred answer."""
+    """Weight of the summed log-probability of the preferred answer. Unused by `objective=sft`."""
+    pairs: str | None = None
+    """Folder with the pairs of another run, its `preferences`; this run's own when unset."""
+    num_images: Count | None = None
+    """Train on the pairs of the first so many images of the pool's order; all of them when unset."""
+    image: Literal["own", "blank", "shuffled"] = "own"
+    """`blank` (uniform grey of the same size) and `shuffled` (another pair's picture) are controls."""
 
 
 class InfusionConfig(Section):
-    """Instruction data, and how it is described by the model of `dpo` (STIC Algorithm 2)."""
+    """Instruction data, and how it is described by the model that `sft` starts from (STIC Algorithm 2)."""
 
     source: str = TOYWORLD
     """JSON file in the LLaVA format, or Parquet with the same columns."""
@@ -135,13 +146,18 @@ class InfusionConfig(Section):
     """Folder that the image paths are relative to; the folder of `source` when unset."""
     num_rows: Count | None = None
     """Take a seeded sample of so many rows; all of them when unset."""
+    describe: bool = True
+    """false is a control: the questions stay as they are, without a description."""
     temperature: Temperature = 0.2
     max_new_tokens: Count = 1024
     allow_truncated: bool = False
 
 
 class SFTConfig(OptimisationConfig):
-    """Likelihood fine-tuning on the infused rows, continuing the model of `dpo`."""
+    """Likelihood fine-tuning on the infused rows."""
+
+    start: Literal["dpo", "base"] = "dpo"
+    """Which model it goes on from; the same one describes the images of the rows."""
 
     learning_rate: Positive = 2e-5
     global_batch: Count = 32
@@ -152,11 +168,21 @@ class EvaluationConfig(Section):
 
     benchmarks: Annotated[tuple[str, ...], Field(min_length=1)] = (TOYWORLD,)
     """JSONL or Parquet files in the format of docs/evaluation.md."""
+    models: Annotated[tuple[ScoredModel, ...], Field(min_length=1)] = ("base", "dpo", "sft")
+    """Which models are scored; differences are to `base`, and unknown without it."""
     max_answer_tokens: Count = 128
     max_description_tokens: Count = 1024
     num_resamples: Count = 2000
     """Bootstrap resamples behind each interval."""
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
+
+    @field_validator("models")
+    @classmethod
+    def _each_once_in_order(cls, models: tuple[ScoredModel, ...]) -> tuple[ScoredModel, ...]:
+        """Order changes no score, so it must not make another run either."""
+        if len(set(models)) < len(models):
+            raise ValueError("name each model once")
+        return tuple(model for model in get_args(ScoredModel) if model in models)
 
 
 class ToyworldConfig(Section):

@@ -127,7 +127,7 @@ INFUSED = _schema(
     _column("description_prompt", pa.string(), "the prompt that asked for it", nullable=True),
     _column("finish_reason", pa.string(), "of the description: `stop` or `length`", nullable=True),
     _column("num_sequence_tokens", pa.int64(), "image and conversation, as trained on"),
-    _column("model", pa.string(), "path of the model that described"),
+    _column("model", pa.string(), "path of the model that described; null where none was asked to", nullable=True),
 )
 
 PREDICTIONS = _schema(

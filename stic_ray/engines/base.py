@@ -43,7 +43,19 @@ class Answer:
     """By how many tokens the image made the prompt longer than its text with a placeholder."""
 
 
-class Engine(Protocol):
+class TokenCounter(Protocol):
+    """Knows how long a conversation is, without the weights of a model."""
+
+    def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
+        """Return the length of a conversation in tokens, its image not counted."""
+        ...
+
+    def count_added_tokens(self, images: Sequence[Image.Image]) -> list[int]:
+        """Return by how many tokens each image makes a conversation longer than its text with a placeholder."""
+        ...
+
+
+class Engine(TokenCounter, Protocol):
     """A loaded model."""
 
     name: str
@@ -53,8 +65,4 @@ class Engine(Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request, in order."""
-        ...
-
-    def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
-        """Return the length of a conversation in tokens, its image not counted."""
         ...

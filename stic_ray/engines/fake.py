@@ -66,6 +66,10 @@ class FakeEngine:
         """Count words."""
         return sum(len(message["content"].split()) for message in messages)
 
+    def count_added_tokens(self, images: Sequence[Image.Image]) -> list[int]:
+        """Return the script's number for each image."""
+        return [self.script.num_image_tokens for _ in images]
+
     def _answer(self, request: Request, sampling: Sampling) -> Answer:
         rule = next((rule for rule in self.script.rules if rule.prompt in request.prompt), None)
         words = fill(

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
-from stic_ray.engines.base import Engine
+from stic_ray.engines.base import Engine, TokenCounter
 from stic_ray.engines.fake import FakeEngine
 
 
@@ -18,6 +18,15 @@ def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | Non
     if checkpoint is not None and adapter is None:
         model = model.model_copy(update={"path": str(checkpoint), "revision": None})
     return TransformersEngine(model, batch_size=actors.batch_size, on_gpu=actors.num_gpus > 0, adapter=adapter)
+
+
+def open_counter(model: ModelConfig) -> TokenCounter:
+    """Load what counts the tokens of the model of the run, without its weights."""
+    if model.engine == "fake":
+        return FakeEngine(model.path, 1)
+    from stic_ray.engines.transformers_engine import TransformersCounter
+
+    return TransformersCounter(model)
 
 
 def check_engine(model: ModelConfig) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from stic_ray.core.config import ModelConfig
@@ -16,7 +17,37 @@ from stic_ray.engines.rendering import render
 logger = logging.getLogger(__name__)
 
 
-class TransformersEngine:
+class TransformersCounter:
+    """A model's processor in this process."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        """Load the processor. Raises ModelError."""
+        self.processor: Any = load_processor(model)
+
+    def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
+        """Return the tokens of a conversation in the chat template, the image counted as its placeholder."""
+        return self._num_tokens(render(self.processor, messages, with_image=with_image, add_generation_prompt=False))
+
+    def count_added_tokens(self, images: Sequence[Image.Image]) -> list[int]:
+        """Return how many tokens each image adds; the text around it makes no difference."""
+        if not images:
+            return []
+        question = [{"role": "user", "content": "?"}]
+        text = render(self.processor, question, with_image=True, add_generation_prompt=True)
+        inputs = self.processor(
+            images=[[image] for image in images],
+            text=[text] * len(images),
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        return [num_tokens - self._num_tokens(text) for num_tokens in inputs["attention_mask"].sum(1).tolist()]
+
+    def _num_tokens(self, text: str) -> int:
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class TransformersEngine(TransformersCounter):
     """A model in this process."""
 
     def __init__(self, model: ModelConfig, *, batch_size: int, on_gpu: bool, adapter: Path | None = None) -> None:
@@ -25,7 +56,7 @@ class TransformersEngine:
         self.revision = fingerprint(model)
         self.batch_size = batch_size
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        self.processor: Any = load_processor(model)
+        super().__init__(model)
         weights: Any = load_model(model, dtype=choose_dtype(model, on_gpu=on_gpu), adapter=adapter)
         self.model: Any = weights.to(self.device).eval()
         ends = self.model.generation_config.eos_token_id
@@ -54,10 +85,6 @@ class TransformersEngine:
                 answers.update(zip(batch, found, strict=True))
                 waiting = waiting[len(batch) :]
         return [answers[i] for i in range(len(requests))]
-
-    def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
-        """Return the tokens of a conversation in the chat template, the image counted as its placeholder."""
-        return self._num_tokens(render(self.processor, messages, with_image=with_image, add_generation_prompt=False))
 
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
@@ -94,9 +121,6 @@ class TransformersEngine:
                 new_ids, num_image_tokens, num_prompt_tokens, texts, strict=True
             )
         ]
-
-    def _num_tokens(self, text: str) -> int:
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _read_answer(self, ids: list[int], num_image_tokens: int, num_added_tokens: int) -> Answer:
         end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)

@@ -14,11 +14,10 @@ from stic_ray.stages.training.launch import train_dpo, train_sft
 
 
 def run_evaluation(config: RunConfig, run: RunDir, trained: Mapping[str, str] | None) -> dict[str, Any]:
-    """Score the base model and what came of it: the given checkpoints, or those of `dpo` and `sft`."""
-    if trained is None:
-        trained = {stage: f"{(run / stage).uri}/checkpoint" for stage in ("dpo", "sft")}
-    models = {name: Location.of(uri) for name, uri in trained.items()}
-    return evaluate(config, run / "evaluation", {"base": None, **models})
+    """Score the models that `evaluation.models` names, and the given checkpoints."""
+    own = {name: None if name == "base" else (run / name).location / "checkpoint" for name in config.evaluation.models}
+    given = {name: Location.of(uri) for name, uri in (trained or {}).items()}
+    return evaluate(config, run / "evaluation", {**own, **given})
 
 
 FUNCTIONS: dict[str, Callable[[RunConfig, RunDir, Mapping[str, str] | None], dict[str, Any]]] = {

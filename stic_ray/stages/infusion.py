@@ -1,5 +1,7 @@
 """Stage `infusion`: instruction data whose questions carry the improved model's own description (STIC Algorithm 2).
 
+With `infusion.describe=false`, a control, the questions stay as they are, and no model is loaded.
+
 Rows with an image go to rows-*.parquet, which TRL's SFTTrainer takes as they are; rows without one are passed
 through to text-*.parquet, because TRL's collator has no place for an absent image in an image column.
 """
@@ -16,8 +18,8 @@ from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
 from stic_ray.core.schemas import INFUSED, REJECTED, Reason, table_of
 from stic_ray.core.storage import Location
-from stic_ray.engines.base import Answer, Request, Sampling
-from stic_ray.engines.opening import open_engine
+from stic_ray.engines.base import Answer, Engine, Request, Sampling, TokenCounter
+from stic_ray.engines.opening import open_counter, open_engine
 from stic_ray.method.images import ImageLimits, ImageRejected, decode_for_storage
 from stic_ray.method.infusion import Messages, infuse, read_conversation
 from stic_ray.method.preferences import Rejection
@@ -36,7 +38,8 @@ def build_infusion(config: RunConfig, run: RunDir) -> dict[str, Any]:
 
     Raises SourceError when the source is missing or of another format, or when no row is left.
     """
-    output, checkpoint = run / "infusion", (run / "dpo").location / "checkpoint"
+    output = run / "infusion"
+    checkpoint = (run / "dpo").location / "checkpoint" if config.sft.start == "dpo" else None
     rows = _sample(read_instructions(config.infusion), config)
     size = config.pool.shard_size
     tasks = [
@@ -50,7 +53,9 @@ def build_infusion(config: RunConfig, run: RunDir) -> dict[str, Any]:
         load=lambda task: load_records(task.payload["rows"], _ROWS),
         make_worker=partial(Infuser, config, load_prompts(config.prompts), checkpoint),
     )
-    run_shards(job, tasks, config.actors)
+    # Without a model, a GPU would only be held.
+    actors = config.actors if config.infusion.describe else config.actors.model_copy(update={"num_gpus": 0.0})
+    run_shards(job, tasks, actors)
     accounts = row_counts(len(rows), output.num_rows(["rows", "text"]), output.rejected_by_reason())
     if not accounts["num_rows_written"]:
         raise SourceError(
@@ -86,13 +91,16 @@ def read_instructions(config: InfusionConfig) -> list[dict[str, Any]]:
 
 
 class Infuser:
-    """Infuses the rows of a shard; owns the model of `dpo`."""
+    """Infuses the rows of a shard; owns the model that describes."""
 
-    def __init__(self, config: RunConfig, prompts: PromptSet, checkpoint: Location) -> None:
-        """Load the model that `dpo` left in `checkpoint`."""
+    def __init__(self, config: RunConfig, prompts: PromptSet, checkpoint: Location | None) -> None:
+        """Load the model that `dpo` left in `checkpoint`, the base model, or none where nothing is described."""
         self.config = config
         self.prompts = prompts
-        self.engine = open_engine(config.model, config.actors, checkpoint.local_copy())
+        self.engine: Engine | None = None
+        if config.infusion.describe:
+            self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
+        self.counter: TokenCounter = self.engine or open_counter(config.model)
         self.sampling = Sampling(config.infusion.max_new_tokens, config.infusion.temperature)
         self.limits = ImageLimits.of(config.pool)
 
@@ -111,14 +119,21 @@ class Infuser:
 
     def _infuse_all(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | Rejection]:
         prepared = [self._prepare(row) for row in rows]
-        requests = [
-            Request(self.prompts.describe, p["picture"], seed_for(self.config.seed, p["id"], "infusion"))
-            for p in prepared
-            if not isinstance(p, Rejection) and p["picture"] is not None
-        ]
-        answers = iter(self.engine.generate(requests, self.sampling))
+        seen = [p for p in prepared if not isinstance(p, Rejection) and p["picture"] is not None]
+        if self.engine is None:
+            counts = self.counter.count_added_tokens([p["picture"] for p in seen])
+            found: list[tuple[Answer | None, int]] = [(None, count) for count in counts]
+        else:
+            requests = [
+                Request(self.prompts.describe, p["picture"], seed_for(self.config.seed, p["id"], "infusion"))
+                for p in seen
+            ]
+            found = [(answer, answer.num_added_tokens) for answer in self.engine.generate(requests, self.sampling)]
+        of_pictures = iter(found)
         return [
-            p if isinstance(p, Rejection) else self._finish(p, next(answers) if p["picture"] is not None else None)
+            p
+            if isinstance(p, Rejection)
+            else self._finish(p, *(next(of_pictures) if p["picture"] is not None else (None, 0)))
             for p in prepared
         ]
 
@@ -139,7 +154,7 @@ class Infuser:
             return Rejection(error.reason, error.message)
         return {**found, "picture": picture, "image": {"bytes": stored, "path": row["path"]}}
 
-    def _finish(self, row: dict[str, Any], answer: Answer | None) -> dict[str, Any] | Rejection:
+    def _finish(self, row: dict[str, Any], answer: Answer | None, num_added_tokens: int) -> dict[str, Any] | Rejection:
         messages: Messages = row["messages"]
         if answer is not None:
             if not answer.text:
@@ -151,10 +166,10 @@ class Infuser:
                 )
             messages = infuse(messages, answer.text, self.prompts)
         try:
-            length = self.engine.count_text_tokens(messages, with_image=answer is not None)
+            length = self.counter.count_text_tokens(messages, with_image=row["picture"] is not None)
         except ModelError as error:
             return Rejection(Reason.BAD_CONVERSATION, str(error))
-        length += answer.num_added_tokens if answer else 0
+        length += num_added_tokens
         limit = self.config.sft.max_length_tokens
         if length > limit:
             return Rejection(Reason.TOO_LONG, f"{length} tokens, more than sft.max_length_tokens={limit}")
@@ -166,7 +181,7 @@ class Infuser:
             "description_prompt": self.prompts.describe if answer else None,
             "finish_reason": answer.finish_reason if answer else None,
             "num_sequence_tokens": length,
-            "model": self.engine.name,
+            "model": self.engine.name if self.engine else None,
         }
 
 

@@ -1,29 +1,37 @@
 """Stages `dpo` and `sft` on the driver: what they read, the worker group, and what is left at the end."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import ray.exceptions
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import ConfigError, StageError
-from stic_ray.core.rundir import RunDir, digest, row_counts
+from stic_ray.core.config import DPOConfig, RunConfig
+from stic_ray.core.errors import ConfigError, SourceError, StageError
+from stic_ray.core.rundir import RunDir, digest, read_shard, row_counts
+from stic_ray.core.schemas import PAIRS
+from stic_ray.core.storage import Location
 from stic_ray.stages.training.worker import train_worker
 
 _ATTEMPTS = "training"
 
 
 def train_dpo(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Train on the pairs from the base model; leaves checkpoint, metrics.jsonl and result.json in `run`/dpo."""
-    return _train("dpo", config, run, (run / "preferences", ["pairs"]), start=None)
+    """Train on the pairs from the base model; leaves checkpoint, metrics.jsonl and result.json in `run`/dpo.
+
+    Raises SourceError when `dpo.num_images` leaves no pair, or too few to exchange their pictures.
+    """
+    source = RunDir.of(config.dpo.pairs) if config.dpo.pairs else run / "preferences"
+    return _train("dpo", config, run, _choose_pairs(config.dpo, source), start=None)
 
 
 def train_sft(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Train on the infused rows from the model of `dpo`; leaves the same files in `run`/sft."""
-    start = (run / "dpo").location / "checkpoint"
+    """Train on the infused rows from the model of `sft.start`; leaves the same files in `run`/sft."""
+    start = (run / "dpo").location / "checkpoint" if config.sft.start == "dpo" else None
     infused, workers = run / "infusion", config.workers
     mixed = infused.num_rows(["text"]) and infused.num_rows(["rows"])
     if mixed and workers.zero_stage == 3 and workers.num_workers > 1:
@@ -31,25 +39,42 @@ def train_sft(config: RunConfig, run: RunDir) -> dict[str, Any]:
             "workers.zero_stage=3 cannot train on rows with and without an image: workers would wait for each other's "
             "vision tower for ever. Use workers.zero_stage=2, or instruction data of one kind."
         )
-    return _train("sft", config, run, (run / "infusion", ["rows", "text"]), start=start.uri)
+    families = ["rows", "text"]
+    rows = _Rows([shard for family in families for shard in infused.shards(family)], infused.num_rows(families))
+    return _train("sft", config, run, rows, start=start)
 
 
-def _train(
-    stage: str,
-    config: RunConfig,
-    run: RunDir,
-    data: tuple[RunDir, list[str]],
-    start: str | None,
-) -> dict[str, Any]:
-    output, (source, families) = run / stage, data
-    workers = config.workers
-    num_rows = source.num_rows(families)
+@dataclass(frozen=True)
+class _Rows:
+    """What a stage trains on: the files that hold it, and how many of their rows it is."""
+
+    shards: list[Location]
+    num_rows: int
+
+
+def _choose_pairs(settings: DPOConfig, source: RunDir) -> _Rows:
+    """Return the pairs of the first `dpo.num_images` images. Shards of another run may have any size: look inside."""
+    shards, limit = source.shards("pairs"), settings.num_images
+    num_rows = source.num_rows(["pairs"])
+    if limit is not None:
+        column = pa.schema([PAIRS.field("position")])
+        counts = [sum(p < limit for p in read_shard(shard, column)["position"].to_pylist()) for shard in shards]
+        shards, num_rows = [shard for shard, count in zip(shards, counts, strict=True) if count], sum(counts)
+    if not num_rows:
+        raise SourceError(f"dpo.num_images={limit} leaves none of the pairs in '{source.uri}'; use more images.")
+    if num_rows == 1 and settings.image == "shuffled":
+        raise SourceError("dpo.image=shuffled needs at least 2 pairs to exchange their pictures, there is 1.")
+    return _Rows(shards, num_rows)
+
+
+def _train(stage: str, config: RunConfig, run: RunDir, rows: _Rows, start: Location | None) -> dict[str, Any]:
+    output, workers, num_rows = run / stage, config.workers, rows.num_rows
     settings = {
         "stage": stage,
         "config": config.model_dump(),
         "output": output.uri,
-        "files": [shard.uri for family in families for shard in source.shards(family)],
-        "start": start,
+        "files": [shard.uri for shard in rows.shards],
+        "start": start.uri if start else None,
     }
     # Optimiser state is cut by the number of workers, so another number starts afresh under another name.
     cut = [workers.num_workers, workers.micro_batch, workers.zero_stage]

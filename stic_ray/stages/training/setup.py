@@ -1,13 +1,12 @@
-"""From the configuration to a TRL trainer: arguments, DeepSpeed, model parts, data."""
+"""From the configuration to a TRL trainer: arguments, DeepSpeed, model parts."""
 
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, Trainer
@@ -25,6 +24,7 @@ from stic_ray.core.config import (
 )
 from stic_ray.engines.loading import choose_dtype, is_adapter, load_model, load_processor, parts_of
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator
+from stic_ray.stages.training.data import as_conversations, read_pairs, read_rows
 from stic_ray.stages.training.trainers import RegularisedDPOTrainer
 
 
@@ -41,12 +41,14 @@ def start_deepspeed(workers: WorkersConfig) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if workers.num_gpus else "gloo", verbose=False)
 
 
-def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> RegularisedDPOTrainer:
+def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> RegularisedDPOTrainer | SFTTrainer:
     """Return the trainer of stage `dpo`, the policy starting from the run's base model."""
     model = config.model
+    dataset = read_pairs(config, files, folder)
+    if config.dpo.objective == "sft":
+        return _make_likelihood_trainer(config, config.dpo, as_conversations(dataset), folder, None)
     dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
     processor = load_processor(model)
-    dataset = _read(files, ["image", "prompt", "chosen", "rejected"], folder)
     # Made before TRL's arguments, which turn ZeRO-3's partitioning of every new model on.
     adapter = _lora(model, config.tuning) if config.tuning.method == "lora" else None
     arguments = TRLDPOConfig(
@@ -69,24 +71,37 @@ def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> 
     return trainer
 
 
-def make_sft_trainer(config: RunConfig, files: Sequence[Path], folder: Path, start: Path) -> SFTTrainer:
-    """Return the trainer of stage `sft`, going on from the adapter or model that `dpo` left in `start`."""
-    dtype = choose_dtype(config.model, on_gpu=config.workers.num_gpus > 0)
-    processor = load_processor(config.model)
-    dataset = _read(files, ["image", "messages"], folder)
+def make_sft_trainer(config: RunConfig, files: Sequence[Path], folder: Path, start: Path | None) -> SFTTrainer:
+    """Return the trainer of stage `sft`, going on from what `dpo` left in `start`, or from the run's base model."""
+    dataset = read_rows(files, ["image", "messages"], folder)
+    return _make_likelihood_trainer(config, config.sft, dataset, folder, start)
+
+
+def _make_likelihood_trainer(
+    config: RunConfig, settings: OptimisationConfig, dataset: Dataset, folder: Path, start: Path | None
+) -> SFTTrainer:
+    """Return a trainer on the answers of `messages`, going on from an adapter, a full model, or the base model."""
+    model = config.model
+    dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
+    processor = load_processor(model)
+    # Made before TRL's arguments, as in make_dpo_trainer.
+    adapter = _lora(model, config.tuning) if start is None and config.tuning.method == "lora" else None
     # Made before the model: ZeRO-3 partitions weights while they are loaded.
-    arguments = TRLSFTConfig(**_arguments(config, config.sft, folder, dataset.num_rows))
-    if is_adapter(start):
-        model = load_model(config.model, dtype=dtype, adapter=start, trainable=True)
+    arguments = TRLSFTConfig(**_arguments(config, settings, folder, dataset.num_rows))
+    if start is not None and is_adapter(start):
+        weights = load_model(model, dtype=dtype, adapter=start, trainable=True)
     else:
-        model = load_model(config.model.model_copy(update={"path": str(start), "revision": None}), dtype=dtype)
-        _freeze(model, config.tuning)
+        origin = model if start is None else model.model_copy(update={"path": str(start), "revision": None})
+        weights = load_model(origin, dtype=dtype)
+        if adapter is None:
+            _freeze(weights, config.tuning)
     return SFTTrainer(
-        model=model,
+        model=weights,
         args=arguments,
         train_dataset=dataset,
         processing_class=processor,
         data_collator=AnswersOnlyCollator(processor=processor),
+        peft_config=adapter,
     )
 
 
@@ -114,12 +129,13 @@ def describe_parts(trainer: Trainer) -> dict[str, Any]:
 
 def _arguments(config: RunConfig, stage: OptimisationConfig, folder: Path, num_rows: int) -> dict[str, Any]:
     workers = config.workers
-    num_steps = -(-num_rows // stage.global_batch) * stage.num_epochs
+    num_steps = stage.num_steps or -(-num_rows // stage.global_batch) * stage.num_epochs
     on_gpu = workers.num_gpus > 0
     return {
         "output_dir": str(folder),
         "seed": config.seed,
         "num_train_epochs": stage.num_epochs,
+        "max_steps": stage.num_steps or -1,
         "learning_rate": stage.learning_rate,
         "lr_scheduler_type": "cosine",
         # The first warm-up step has a learning rate of 0, so a run of one step must not be all warm-up.
@@ -158,19 +174,6 @@ def _deepspeed(workers: WorkersConfig) -> dict[str, Any]:
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,
     }
-
-
-def _read(files: Sequence[Path], columns: list[str], folder: Path) -> Dataset:
-    """Map the Parquet files; images are decoded when a batch is made. The Arrow copy lives and goes with `folder`."""
-    dataset = load_dataset(
-        "parquet",
-        data_files=[glob.escape(str(file)) for file in files],
-        split="train",
-        columns=columns,
-        cache_dir=str(folder / "data"),
-    )
-    assert isinstance(dataset, Dataset), "a split of Parquet files is a map-style dataset"
-    return dataset
 
 
 def _lora(model: ModelConfig, tuning: TuningConfig) -> LoraConfig:

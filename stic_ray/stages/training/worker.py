@@ -35,7 +35,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         files = [Location.of(uri).local_copy() for uri in settings["files"]]
         start = Location.of(settings["start"]).local_copy() if settings["start"] else None
         trainer: Trainer
-        if start is None:
+        if stage == "dpo":
             trainer = make_dpo_trainer(config, files, folder)
         else:
             trainer = make_sft_trainer(config, files, folder, start)
