@@ -89,8 +89,8 @@ def evaluate(description: str | None, arguments: Sequence[str] | None = None) ->
         known = row["low"] is not None  # one question has no spread
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]" if known else "[interval not known]"
         print(
-            f"{row['benchmark']:<20} {row['model']:<12} {row['mode']:<22} {row['score']:.3f} {interval} "
-            f"of {row['num_questions']} questions"
+            f"{row['benchmark']:<20} {row['metric']:<18} {row['model']:<12} {row['mode']:<22} "
+            f"{row['score']:.3f} {interval} of {row['num_questions']} questions"
         )
 
 

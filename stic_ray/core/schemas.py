@@ -138,10 +138,10 @@ PREDICTIONS = _schema(
     _column("prompt", pa.string(), "the question as the model got it"),
     _column("description", pa.string(), "the model's own, in describe_and_respond", nullable=True),
     _column("response", pa.string(), "what the model said"),
-    _column("prediction", pa.string(), "the answer read out of the response; empty if none was found"),
-    _column("answers", pa.list_(pa.string()), "accepted answers"),
-    _column("metric", pa.string(), "how it was scored"),
-    _column("score", pa.float64(), "0 to 1"),
+    _column("prediction", pa.string(), "the answer, or the objects, read out of the response; empty if none was found"),
+    _column("answers", pa.list_(pa.string()), "accepted answers; of metrics of objects, all that are there"),
+    _column("metric", pa.string(), "how it was scored; a question with several has a row for each"),
+    _column("score", pa.float64(), "0 to 1; the metric says whether higher is better"),
     _column("finish_reason", pa.string(), "of the response: `stop` or `length`"),
 )
 

@@ -3,6 +3,9 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from stic_ray.method.objects import any_hallucination, hallucinated_share, named_objects, object_f1
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_CHOICES = len(_LETTERS)
@@ -89,12 +92,51 @@ def relaxed_number(prediction: str, answers: Sequence[str]) -> float:
     return exact_match(prediction, answers)
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "multiple_choice": multiple_choice,
-    "exact_match": exact_match,
-    "contains": contains,
-    "vqa_accuracy": vqa_accuracy,
-    "relaxed_number": relaxed_number,
+def read_yes_no(response: str) -> str:
+    """Return the first word of a response that is "yes" or "no", or "" when there is none."""
+    found = re.search(r"(?<!\w)(?<!\w-)(?:yes|no)(?!\w|-\w)", response.casefold())
+    return found[0] if found else ""
+
+
+def yes_no(prediction: str, answers: Sequence[str]) -> float:
+    """1 when the first "yes" or "no" is the answer (POPE, Li et al. 2023)."""
+    return float(read_yes_no(prediction) in {read_yes_no(answer) for answer in answers} - {""})
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a response is scored, and how the question is asked."""
+
+    score: Callable[[str, Sequence[str], Sequence[str]], float]
+    """0 to 1, of (prediction, answers, vocabulary)."""
+    read: Callable[[str, Sequence[str]], str] = lambda response, vocabulary: response
+    """Reads the prediction out of (response, vocabulary)."""
+    higher_is_better: bool = True
+    is_open: bool = False
+    """Asks for a text, in which the objects of a vocabulary are looked for."""
+
+
+def _closed(score: Callable[[str, Sequence[str]], float]) -> Metric:
+    return Metric(lambda prediction, answers, _: score(prediction, answers))
+
+
+def _of_objects(score: Callable[[str, Sequence[str], Sequence[str]], float], *, higher_is_better: bool) -> Metric:
+    def read(response: str, vocabulary: Sequence[str]) -> str:
+        return ", ".join(named_objects(response, vocabulary))
+
+    return Metric(score, read, higher_is_better, is_open=True)
+
+
+METRICS: dict[str, Metric] = {
+    "multiple_choice": _closed(multiple_choice),
+    "exact_match": _closed(exact_match),
+    "contains": _closed(contains),
+    "vqa_accuracy": _closed(vqa_accuracy),
+    "relaxed_number": _closed(relaxed_number),
+    "yes_no": replace(_closed(yes_no), read=lambda response, _: read_yes_no(response)),
+    "object_f1": _of_objects(object_f1, higher_is_better=True),
+    "hallucinated_share": _of_objects(hallucinated_share, higher_is_better=False),
+    "any_hallucination": _of_objects(any_hallucination, higher_is_better=False),
 }
 """The metrics that a benchmark row may name."""
 

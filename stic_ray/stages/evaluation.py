@@ -5,7 +5,7 @@ The format of a benchmark is described in docs/evaluation.md.
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -32,8 +32,8 @@ BASELINE = ("base", "direct")
 def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | None]) -> dict[str, Any]:
     """Answer all benchmarks with each model (None is the run's base model), keep the answers, write scores.json.
 
-    Returns the manifest's row accounts: a row is a question in a mode for a model. Raises SourceError for a
-    benchmark that is missing or of another format.
+    Returns the manifest's row accounts: a row is a question under a metric in a mode for a model. Raises
+    SourceError for a benchmark that is missing or of another format.
     """
     questions = read_benchmarks(config.evaluation.benchmarks)
     prompts = load_prompts(config.prompts)
@@ -53,14 +53,16 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     if not predictions:
         raise SourceError(f"Not one question could be asked: {output.rejected_by_reason()}.")
     output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
-    return row_counts(len(questions) * len(MODES) * len(models), len(predictions), output.rejected_by_reason())
+    num_rows = sum(len(question["metrics"]) for question in questions) * len(MODES) * len(models)
+    return row_counts(num_rows, len(predictions), output.rejected_by_reason())
 
 
 def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig, seed: int) -> list[dict[str, Any]]:
-    """Return mean score and interval per benchmark, model and mode, and the paired difference to the base model."""
-    scores: dict[tuple[str, str, str], dict[str, float]] = {}
+    """Return mean score and interval per benchmark, metric, model and mode, paired with the base model."""
+    scores: dict[tuple[str, str, str, str], dict[str, float]] = {}
     for row in predictions:
-        scores.setdefault((row["benchmark"], row["model"], row["mode"]), {})[row["id"]] = row["score"]
+        key = (row["benchmark"], row["metric"], row["model"], row["mode"])
+        scores.setdefault(key, {})[row["id"]] = row["score"]
 
     def interval(values: Sequence[float], prefix: str) -> dict[str, float]:
         found = bootstrap_mean(
@@ -73,15 +75,30 @@ def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig
         return {name: found.mean, f"{prefix}low": found.low, f"{prefix}high": found.high}
 
     summary = []
-    for (benchmark, model, mode), by_id in sorted(scores.items()):
-        row = {"benchmark": benchmark, "model": model, "mode": mode, "num_questions": len(by_id)}
+    for (benchmark, metric, model, mode), by_id in sorted(scores.items()):
+        row = {"benchmark": benchmark, "metric": metric, "higher_is_better": METRICS[metric].higher_is_better}
+        row |= {"model": model, "mode": mode, "num_questions": len(by_id)}
         row |= {"difference": None, "difference_low": None, "difference_high": None}
-        baseline = scores.get((benchmark, *BASELINE), {})
+        baseline = scores.get((benchmark, metric, *BASELINE), {})
         both = sorted(by_id.keys() & baseline.keys())
         if both and (model, mode) != BASELINE:
             row |= interval([by_id[i] - baseline[i] for i in both], "difference_")
         summary.append({**row, **interval(list(by_id.values()), "")})
     return summary
+
+
+class _Asked(NamedTuple):
+    """A question on its way to the model."""
+
+    row: dict[str, Any]
+    picture: Any
+    prompt: str
+    max_new_tokens: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a greedy answer depends on."""
+        return self.row["path"], self.row["row"], self.prompt, self.max_new_tokens
 
 
 class Examinee:
@@ -96,14 +113,15 @@ class Examinee:
         self.limits = ImageLimits.of(config.pool)
 
     def __call__(self, shard: pa.Table) -> Tables:
-        """Return two predictions, or two rejected rows, for each question."""
+        """Return for each question a prediction, or a rejected row, per mode and metric."""
         predictions, rejected = [], []
         for batch in shard.to_batches(max_chunksize=self.config.actors.batch_size):
             asked = []
             for row in batch.to_pylist():
                 picture = self._picture(row)
                 if isinstance(picture, Rejection):
-                    rejected += [rejected_row(row["id"], row["path"] or "", picture) for _ in MODES]
+                    times = len(MODES) * len(row["metrics"])
+                    rejected += [rejected_row(row["id"], row["path"] or "", picture)] * times
                 else:
                     asked.append((row, picture))
             predictions += self._answer(asked)
@@ -123,28 +141,39 @@ class Examinee:
             return Rejection(error.reason, error.message)
 
     def _answer(self, asked: list[tuple[dict[str, Any], Any]]) -> list[dict[str, Any]]:
-        config = self.config.evaluation
-        seen = [(row, picture) for row, picture in asked if picture is not None]
-        described = self.engine.generate(
-            [Request(self.prompts.describe, picture) for _, picture in seen], Sampling(config.max_description_tokens)
-        )
-        texts = iter(answer.text for answer in described)
+        long, short = self.config.evaluation.max_description_tokens, self.config.evaluation.max_answer_tokens
+        seen = [_Asked(row, picture, self.prompts.describe, long) for row, picture in asked if picture is not None]
+        texts = iter(answer.text for answer in self._generate(seen))
         descriptions = [None if picture is None else next(texts) for _, picture in asked]
         questions = [
             (row, picture, mode, description if mode != "direct" else None)
             for (row, picture), description in zip(asked, descriptions, strict=True)
             for mode in MODES
         ]
-        prompts = [self._prompt(row, description) for row, _, _, description in questions]
-        requests = [Request(prompt, picture) for prompt, (_, picture, _, _) in zip(prompts, questions, strict=True)]
-        responses = self.engine.generate(requests, Sampling(config.max_answer_tokens))
+        requests = [
+            _Asked(row, picture, self._prompt(row, description), long if _is_open(row) else short)
+            for row, picture, _, description in questions
+        ]
+        responses = self._generate(requests)
         return [
-            self._prediction(row, mode, prompt, description, answer)
-            for (row, _, mode, description), prompt, answer in zip(questions, prompts, responses, strict=True)
+            self._prediction(row, metric, mode, request.prompt, description, answer)
+            for (row, _, mode, description), request, answer in zip(questions, requests, responses, strict=True)
+            for metric in row["metrics"]
         ]
 
+    def _generate(self, asked: Sequence[_Asked]) -> list[Answer]:
+        """Answer greedily, and only once what is asked several times of the same picture."""
+        answers: dict[tuple[Any, ...], Answer] = {}
+        for limit in sorted({each.max_new_tokens for each in asked}):
+            requests = {each.key: Request(each.prompt, each.picture) for each in asked if each.max_new_tokens == limit}
+            found = self.engine.generate(list(requests.values()), Sampling(limit))
+            answers.update(zip(requests, found, strict=True))
+        return [answers[each.key] for each in asked]
+
     def _prompt(self, row: dict[str, Any], description: str | None) -> str:
-        if row["choices"]:
+        if _is_open(row):
+            prompt = row["question"]
+        elif row["choices"]:
             prompt = fill(self.prompts.choose, question=row["question"], choices=choice_lines(row["choices"]))
         else:
             prompt = fill(self.prompts.answer_briefly, question=row["question"])
@@ -152,9 +181,11 @@ class Examinee:
         return prompt if description is None else self.prompts.infused(description, prompt)
 
     def _prediction(
-        self, row: dict[str, Any], mode: str, prompt: str, description: str | None, answer: Answer
+        self, row: dict[str, Any], metric: str, mode: str, prompt: str, description: str | None, answer: Answer
     ) -> dict[str, Any]:
-        prediction = read_choice(answer.text, row["choices"]) if row["choices"] else answer.text
+        vocabulary = row["vocabulary"] or ()
+        chosen = read_choice(answer.text, row["choices"]) if row["choices"] else None
+        prediction = METRICS[metric].read(answer.text, vocabulary) if chosen is None else chosen
         return {
             "benchmark": row["benchmark"],
             "id": row["id"],
@@ -165,10 +196,15 @@ class Examinee:
             "response": answer.text,
             "prediction": prediction,
             "answers": row["answers"],
-            "metric": row["metric"],
-            "score": METRICS[row["metric"]](prediction, row["answers"]),
+            "metric": metric,
+            "score": METRICS[metric].score(prediction, row["answers"], vocabulary),
             "finish_reason": answer.finish_reason,
         }
+
+
+def _is_open(row: Mapping[str, Any]) -> bool:
+    """Say whether a question is asked as it stands and answered at length; a row's metrics agree on it."""
+    return METRICS[row["metrics"][0]].is_open
 
 
 def _tasks(questions: list[dict[str, Any]], size: int) -> list[ShardTask]:

@@ -10,11 +10,14 @@ from stic_ray.method.scoring import (
     letter_of,
     multiple_choice,
     read_choice,
+    read_yes_no,
     relaxed_number,
     vqa_accuracy,
+    yes_no,
 )
 
 COLOURS = ("blue", "red", "dark green", "grey")
+WORLD = ("cat", "dog")
 
 
 def test_choices_are_shown_with_letters() -> None:
@@ -169,8 +172,50 @@ def test_relaxed_numbers_may_be_off_by_five_percent(prediction: str, answers: li
     assert relaxed_number(prediction, answers) == expected
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize(
+    ("response", "answer", "expected"),
+    [
+        ("Yes", "yes", 1.0),
+        ("Yes, there is.", "yes", 1.0),
+        ("**Yes**", "Yes", 1.0),
+        ("yes--it is on the left", "yes", 1.0),
+        ("No.", "no", 1.0),
+        ("NO!", "no", 1.0),
+        ("There is no dog in the picture.", "no", 1.0),
+        ("There is no dog in the picture.", "yes", 0.0),
+        ("No, yes is what I would say if there were one.", "no", 1.0),
+        ("Yes, and there is no cat.", "no", 0.0),
+        ("It is nowhere.", "no", 0.0),
+        ("None; it is not there, yesterday it was.", "no", 0.0),
+        ("A yes-man stands there.", "yes", 0.0),
+        ("No-one", "no", 0.0),
+        ("", "no", 0.0),
+        ("I cannot tell.", "yes", 0.0),
+    ],
+)
+def test_yes_no(response: str, answer: str, expected: float) -> None:
+    assert yes_no(response, [answer]) == expected
+    assert yes_no(read_yes_no(response), [answer]) == expected
+
+
+RIGHT_AND_WRONG = {"multiple_choice": ("C", "D"), "yes_no": ("yes", "no")}
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if not METRICS[name].is_open])
 def test_every_metric_gives_one_for_the_answer_and_nothing_for_silence(name: str) -> None:
-    assert METRICS[name]("c", ["C"]) == 1.0
-    assert METRICS[name]("", ["C"]) == 0.0
-    assert METRICS[name]("d", ["C"]) == 0.0
+    metric = METRICS[name]
+    right, wrong = RIGHT_AND_WRONG.get(name, ("c", "d"))
+    scores = [metric.score(metric.read(said, ()), [right], ()) for said in (right.lower(), "", wrong)]
+    assert scores == [1.0, 0.0, 0.0] and metric.higher_is_better
+
+
+def test_a_hallucination_is_worse_under_every_metric_of_objects() -> None:
+    of_objects = {name: metric for name, metric in METRICS.items() if metric.is_open}
+    assert {name: metric.higher_is_better for name, metric in of_objects.items()} == {
+        "object_f1": True,
+        "hallucinated_share": False,
+        "any_hallucination": False,
+    }
+    for metric in of_objects.values():
+        good, bad = (metric.score(metric.read(said, WORLD), ["cat"], WORLD) for said in ("A cat.", "A cat, a dog."))
+        assert (good > bad) == metric.higher_is_better and min(good, bad) >= 0 and max(good, bad) <= 1
