@@ -9,7 +9,7 @@ import numpy as np
 
 from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.randomness import seed_for
-from stic_ray.method.scaling import MIN_SIZES, Curve, FitError, Floats, fit_curve, fit_curves
+from stic_ray.method.scaling import Curve, FitError, Floats, fit_curve, fit_curves
 from stic_ray.study.plan import BASE
 from stic_ray.study.processes import DONE
 from stic_ray.study.results import Cost, Result, Series
@@ -68,7 +68,13 @@ def _grouped(
 
     def order(key: tuple[str, Series]) -> tuple[Any, ...]:
         variant, series = key
-        return series.benchmark, series.metric, variants.index(variant), _MODELS.index(series.model), series.mode != DIRECT
+        return (
+            series.benchmark,
+            series.metric,
+            variants.index(variant),
+            _MODELS.index(series.model),
+            series.mode != DIRECT,
+        )
 
     return {key: groups[key] for key in sorted(groups, key=order)}
 
@@ -154,9 +160,7 @@ def _questions(by_seed: Sequence[Mapping[str, float]]) -> Floats:
     return np.array([[value for scores in by_seed for value in scores.values()]])
 
 
-def _fit(
-    by_size: Mapping[int, list[Mapping[str, float]]], is_higher: bool, config: EvaluationConfig
-) -> dict[str, Any]:
+def _fit(by_size: Mapping[int, list[Mapping[str, float]]], is_higher: bool, config: EvaluationConfig) -> dict[str, Any]:
     """Return the fitted curve with intervals, or the reason why there is none."""
     sizes, sign = list(by_size), 1 if is_higher else -1
     ceiling = 1.0 if is_higher else 0.0
@@ -172,7 +176,9 @@ def _fit(
     return {
         "reason": None,
         "limit": sign * curve.limit,
-        **dict(zip(("limit_low", "limit_high"), _bounds([sign * each.limit for each in resamples], config), strict=True)),
+        **dict(
+            zip(("limit_low", "limit_high"), _bounds([sign * each.limit for each in resamples], config), strict=True)
+        ),
         "factor": curve.factor if curve.drop else 0.0,
         "exponent": curve.exponent if curve.drop else None,
         "note": _note(curve),

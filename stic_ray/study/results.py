@@ -78,7 +78,11 @@ def _result(known: Known, run: RunDir, home: RunDir) -> Result:
     rows: list[dict[str, Any]] = (run / "evaluation").read_json("scores.json") or []
     higher = {(row["benchmark"], row["metric"]): row["higher_is_better"] for row in rows}
     source = home / f"sources/{known.source}"
-    costs = {BASE: Cost(None, 0.0, 0.0)} if is_base else {m: _cost(m, config, run, source, known.size) for m in _models(scores)}
+    costs = (
+        {BASE: Cost(None, 0.0, 0.0)}
+        if is_base
+        else {m: _cost(m, config, run, source, known.size) for m in _models(scores)}
+    )
     return Result(known, status, None, scores, higher, costs)
 
 
@@ -94,7 +98,9 @@ def _config(run: RunDir) -> RunConfig | None:
 def _cost(model: str, config: RunConfig, run: RunDir, source: RunDir, size: int) -> Cost:
     """Add up what the stages behind a model reserved, and of the preferences the share of this prefix."""
     scored = config.evaluation.model_copy(update={"models": (model,)})
-    stages = [s for s in stages_needed(config.model_copy(update={"evaluation": scored})) if s not in (EVALUATION.name, REPORT)]
+    stages = [
+        s for s in stages_needed(config.model_copy(update={"evaluation": scored})) if s not in (EVALUATION.name, REPORT)
+    ]
     parts = [_reserved(run, stage, config, 1.0) for stage in stages]
     num_pairs = None
     if "dpo" in stages:
