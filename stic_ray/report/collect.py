@@ -12,13 +12,12 @@ from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import REJECTED
 from stic_ray.core.storage import Location
 from stic_ray.report.curves import read_curves
-from stic_ray.report.formats import label, percent, points, shortened
+from stic_ray.report.formats import shortened
 from stic_ray.report.gallery import collect_gallery
+from stic_ray.report.scores import collect_scores, headline
 
 STAGES = ("pool", "preferences", "dpo", "infusion", "sft", "evaluation")
 TRAINING_STAGES = ("dpo", "sft")
-MODELS = ("base", "dpo", "sft")
-MODES = ("direct", "describe_and_respond")
 
 MAX_REJECTED_SHARDS = 64
 """Shards of rejected rows that are searched for examples; the counts come from the manifests."""
@@ -35,7 +34,6 @@ _MANIFEST_KEYS = (
     "num_rows_rejected",
     "rejected_by_reason",
 )
-_SCORE_KEYS = ("score", "low", "high", "difference", "difference_low", "difference_high")
 _PASSWORD = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+@")
 
 
@@ -52,13 +50,13 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
     config = setup["config"] or {}
     manifests = {stage: (run / stage).manifest for stage in STAGES}
     statuses = {stage: _status(run / stage, manifests[stage]) for stage in STAGES}
-    scores = _scores(run, config)
+    scores = collect_scores(run / "evaluation", config)
     finished = [manifest["finished_at"] for manifest in manifests.values() if manifest]
     report = {
         "name": config.get("name") or run.location.name,
         "uri": run.uri,
         "finished_at": max(finished, default=None),
-        "headline": _headline(scores, statuses["evaluation"]),
+        "headline": headline(scores, statuses["evaluation"]),
         "scores": {"status": statuses["evaluation"], **scores},
         "stages": [_stage(stage, statuses[stage], manifests[stage] or {}) for stage in STAGES],
         "training": [_training(run / stage, stage, statuses[stage]) for stage in TRAINING_STAGES],
@@ -128,77 +126,6 @@ def _training(stage: RunDir, name: str, status: str) -> dict[str, Any]:
         "curves": read_curves(stage),
         "result": stage.read_json("result.json"),
     }
-
-
-def _scores(run: RunDir, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scores by benchmark; models and modes in the order of the pipeline, unknown ones behind."""
-    rows = (run / "evaluation").read_json("scores.json") or []
-    models = [*MODELS, *dict.fromkeys(row["model"] for row in rows if row["model"] not in MODELS)]
-    modes = [*MODES, *dict.fromkeys(row["mode"] for row in rows if row["mode"] not in MODES)]
-    absent = dict.fromkeys(_SCORE_KEYS)
-    cells = {(row["benchmark"], row["model"], row["mode"]): {**absent, **row} for row in rows}
-    benchmarks = []
-    for benchmark in dict.fromkeys(row["benchmark"] for row in rows):
-        own = [row for row in rows if row["benchmark"] == benchmark]
-        benchmarks.append(
-            {
-                "benchmark": benchmark,
-                "num_questions": sorted({row["num_questions"] for row in own}),
-                "modes": [mode for mode in modes if any(row["mode"] == mode for row in own)],
-                "models": [
-                    {"model": model, "cells": {mode: cells.get((benchmark, model, mode)) for mode in modes}}
-                    for model in models
-                    if any(row["model"] == model for row in own)
-                ],
-            }
-        )
-    return {"confidence": (config.get("evaluation") or {}).get("confidence"), "benchmarks": benchmarks}
-
-
-def _headline(scores: Mapping[str, Any], status: str) -> dict[str, Any]:
-    """Return the largest score change of a trained model against the base model answering directly."""
-    if status != "finished":
-        return {"best": None, "num_changes": 0, "sentence": f"Not evaluated (evaluation {status})."}
-    trained = [
-        cell
-        for benchmark in scores["benchmarks"]
-        for model in benchmark["models"]
-        if model["model"] != "base"
-        for cell in model["cells"].values()
-        if cell is not None and _is_known(cell["difference"])
-    ]
-    if not trained:
-        return {
-            "best": None,
-            "num_changes": 0,
-            "sentence": "No trained model was compared with the base model.",
-        }
-    best = max(trained, key=lambda cell: cell["difference"])
-    return {
-        "best": best,
-        "num_changes": len(trained),
-        "sentence": _headline_sentence(best, len(trained), scores["confidence"]),
-    }
-
-
-def _headline_sentence(best: Mapping[str, Any], num_changes: int, confidence: float | None) -> str:
-    low, high = best["difference_low"], best["difference_high"]
-    interval = f"{percent(confidence).removesuffix('.0')}% interval" if confidence else "interval"
-    if _is_known(low) and _is_known(high):
-        bounds = f"{interval} {points(low)} to {points(high)}"
-        zero = " The interval includes zero." if low <= 0 <= high else ""
-    else:
-        bounds, zero = f"{interval} not known", ""
-    opening = "" if best["difference"] > 0 else "No gain: "
-    which = "the only change" if num_changes == 1 else f"the largest of {num_changes} changes"
-    return (
-        f"{opening}{points(best['difference'])} points on {best['benchmark']} with {label(best['model'])}, "
-        f"{label(best['mode'])} ({bounds}), {which} against the base model answering directly.{zero}"
-    )
-
-
-def _is_known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _rejected(stage: RunDir, name: str, status: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:

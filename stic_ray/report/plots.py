@@ -107,10 +107,11 @@ def score_plot(benchmark: dict[str, Any], prefix: str) -> str | None:
         return None
     axes.set_yticks(range(len(models)), [_name(model) for model in models], parse_math=False)
     axes.set_ylim(len(models) - 0.5, -0.5)
-    axes.set_xlabel("score, %", color=_INK, fontsize=_FONT_POINTS)
+    direction = "" if benchmark["higher_is_better"] else ", lower is better"
+    axes.set_xlabel(f"score, %{direction}", color=_INK, fontsize=_FONT_POINTS)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     _legend(figure)
-    summary = f"Scores on {visible(benchmark['benchmark'])}, in percent: {'; '.join(said)}."
+    summary = f"Scores on {visible(benchmark['title'])}, in percent{direction}: {'; '.join(said)}."
     return _inline(figure, prefix, summary)
 
 

@@ -9,6 +9,7 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.report import formats
 from stic_ray.report.collect import collect
 from stic_ray.report.plots import TRAINING_CHARTS, score_plot, training_plot
+from stic_ray.report.scores import overview, verdict
 
 _PICTURES = ("clean_image", "corrupted_image")
 
@@ -50,10 +51,14 @@ def render(report: dict[str, Any]) -> str:
         formats.fact,
         formats.label,
         formats.yaml_text,
+        verdict,
     )
     environment.filters.update({word.__name__: word for word in words})
     return environment.get_template("page.html").render(
-        report=report, score_plots=_score_plots(report), training_plots=_training_plots(report)
+        report=report,
+        overview=overview(report["scores"]["benchmarks"]),
+        score_plots=_score_plots(report),
+        training_plots=_training_plots(report),
     )
 
 

@@ -16,6 +16,7 @@ from stic_ray.core.config import PreferencesConfig, RunConfig
 from stic_ray.core.rundir import RunDir, row_counts
 from stic_ray.core.schemas import PAIRS, REJECTED, table_of
 from stic_ray.method.corruption import Corruption, corrupt, draw_corruption, low_resolution, pixel_change
+from stic_ray.method.scoring import METRICS
 from stic_ray.report.collect import collect
 
 NUM_PAIRS = 36
@@ -142,28 +143,37 @@ def write_lines(stage: RunDir, lines: list[dict[str, Any]]) -> None:
     stage.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def scores() -> list[dict[str, Any]]:
+def scores_of(benchmark: str, metric: str, shift: float = 0.0, gain: float = 0.05) -> list[dict[str, Any]]:
+    """Scores of three models in both modes, each model by `gain` above the one before."""
     rows = []
-    for benchmark, shift in (("toyworld", 0.0), ("colours & <shapes>", 0.1)):
-        for i, model in enumerate(("base", "dpo", "sft")):
-            for j, mode in enumerate(("direct", "describe_and_respond")):
-                score, is_reference = 0.4 + shift + 0.05 * i + 0.02 * j, i == j == 0
-                difference = None if is_reference else 0.05 * i + 0.02 * j
-                rows.append(
-                    {
-                        "benchmark": benchmark,
-                        "model": model,
-                        "mode": mode,
-                        "num_questions": 240,
-                        "score": score,
-                        "low": score - 0.06,
-                        "high": score + 0.06,
-                        "difference": difference,
-                        "difference_low": None if difference is None else difference - 0.06,
-                        "difference_high": None if difference is None else difference + 0.06,
-                    }
-                )
+    for i, model in enumerate(("base", "dpo", "sft")):
+        for j, mode in enumerate(("direct", "describe_and_respond")):
+            score, is_reference = 0.4 + shift + gain * i + 0.02 * j, i == j == 0
+            difference = None if is_reference else gain * i + 0.02 * j
+            rows.append(
+                {
+                    "benchmark": benchmark,
+                    "metric": metric,
+                    "higher_is_better": METRICS[metric].higher_is_better,
+                    "model": model,
+                    "mode": mode,
+                    "num_questions": 240,
+                    "score": score,
+                    "low": score - 0.06,
+                    "high": score + 0.06,
+                    "difference": difference,
+                    "difference_low": None if difference is None else difference - 0.06,
+                    "difference_high": None if difference is None else difference + 0.06,
+                }
+            )
     return rows
+
+
+def scores() -> list[dict[str, Any]]:
+    return [
+        *scores_of("toyworld", "multiple_choice"),
+        *scores_of("colours & <shapes>", "exact_match", shift=0.1),
+    ]
 
 
 def write_run(path: Path) -> RunDir:

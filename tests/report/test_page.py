@@ -25,7 +25,7 @@ def test_page_has_every_section_and_the_headline(page: Page) -> None:
     assert "demo <run> & more" in page.text
     assert (
         "+12.0 points on toyworld with sft, describe and respond (95% interval +6.0 to +18.0), "
-        "the largest of 8 changes against the base model answering directly." in page.text
+        "the best of 8 changes against the base model answering directly." in page.text
     )
     assert "93cde73+changes" in page.text and "seed=3" in page.text
     assert "num_trainable_parameters 1,234,567" in page.text

@@ -191,6 +191,13 @@ def test_a_wrong_row_is_named_in_one_line(row: dict[str, Any], message: str, tmp
     assert "row 1" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_rows_that_the_documentation_shows_are_read(tmp_path: Path) -> None:
+    documented = (Path(__file__).parents[2] / "docs/evaluation.md").read_text(encoding="utf-8")
+    (tmp_path / "shown.jsonl").write_text(documented.partition("```json\n")[2].partition("```")[0])
+    metrics = [question["metrics"] for question in read_benchmark(str(tmp_path / "shown.jsonl"))]
+    assert metrics == [["multiple_choice"], ["exact_match"], ["yes_no"], OBJECTS["metric"]]
+
+
 def test_ids_must_be_unique(tmp_path: Path) -> None:
     line = json.dumps({"id": 1, "question": "q", "answer": "a"})
     (tmp_path / "b.jsonl").write_text(f"{line}\n{line}")
