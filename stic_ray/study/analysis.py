@@ -30,8 +30,8 @@ class _Seen:
 
     seed: int
     scores: Mapping[str, float]
-    gains: Mapping[str, float]
-    """Differences to the base model, positive where better."""
+    differences: Mapping[str, float]
+    """To the base model answering directly."""
     cost: Cost
 
 
@@ -40,7 +40,7 @@ def analyse(results: Sequence[Result], config: EvaluationConfig) -> dict[str, An
     higher: dict[tuple[str, str], bool] = {}
     for result in results:
         higher |= result.higher_is_better
-    groups = _grouped(results, higher)
+    groups = _grouped(results)
     return {
         "confidence": config.confidence,
         "base": _base(results, config),
@@ -48,9 +48,7 @@ def analyse(results: Sequence[Result], config: EvaluationConfig) -> dict[str, An
     }
 
 
-def _grouped(
-    results: Sequence[Result], higher: Mapping[tuple[str, str], bool]
-) -> dict[tuple[str, Series], dict[int, list[_Seen]]]:
+def _grouped(results: Sequence[Result]) -> dict[tuple[str, Series], dict[int, list[_Seen]]]:
     """Return the cells of each variant and series by size, sizes rising, models and modes in the pipeline's order."""
     bases = base_scores(results)
     groups: dict[tuple[str, Series], dict[int, list[_Seen]]] = {}
@@ -59,10 +57,8 @@ def _grouped(
             if result.run.variant == BASE:
                 continue
             measure = (series.benchmark, series.metric)
-            sign = 1 if higher.get(measure, True) else -1
             apart = differences(scores, bases.get(result.run.source, {}).get(measure, {}))
-            gains = {each: sign * value for each, value in apart.items()}
-            seen = _Seen(result.run.seed, scores, gains, result.costs[series.model])
+            seen = _Seen(result.run.seed, scores, apart, result.costs[series.model])
             groups.setdefault((result.run.variant, series), {}).setdefault(result.run.size, []).append(seen)
     variants = list(dict.fromkeys(result.run.variant for result in results))
 
@@ -110,14 +106,14 @@ def _curve(
         "benchmark": series.benchmark,
         "metric": series.metric,
         "higher_is_better": is_higher,
-        "points": [_point(size, seen, config) for size, seen in by_size.items()],
+        "points": [_point(size, seen, is_higher, config) for size, seen in by_size.items()],
         "fit": _fit({size: [each.scores for each in seen] for size, seen in by_size.items()}, is_higher, config),
     }
 
 
-def _point(size: int, seen: Sequence[_Seen], config: EvaluationConfig) -> dict[str, Any]:
+def _point(size: int, seen: Sequence[_Seen], is_higher: bool, config: EvaluationConfig) -> dict[str, Any]:
     means = [float(np.mean(list(each.scores.values()))) for each in seen]
-    gain = _over_seeds([each.gains for each in seen if each.gains], config, "gain", "gain_")
+    apart = _over_seeds([each.differences for each in seen if each.differences], config, "difference", "difference_")
     core_hours = float(np.mean([each.cost.core_hours for each in seen]))
     gpu_hours = float(np.mean([each.cost.gpu_hours for each in seen]))
     return {
@@ -125,21 +121,25 @@ def _point(size: int, seen: Sequence[_Seen], config: EvaluationConfig) -> dict[s
         "seeds": [each.seed for each in seen],
         **_over_seeds([each.scores for each in seen], config, "score", ""),
         "spread": float(np.std(means, ddof=1)) if len(means) > 1 else None,
-        **gain,
+        **apart,
+        "higher_is_better": is_higher,
         "core_hours": core_hours,
         "gpu_hours": gpu_hours,
-        "per_point": _per_point(gpu_hours or core_hours, gain),
-        "per_point_unit": "GPU-hours" if gpu_hours else "core-hours",
+        "hours_per_point": _per_point(gpu_hours or core_hours, apart, is_higher),
+        "hours_are": "GPU-hours" if gpu_hours else "core-hours",
     }
 
 
-def _per_point(hours: float, gain: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return hours per point gained, from the gain and the ends of its interval; None where nothing was gained."""
+def _per_point(hours: float, apart: Mapping[str, float | None], is_higher: bool) -> dict[str, float | None]:
+    """Return hours per point gained, at the gain and at both ends of its interval; None where nothing is gained."""
+    sign = 1 if is_higher else -1
+    ends = (apart["difference_low"], apart["difference_high"])
+    least, most = ends if is_higher else ends[::-1]
 
     def price(value: float | None) -> float | None:
-        return hours * POINT / value if value is not None and value > 0 else None
+        return hours * POINT / (sign * value) if value is not None and sign * value > 0 else None
 
-    return {"value": price(gain["gain"]), "low": price(gain["gain_high"]), "high": price(gain["gain_low"])}
+    return {"value": price(apart["difference"]), "low": price(most), "high": price(least)}
 
 
 def _over_seeds(
