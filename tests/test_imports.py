@@ -41,6 +41,7 @@ LIGHT = {
     "configurations": [name for name in MODULES if name.startswith("stic_ray.core")] + ["stic_ray.recipes"],
     "commands": ["stic_ray.cli", "stic_ray.pipeline", "stic_ray.plan"],
     "results": [name for name in MODULES if name.startswith("stic_ray.report")],
+    "studies": [name for name in MODULES if name.startswith("stic_ray.study")],
 }
 LOOK = """
 import importlib, json, logging, sys

@@ -33,6 +33,9 @@ def scaling_study(description: str | None, arguments: Sequence[str] | None = Non
     write_record(home, study, base, facts, before)
     signal.signal(signal.SIGTERM, _interrupt)
     run_study(study, home, parallel=options.parallel)
+    from stic_ray.study.report import write_study  # matplotlib is for the report only
+
+    write_study(home)
     _tell(study, home)
 
 
@@ -93,6 +96,8 @@ def _print_plan(study: Study, home: RunDir) -> None:
 
 def _tell(study: Study, home: RunDir) -> None:
     """Say where the results are. Raises StageError naming the cells that are not done."""
+    for what, name in {"report": "report.html", "table": "cells.parquet"}.items():
+        print(f"{what + ':':<16} {home.uri}/{name}")
     statuses = {c.name: outcome(home / c.folder, is_done=cell_is_done(home / c.folder))[0] for c in study.cells}
     missing = [f"{name} ({status})" for name, status in statuses.items() if status != DONE]
     if missing:
@@ -100,4 +105,3 @@ def _tell(study: Study, home: RunDir) -> None:
             f"{len(missing)} of {len(statuses)} cells are not done: {', '.join(missing)}. Each has a log.txt in "
             f"'{home.uri}/cells'; the same command tries them again."
         )
-    print(f"{len(statuses)} cells are done: {home.uri}")

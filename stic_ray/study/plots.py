@@ -47,7 +47,7 @@ def growth_plot(title: str, base: Mapping[str, Any] | None, curves: Sequence[Map
     handles = [_handle(variant, model, variants.index(variant)) for variant, model in lines]
     if base:
         handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 3)), label="base, direct"))
-    legend(figure, min(len(handles), 4), handles=handles)
+    legend(figure, min(len(handles), 4), handles=handles, handlelength=3.5)
     return inline(figure, prefix, f"{visible(title)} by pool size. {'; '.join(map(_described, curves))}.")
 
 
@@ -83,7 +83,7 @@ def _set_axes(axes: Axes, title: str, sizes: Sequence[int], *, is_first: bool) -
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(list(sizes), [number(size) for size in sizes], parse_math=False)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.set_title(short_name(title), color=INK, fontsize=FONT_POINTS, parse_math=False)
     axes.set_xlabel("images in the pool", color=INK, fontsize=FONT_POINTS)
     axes.spines["bottom"].set_color(FAINT)

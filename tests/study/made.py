@@ -26,7 +26,9 @@ def linear_truth(benchmark: str, model: str, mode: str, size: int) -> float:
     """Base 0.4; models gain with the size, described mistakes fall."""
     gain = 0.0 if model == "base" else 0.3 - 1.2 * size**-0.3
     sign = 1 if HIGHER[benchmark][1] else -1
-    return min(1.0, max(0.0, 0.5 + sign * (gain + (0.05 if model == "sft" else 0.0) + (0.02 if mode != "direct" else 0))))
+    return min(
+        1.0, max(0.0, 0.5 + sign * (gain + (0.05 if model == "sft" else 0.0) + (0.02 if mode != "direct" else 0)))
+    )
 
 
 def made_study(
@@ -80,7 +82,9 @@ def _evaluation(run: RunDir, models: Sequence[str], size: int, seed: int, num_qu
         for benchmark, (metric, _) in HIGHER.items():
             hardness = np.random.default_rng(5).normal(scale=0.1, size=num_questions)
             for mode in MODES:
-                noise = np.random.default_rng([size, seed, len(mode), len(model)]).normal(scale=0.01, size=num_questions)
+                noise = np.random.default_rng([size, seed, len(mode), len(model)]).normal(
+                    scale=0.01, size=num_questions
+                )
                 scores = np.clip(truth(benchmark, model, mode, size) + hardness + noise, 0, 1)
                 rows += [_row(benchmark, metric, model, mode, i, float(score)) for i, score in enumerate(scores)]
         output.write_shard(f"predictions-{model}", 0, table_of(rows, PREDICTIONS), PREDICTIONS)
