@@ -14,7 +14,7 @@ from stic_ray.core.randomness import seed_for
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.loading import image_token_id
 from stic_ray.engines.rendering import render
-from stic_ray.engines.transformers_engine import SeededNoise, TransformersEngine
+from stic_ray.engines.transformers_engine import SeededNoise, TransformersCounter, TransformersEngine
 from tests.engines.conftest import Checkpoints, Engines
 from tests.engines.families import EMBEDDED, IMAGE_TOKENS, WITH_BOS, mixed_requests, scene
 
@@ -113,6 +113,9 @@ def test_text_and_added_tokens_are_the_whole_sequence(family: str, picture: Any,
     inputs = engine.processor(images=[[picture]], text=[text], return_tensors="pt", add_special_tokens=False)
     expected = inputs["input_ids"].shape[1]
     assert engine.count_text_tokens(conversation, with_image=True) + answer.num_added_tokens == expected
+    others = [scene(4), picture, scene(5, 90, 60)]
+    counter = TransformersCounter(ModelConfig(path=engine.name))
+    assert counter.count_added_tokens(others)[1] == answer.num_added_tokens, "counted without weights, in a batch"
     assert (inputs["input_ids"] == image_token_id(engine.processor)).sum() == answer.num_image_tokens
 
 
