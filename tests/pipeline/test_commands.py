@@ -99,9 +99,9 @@ def test_evaluation_alone_scores_the_base_model_only(tmp_path: Path) -> None:
     command += ["--set", "model.engine=fake", "--run", "scores"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[:4] for line in done.stdout.splitlines()] == [
-        ["b", "base", "describe_and_respond", "0.500"],
-        ["b", "base", "direct", "0.500"],
+    assert [line.split()[:5] for line in done.stdout.splitlines()] == [
+        ["b", "exact_match", "base", "describe_and_respond", "0.500"],
+        ["b", "exact_match", "base", "direct", "0.500"],
     ]
 
 
