@@ -41,11 +41,16 @@ LIGHT = {
     "configurations": [name for name in MODULES if name.startswith("stic_ray.core")] + ["stic_ray.recipes"],
     "commands": ["stic_ray.cli", "stic_ray.pipeline", "stic_ray.plan"],
     "results": [name for name in MODULES if name.startswith("stic_ray.report")],
+    "studies": [name for name in MODULES if name.startswith("stic_ray.study")],
 }
 LOOK = """
 import importlib, json, logging, sys
 absent = json.loads(sys.argv[2])
-sys.modules.update({name: None for name in absent})
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
 for name in json.loads(sys.argv[1]):
     importlib.import_module(name)
 loggers = [logging.getLogger(), *map(logging.getLogger, sorted(logging.root.manager.loggerDict))]

@@ -36,6 +36,8 @@ LAYERS = {
     # Makes a checkpoint, so it may use what checkpoints are made with, and nothing of ours above core.
     "toyworld": Layer(frozenset({"core"}), frozenset({"torch"}) | MODELS),
     "report": Layer(frozenset({"core", "method"}), frozenset()),
+    # Above the top: runs the command line of the pipeline as processes, and reads what they leave.
+    "study": Layer(frozenset({"core", "method", "report", TOP}), frozenset()),
     TOP: Layer(frozenset({"core", "method", "engines", "stages", "toyworld", "report", TOP}), frozenset()),
 }
 """The modules at the top, which put the layers in order, import the heavy ones through them."""
@@ -120,6 +122,9 @@ def test_every_layer_was_looked_at() -> None:
         ("toyworld/x.py", "import accelerate", "toyworld imports accelerate"),
         ("report/x.py", "from stic_ray.engines.base import Answer", "report imports stic_ray.engines.base"),
         ("report/x.py", "import torch", "report imports torch"),
+        ("study/x.py", "from stic_ray.stages import cluster", "study imports stic_ray.stages.cluster"),
+        ("study/x.py", "import ray", "study imports ray"),
+        ("x.py", "from stic_ray.study import run", "top level imports stic_ray.study.run"),
         ("x.py", "import ray", "top level imports ray"),
         ("extras/x.py", "x = 1", "extras: a folder that is no layer"),
     ],
@@ -143,6 +148,7 @@ def test_a_planted_violation_is_found(file: str, code: str, told: str, tmp_path:
         ("engines/x.py", "from stic_ray.method.prompts import fill\nfrom peft import PeftModel"),
         ("stages/x.py", "import ray\nfrom stic_ray.engines import base\nimport deepspeed"),
         ("report/x.py", "import numpy\nfrom stic_ray.method import corruption"),
+        ("study/x.py", "from stic_ray import cli\nfrom stic_ray.report import drawing"),
         ("x.py", "def f():\n    from stic_ray.stages.pool import build_pool"),
         ("core/x.py", "import rayon\nfrom stic_ray import __version__\ntext = 'import torch'"),
     ],

@@ -43,6 +43,18 @@ def apply_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     return build_config(data)
 
 
+def apply_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Return `config` with each "section.field" set to its value, as `apply_overrides` does with text.
+
+    Raises ConfigError for an unknown section or field, and for a value that the field does not allow.
+    """
+    data = config.model_dump()
+    for key, value in values.items():
+        keys = key.split(".")
+        _section_of(data, keys)[keys[-1]] = value
+    return build_config(data)
+
+
 def build_config(data: dict[str, Any]) -> RunConfig:
     """Check `data` and return the configuration. Raises ConfigError in one line."""
     try:
@@ -53,6 +65,12 @@ def build_config(data: dict[str, Any]) -> RunConfig:
 
 def _assign(data: dict[str, Any], keys: list[str], text: str) -> None:
     """Set data[keys...] to the YAML value of `text`."""
+    section = _section_of(data, keys)
+    section[keys[-1]] = _read_value(text, is_text=_is_text(keys))
+
+
+def _section_of(data: dict[str, Any], keys: list[str]) -> dict[str, Any]:
+    """Return the mapping in which the last of `keys` is a field. Raises ConfigError when there is none."""
     section = data
     for depth, key in enumerate(keys):
         if not isinstance(section, dict) or key not in section:
@@ -63,7 +81,7 @@ def _assign(data: dict[str, Any], keys: list[str], text: str) -> None:
     if isinstance(section[keys[-1]], dict):
         fields = ", ".join(section[keys[-1]])
         raise ConfigError(f"'{keys[-1]}' is a section; set one of its fields: {fields}.")
-    section[keys[-1]] = _read_value(text, is_text=_is_text(keys))
+    return section
 
 
 def _is_text(keys: list[str]) -> bool:

@@ -1,35 +1,15 @@
-"""Plots as inline SVG that takes its colours from the page, so that they follow light and dark."""
+"""The plots of a run's report: training metrics by step, and scores with their intervals."""
 
-import html
-import io
-import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.typing import RcKeyType
 
+from stic_ray.report.drawing import FONT_POINTS, INK, MARKERS, SERIES, axes_in, inline, legend, new_figure, short_name
 from stic_ray.report.formats import label, number, percent, visible
 
-# Drawn in these colours and then renamed: matplotlib knows no CSS variables.
-_INK, _FAINT = "#010203", "#040506"
-_SERIES = ("#070809", "#0a0b0c", "#0d0e0f")
-_VARIABLES = {
-    _INK: "var(--muted)",
-    _FAINT: "var(--line)",
-    **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES, 1)},
-}
-
-_WIDTH_INCHES = 4.4
-_FONT_POINTS = 9
-_MARKERS = ("o", "D", "s")
 _STYLES = ("-", "--", ":")
-_MAX_NAME_CHARACTERS = 24
 
 
 @dataclass(frozen=True)
@@ -66,8 +46,9 @@ def training_plot(stage: str, chart: Chart, curves: dict[str, Any]) -> str | Non
     lines = [(key, name) for key, name in chart.metrics if _present(curves["metrics"].get(key, ()))]
     if not lines:
         return None
-    figure, axes = _figure(height_inches=2.3)
-    for (key, name), colour, style in zip(lines, _SERIES, _STYLES, strict=False):
+    figure = new_figure(height_inches=2.3)
+    axes = axes_in(figure)
+    for (key, name), colour, style in zip(lines, SERIES, _STYLES, strict=False):
         values = [float("nan") if value is None else value for value in curves["metrics"][key]]
         alone = list(_isolated(curves["metrics"][key]))
         dots = [curves["steps"][i] for i in alone], [values[i] for i in alone]
@@ -75,26 +56,27 @@ def training_plot(stage: str, chart: Chart, curves: dict[str, Any]) -> str | Non
         axes.plot(*dots, "o", color=colour, markersize=3)
     if chart.limits:
         axes.set_ylim(*chart.limits)
-    axes.set_xlabel("step", color=_INK, fontsize=_FONT_POINTS)
+    axes.set_xlabel("step", color=INK, fontsize=FONT_POINTS)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     if len(lines) > 1:
-        _legend(figure)
+        legend(figure)
     summary = "; ".join(_described(name, curves["metrics"][key]) for key, name in lines)
-    return _inline(figure, f"{stage}-{chart.title}", f"{chart.title} by step. {summary}.")
+    return inline(figure, f"{stage}-{chart.title}", f"{chart.title} by step. {summary}.")
 
 
 def score_plot(benchmark: dict[str, Any], prefix: str) -> str | None:
     """Return the scores of a benchmark in percent as dots with their intervals; None without any score."""
     models, modes = [row["model"] for row in benchmark["models"]], benchmark["modes"]
-    figure, axes = _figure(height_inches=0.9 + 0.42 * len(models))
+    figure = new_figure(height_inches=0.9 + 0.42 * len(models))
+    axes = axes_in(figure)
     said = []
     reference = [row["cells"].get("direct") for row in benchmark["models"] if row["model"] == "base"]
     if reference and reference[0] is not None and reference[0]["score"] is not None:
-        axes.axvline(100 * reference[0]["score"], color=_INK, linewidth=0.9, linestyle=(0, (3, 3)))
+        axes.axvline(100 * reference[0]["score"], color=INK, linewidth=0.9, linestyle=(0, (3, 3)))
     for i, mode in enumerate(modes):
         offset = 0.13 * (2 * i - len(modes) + 1)
-        colour, marker = _SERIES[i % len(_SERIES)], _MARKERS[i % len(_MARKERS)]
+        colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
         cells = [(y + offset, row["cells"][mode]) for y, row in enumerate(benchmark["models"])]
         known = [(y, cell) for y, cell in cells if cell is not None and cell["score"] is not None]
         for y, cell in known:
@@ -102,55 +84,17 @@ def score_plot(benchmark: dict[str, Any], prefix: str) -> str | None:
             if cell["low"] is not None and cell["high"] is not None:
                 axes.plot([100 * cell["low"], 100 * cell["high"]], [y, y], "-", color=colour, linewidth=1.8)
         dots = [100 * cell["score"] for _, cell in known]
-        axes.plot(dots, [y for y, _ in known], marker, color=colour, markersize=6, label=_name(label(mode)))
+        axes.plot(dots, [y for y, _ in known], marker, color=colour, markersize=6, label=short_name(label(mode)))
     if not said:
         return None
-    axes.set_yticks(range(len(models)), [_name(model) for model in models], parse_math=False)
+    axes.set_yticks(range(len(models)), [short_name(model) for model in models], parse_math=False)
     axes.set_ylim(len(models) - 0.5, -0.5)
     direction = "" if benchmark["higher_is_better"] else ", lower is better"
-    axes.set_xlabel(f"score, %{direction}", color=_INK, fontsize=_FONT_POINTS)
+    axes.set_xlabel(f"score, %{direction}", color=INK, fontsize=FONT_POINTS)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    _legend(figure)
+    legend(figure)
     summary = f"Scores on {visible(benchmark['title'])}, in percent{direction}: {'; '.join(said)}."
-    return _inline(figure, prefix, summary)
-
-
-def _figure(height_inches: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(color=_FAINT, labelcolor=_INK, labelsize=_FONT_POINTS)
-    axes.grid(color=_FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _legend(figure: Figure) -> None:
-    legend = figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=_INK, fontsize=_FONT_POINTS)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _inline(figure: Figure, prefix: str, description: str) -> str:
-    """Return a figure as an <svg> element to be put into HTML, its ids its own and its colours the page's."""
-    sink = io.StringIO()
-    fixed: dict[RcKeyType, Any] = {"svg.fonttype": "none", "svg.hashsalt": "stic-ray"}
-    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(fixed), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text, in its own fonts
-        figure.savefig(sink, format="svg", transparent=True, metadata=no_metadata)
-    svg = sink.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # its rule for * would reach the whole page
-    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    own = re.sub(r"[^a-z0-9]+", "-", prefix.lower()).strip("-")
-    svg = re.sub(r'\bid="|(?<=href=")#|(?<=url\()#', lambda match: f"{match[0]}{own}-", svg)
-    svg = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], svg)
-    view_box = re.search(r'viewBox="[^"]+"', svg)
-    assert view_box is not None, "matplotlib writes a viewBox"
-    opening = f'<svg role="img" aria-label="{html.escape(description)}" {view_box[0]}>'
-    return re.sub(r"^<svg[^>]*>", lambda _: opening, svg)
+    return inline(figure, prefix, summary)
 
 
 def _present(values: Sequence[float | None]) -> list[float]:
@@ -175,8 +119,3 @@ def _described(name: str, values: Sequence[float | None]) -> str:
 
 def _described_score(cell: dict[str, Any]) -> str:
     return f"{visible(cell['model'])} {label(visible(cell['mode']))} {percent(cell['score'])}"
-
-
-def _name(word: str) -> str:
-    text = " ".join(visible(word).split())
-    return text if len(text) <= _MAX_NAME_CHARACTERS else f"{text[: _MAX_NAME_CHARACTERS - 1]}…"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stic_ray.core.rundir import RunDir
@@ -34,8 +34,20 @@ def without_pictures(report: dict[str, Any]) -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """Return the page of what `collect` returned; every text in it is escaped."""
+    return render_page(
+        "page.html",
+        report=report,
+        overview=overview(report["scores"]["benchmarks"]),
+        score_plots=_score_plots(report),
+        training_plots=_training_plots(report),
+    )
+
+
+def render_page(template: str, folder: str = "report", **values: Any) -> str:
+    """Return a page from a template in `folder` of the package; it may use the style and macros of this one."""
+    loaders = [PackageLoader("stic_ray", name) for name in dict.fromkeys((folder, "report"))]
     environment = Environment(
-        loader=PackageLoader("stic_ray", "report"),
+        loader=ChoiceLoader(loaders),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_shown,
@@ -54,12 +66,7 @@ def render(report: dict[str, Any]) -> str:
         verdict,
     )
     environment.filters.update({word.__name__: word for word in words})
-    return environment.get_template("page.html").render(
-        report=report,
-        overview=overview(report["scores"]["benchmarks"]),
-        score_plots=_score_plots(report),
-        training_plots=_training_plots(report),
-    )
+    return environment.get_template(template).render(**values)
 
 
 def _shown(value: Any) -> Any:

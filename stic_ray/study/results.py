@@ -1,0 +1,120 @@
+"""What the runs of a study left behind: scores question by question, costs, and how each run ended."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.overrides import build_config
+from stic_ray.core.rundir import RunDir
+from stic_ray.core.schemas import PREDICTIONS
+from stic_ray.pipeline import EVALUATION, REPORT, stages_needed
+from stic_ray.study.plan import BASE
+from stic_ray.study.processes import DONE
+from stic_ray.study.record import Known, Record
+from stic_ray.study.run import SETTINGS, cell_is_done, outcome, source_is_done
+
+_COLUMNS = ["benchmark", "id", "model", "mode", "metric", "score"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """What was scored: a model in a mode on a benchmark under a metric."""
+
+    model: str
+    mode: str
+    benchmark: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What making a model took, its evaluation left out."""
+
+    num_pairs: int | None
+    """Preference pairs that were trained on; None where there were none to train on."""
+    core_hours: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run."""
+
+    run: Known
+    status: str
+    error: str | None
+    scores: Mapping[Series, Mapping[str, float]]
+    """Scores by question id."""
+    higher_is_better: Mapping[tuple[str, str], bool]
+    """By benchmark and metric."""
+    costs: Mapping[str, Cost]
+    """By model."""
+
+
+def read_results(record: Record, home: RunDir) -> list[Result]:
+    """Return the results of all sources (variant `base`, size 0), then of all cells."""
+    sources = [Known(name, BASE, 0, seed, name) for name, seed in record.sources.items()]
+    return [
+        *(_result(known, home / f"sources/{known.name}", home) for known in sources),
+        *(_result(known, home / f"cells/{known.name}", home) for known in record.cells),
+    ]
+
+
+def _result(known: Known, run: RunDir, home: RunDir) -> Result:
+    is_base = known.variant == BASE
+    status, error = outcome(run, is_done=source_is_done(run) if is_base else cell_is_done(run))
+    if status != DONE:
+        return Result(known, status, error, {}, {}, {})
+    config = _config(run)
+    assert config is not None, f"'{run.uri}' is done and has no {SETTINGS}"
+    scores: dict[Series, dict[str, float]] = {}
+    for model in config.evaluation.models:
+        for row in (run / "evaluation").read_table(f"predictions-{model}", PREDICTIONS, _COLUMNS).to_pylist():
+            series = Series(row["model"], row["mode"], row["benchmark"], row["metric"])
+            scores.setdefault(series, {})[row["id"]] = row["score"]
+    rows: list[dict[str, Any]] = (run / "evaluation").read_json("scores.json") or []
+    higher = {(row["benchmark"], row["metric"]): row["higher_is_better"] for row in rows}
+    source = home / f"sources/{known.source}"
+    costs = (
+        {BASE: Cost(None, 0.0, 0.0)}
+        if is_base
+        else {m: _cost(m, config, run, source, known.size) for m in _models(scores)}
+    )
+    return Result(known, status, None, scores, higher, costs)
+
+
+def _models(scores: Mapping[Series, Any]) -> list[str]:
+    return list(dict.fromkeys(series.model for series in scores))
+
+
+def _config(run: RunDir) -> RunConfig | None:
+    location = run.location / SETTINGS
+    return build_config(yaml.safe_load(location.read())) if location.exists() else None
+
+
+def _cost(model: str, config: RunConfig, run: RunDir, source: RunDir, size: int) -> Cost:
+    """Add up what the stages behind a model reserved, and of the preferences the share of this prefix."""
+    scored = config.evaluation.model_copy(update={"models": (model,)})
+    stages = [
+        s for s in stages_needed(config.model_copy(update={"evaluation": scored})) if s not in (EVALUATION.name, REPORT)
+    ]
+    parts = [_reserved(run, stage, config, 1.0) for stage in stages]
+    num_pairs = None
+    if "dpo" in stages:
+        num_pairs = ((run / "dpo").manifest or {}).get("num_rows_written")
+        num_images = ((source / "preferences").manifest or {}).get("num_rows_in") or size
+        parts.append(_reserved(source, "preferences", _config(source) or config, min(1.0, size / num_images)))
+    return Cost(num_pairs, sum(cores for cores, _ in parts), sum(gpus for _, gpus in parts))
+
+
+def _reserved(run: RunDir, stage: str, config: RunConfig, share: float) -> tuple[float, float]:
+    """Return core-hours and GPU-hours of a stage: its seconds times what its processes hold."""
+    hours = share * ((run / stage).manifest or {}).get("seconds", 0.0) / 3600
+    if stage in ("dpo", "sft"):
+        number, each = config.workers.num_workers, config.workers
+    else:
+        number, each = config.actors.num_actors, config.actors
+    return hours * number * each.num_cpus, hours * number * each.num_gpus
