@@ -86,7 +86,7 @@ def _base(results: Sequence[Result], config: EvaluationConfig) -> list[dict[str,
     rows = []
     for benchmark, metric in measures:
         own = [scores[benchmark, metric] for scores in bases.values() if (benchmark, metric) in scores]
-        row = _over_seeds(own, config, "score", "")
+        row = over_seeds(own, config, "score", "")
         rows.append({"benchmark": benchmark, "metric": metric, **row})
     return rows
 
@@ -113,13 +113,13 @@ def _curve(
 
 def _point(size: int, seen: Sequence[_Seen], is_higher: bool, config: EvaluationConfig) -> dict[str, Any]:
     means = [float(np.mean(list(each.scores.values()))) for each in seen]
-    apart = _over_seeds([each.differences for each in seen if each.differences], config, "difference", "difference_")
+    apart = over_seeds([each.differences for each in seen if each.differences], config, "difference", "difference_")
     core_hours = float(np.mean([each.cost.core_hours for each in seen]))
     gpu_hours = float(np.mean([each.cost.gpu_hours for each in seen]))
     return {
         "size": size,
         "seeds": [each.seed for each in seen],
-        **_over_seeds([each.scores for each in seen], config, "score", ""),
+        **over_seeds([each.scores for each in seen], config, "score", ""),
         "spread": float(np.std(means, ddof=1)) if len(means) > 1 else None,
         **apart,
         "higher_is_better": is_higher,
@@ -142,7 +142,7 @@ def _per_point(hours: float, apart: Mapping[str, float | None], is_higher: bool)
     return {"value": price(apart["difference"]), "low": price(most), "high": price(least)}
 
 
-def _over_seeds(
+def over_seeds(
     by_seed: Sequence[Mapping[str, float]], config: EvaluationConfig, name: str, prefix: str
 ) -> dict[str, float | None]:
     """Return the mean over seeds and its interval over questions, each question averaged over the seeds."""

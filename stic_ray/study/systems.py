@@ -1,0 +1,118 @@
+"""The toy experiment's results: the systems that it compares, as numbers for machines and plots for people.
+
+A system is a way of getting an answer: a model of a variant, in a mode. The experiment is a study
+(`jobs/scaling_study.py`); docs/results/toyworld.md tells how it was made and what it says.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from stic_ray.core.config import EvaluationConfig
+from stic_ray.core.errors import RunError
+from stic_ray.core.rundir import RunDir
+from stic_ray.study.analysis import over_seeds
+from stic_ray.study.plan import BASE
+from stic_ray.study.record import read_record
+from stic_ray.study.results import Result, Series, read_results
+
+DIRECT, DAR = "direct", "describe_and_respond"
+SYSTEMS: dict[str, tuple[str, str, str]] = {
+    "base": (BASE, "base", DIRECT),
+    "base_dar": (BASE, "base", DAR),
+    "stic_stage1": ("stic", "dpo", DIRECT),
+    "stic_stage2": ("stic", "sft", DIRECT),
+    "stic_dar": ("stic", "sft", DAR),
+    "text_only_dpo": ("text_only_dpo", "dpo", DIRECT),
+    "shuffled_images": ("shuffled_images", "dpo", DIRECT),
+    "sft_chosen": ("sft_chosen", "dpo", DIRECT),
+    "sft_more": ("sft_more", "sft", DIRECT),
+}
+"""System -> variant of the study, model and mode."""
+MEASURES: dict[str, tuple[str, str]] = {
+    "f1": ("toy_describe", "object_f1"),
+    "hallucination": ("toy_describe", "hallucinated_share"),
+    "any_hallucination": ("toy_describe", "any_hallucination"),
+    "step_by_step_f1": ("toy_step_by_step", "object_f1"),
+    "pope_random": ("toy_pope_random", "yes_no"),
+    "pope_popular": ("toy_pope_popular", "yes_no"),
+    "pope_adversarial": ("toy_pope_adversarial", "yes_no"),
+    "questions": ("toy_questions", "exact_match"),
+}
+"""Measure -> benchmark and metric."""
+_PLOTTED = {"f1": "object F1 of plain descriptions", "hallucination": "share of named objects that are not there"}
+
+
+def write_systems(home: RunDir, folder: Path, command: str) -> None:
+    """Write toyworld.json and toyworld.png into `folder`, from the study at `home`.
+
+    Raises RunError when there is no study, or it lacks a system.
+    """
+    record = read_record(home)
+    if record is None:
+        raise RunError(f"No study at '{home.uri}': make it with jobs/scaling_study.py first.")
+    results = read_results(record, home)
+    table = {
+        "command": command,
+        "seeds": list(record.seeds),
+        "sizes": list(record.sizes),
+        "num_scenes": record.base.toyworld.num_scenes,
+        "confidence": record.base.evaluation.confidence,
+        "systems": {name: _system(name, results, record.base.evaluation) for name in SYSTEMS},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "toyworld.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    _plot(table, folder / "toyworld.png")
+
+
+def _system(name: str, results: Sequence[Result], config: EvaluationConfig) -> dict[str, Any]:
+    """Return the measures of a system at the largest size, and at every size."""
+    variant, _, _ = SYSTEMS[name]
+    sizes = sorted({result.run.size for result in results if result.run.variant == variant and result.scores})
+    if not sizes:
+        raise RunError(f"The study has no finished run of variant '{variant}', which system '{name}' needs.")
+    by_size = {str(size): _measures(name, size, results, config) for size in sizes}
+    return {"size": sizes[-1] or None, **by_size[str(sizes[-1])], "by_size": by_size if sizes[-1] else {}}
+
+
+def _measures(name: str, size: int, results: Sequence[Result], config: EvaluationConfig) -> dict[str, Any]:
+    """Return mean, interval over scenes and spread over seeds of every measure."""
+    variant, model, mode = SYSTEMS[name]
+    runs = [r for r in results if (r.run.variant, r.run.size) == (variant, size) and r.scores]
+    found: dict[str, Any] = {"seeds": [run.run.seed for run in runs]}
+    for measure, (benchmark, metric) in MEASURES.items():
+        scores = [run.scores[Series(model, mode, benchmark, metric)] for run in runs]
+        means = [float(np.mean(list(each.values()))) for each in scores]
+        row = over_seeds(scores, config, "mean", "")
+        found |= {measure: row["mean"], f"{measure}_low": row["low"], f"{measure}_high": row["high"]}
+        found[f"{measure}_spread"] = float(np.std(means, ddof=1)) if len(means) > 1 else None
+    return found
+
+
+def _plot(table: Mapping[str, Any], path: Path) -> None:
+    """Draw both main measures against the pool size, a line per system and a band for the base model."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for number, (measure, title) in enumerate(_PLOTTED.items(), 1):
+        axes = figure.add_subplot(1, 2, number)
+        for place, (name, system) in enumerate(table["systems"].items()):
+            colour, style = f"C{place}", "--" if name.endswith("dar") else "-"
+            if not system["by_size"]:
+                axes.axhline(system[measure], color=colour, linestyle=style, linewidth=1.2, label=name)
+                axes.axhspan(system[f"{measure}_low"], system[f"{measure}_high"], color=colour, alpha=0.08)
+                continue
+            sizes = [int(size) * 1.03 ** (place - 5) for size in system["by_size"]]
+            rows = list(system["by_size"].values())
+            middle = np.array([row[measure] for row in rows])
+            ends = np.abs(np.array([[row[f"{measure}_{end}"] for row in rows] for end in ("low", "high")]) - middle)
+            axes.errorbar(sizes, middle, ends, color=colour, linestyle=style, marker="o", markersize=4, label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(table["sizes"], [f"{size:,}" for size in table["sizes"]])
+        axes.minorticks_off()
+        axes.set(title=title, xlabel="images in the pool")
+        axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=130)
