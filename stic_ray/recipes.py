@@ -30,11 +30,11 @@ def demo() -> RunConfig:
         pool=PoolConfig(shard_size=128),
         preferences=PreferencesConfig(temperature=0.2, max_new_tokens=64, allow_truncated=True),
         tuning=TuningConfig(lora_rank=16, lora_alpha=32, lora_dropout=0.0),
-        dpo=DPOConfig(learning_rate=1e-3, global_batch=16),
+        dpo=DPOConfig(learning_rate=5e-4, global_batch=16, alpha=0.05),
         infusion=InfusionConfig(temperature=0.2, max_new_tokens=64, allow_truncated=True),
-        sft=SFTConfig(learning_rate=1e-3, global_batch=16),
+        sft=SFTConfig(learning_rate=5e-4, global_batch=16),
         evaluation=EvaluationConfig(max_answer_tokens=16, max_description_tokens=64),
-        actors=ActorsConfig(num_actors=2, batch_size=64),
+        actors=ActorsConfig(num_actors=2, batch_size=128),
         workers=WorkersConfig(num_workers=2, micro_batch=8, save_every_steps=50),
     )
 

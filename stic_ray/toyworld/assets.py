@@ -30,7 +30,7 @@ from stic_ray.toyworld.language import (
     name_of,
 )
 from stic_ray.toyworld.lessons import PROMPTS, brief
-from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, Scene, draw_scene, random_for, sample_scene
+from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, WILD_NOISE, Scene, draw_scene, random_for, sample_scene
 
 # Pretraining takes its scenes from 0 on.
 POOL_FIRST_INDEX = 1_000_000_000
@@ -148,7 +148,9 @@ def _draw_table(directory: Path, seed: int, start: int, number: int) -> None:
     images = []
     for place in range(start, start + number):
         buffer = io.BytesIO()
-        draw_scene(sample_scene(seed, POOL_FIRST_INDEX + place)).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+        draw_scene(sample_scene(seed, POOL_FIRST_INDEX + place), max_noise=WILD_NOISE).save(
+            buffer, "JPEG", quality=_JPEG_QUALITY
+        )
         images.append({"bytes": buffer.getvalue(), "path": _file_name(place)})
     column = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     pq.write_table(pa.table({"image": column}), directory / f"pictures-{start // _PER_TASK:06d}.parquet")
@@ -156,7 +158,7 @@ def _draw_table(directory: Path, seed: int, start: int, number: int) -> None:
 
 def _save(scene: Scene, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    draw_scene(scene).save(path, quality=_JPEG_QUALITY)
+    draw_scene(scene, max_noise=WILD_NOISE).save(path, quality=_JPEG_QUALITY)
 
 
 def _conversation(scene: Scene) -> list[dict[str, str]]:

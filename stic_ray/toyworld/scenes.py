@@ -55,7 +55,11 @@ KIND_WEIGHTS: dict[Kind, int] = {
 """How common each kind is, relative to the others."""
 
 _SUPERSAMPLING = 3
-_NOISE_AMPLITUDE = 12  # largest change of one channel value, of 255
+CLEAN_NOISE = 12
+"""Largest change of one channel value, of 255, in the pictures of the pretraining."""
+WILD_NOISE = 72
+"""The same for the noisiest pictures that the model is used on: a domain that it was not trained for."""
+
 _MAX_SHIFT = 0.06  # share of the grid cell's side
 _MAX_TURN_DEGREES = 9.0
 
@@ -127,8 +131,10 @@ def _sample_kinds(generator: random.Random, num_objects: int) -> list[Kind]:
     return kinds
 
 
-def draw_scene(scene: Scene, side_px: int = PICTURE_SIDE_PX) -> Image.Image:
+def draw_scene(scene: Scene, side_px: int = PICTURE_SIDE_PX, max_noise: int = CLEAN_NOISE) -> Image.Image:
     """The scene as a square RGB picture, with jittered shapes, a background of its own and pixel noise.
+
+    How strong the noise is, from `CLEAN_NOISE` to `max_noise`, differs from scene to scene.
 
     Raises:
         ValueError: if ``side_px`` gives a grid cell less than four pixels.
@@ -143,7 +149,7 @@ def draw_scene(scene: Scene, side_px: int = PICTURE_SIDE_PX) -> Image.Image:
         corners = _outline(item, canvas_side_px / GRID_SIDE, generator)
         brush.polygon(corners, fill=_jittered(COLOURS[item.colour], generator, largest_change=14))
     picture = canvas.resize((side_px, side_px), Image.Resampling.BOX)
-    return _with_noise(picture, scene)
+    return _with_noise(picture, scene, random_for(scene.seed, scene.index, "noise").randint(CLEAN_NOISE, max_noise))
 
 
 def _background(generator: random.Random) -> Colour:
@@ -195,11 +201,11 @@ _UNIT_OUTLINES: dict[str, list[Point]] = {
 }  # fmt: skip
 
 
-def _with_noise(picture: Image.Image, scene: Scene) -> Image.Image:
+def _with_noise(picture: Image.Image, scene: Scene, amplitude: int) -> Image.Image:
     pixels = np.asarray(picture, dtype=np.int16)
     digest = _digest(scene.seed, scene.index, "noise", num_bytes=pixels.size)
-    noise = np.frombuffer(digest, dtype=np.uint8).astype(np.int16) % (2 * _NOISE_AMPLITUDE + 1)
-    noisy = pixels + noise.reshape(pixels.shape) - _NOISE_AMPLITUDE
+    noise = np.frombuffer(digest, dtype=np.uint8).astype(np.int16) % (2 * amplitude + 1)
+    noisy = pixels + noise.reshape(pixels.shape) - amplitude
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
