@@ -19,7 +19,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes")
     parser.add_argument("--vision-steps", type=int, default=400, help="for the vision tower alone")
     parser.add_argument("--language-steps", type=int, default=1200, help="of the first course")
-    parser.add_argument("--habits-steps", type=int, default=1500, help="of the second course")
+    parser.add_argument("--habits-steps", type=int, default=2400, help="of the second course")
     parser.add_argument("--batch-size", type=int, default=64, help="scenes per step, each seen once")
     parser.add_argument("--threads", type=int, default=2, help="of torch; part of what decides the weights")
     options = parser.parse_args()

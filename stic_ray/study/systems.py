@@ -85,7 +85,10 @@ def _measures(name: str, size: int, results: Sequence[Result], config: Evaluatio
     runs = [r for r in results if (r.run.variant, r.run.size) == (variant, size) and r.scores]
     found: dict[str, Any] = {"seeds": [run.run.seed for run in runs]}
     for measure, (benchmark, metric) in MEASURES.items():
-        scores = [run.scores[Series(model, mode, benchmark, metric)] for run in runs]
+        series = Series(model, mode, benchmark, metric)
+        scores = [run.scores[series] for run in runs if series in run.scores]
+        if not scores:  # a study may ask fewer benchmarks
+            continue
         means = [float(np.mean(list(each.values()))) for each in scores]
         row = over_seeds(scores, config, "mean", "")
         found |= {measure: row["mean"], f"{measure}_low": row["low"], f"{measure}_high": row["high"]}

@@ -81,6 +81,12 @@ def _description_repeated(scene: Scene, rates: FaultRates, generator: random.Ran
     return Lesson(_infused(description, generator.choice(PROMPTS["plain"])), description)
 
 
+def _step_by_step_with_description(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    """Looking step by step is looking again, whatever the description says."""
+    asked = _step_by_step(scene, rates, generator)
+    return Lesson(_infused(_some_description(scene, rates, generator), asked.request), asked.answer)
+
+
 def _some_description(scene: Scene, rates: FaultRates, generator: random.Random) -> str:
     return describe_fully(scene) if generator.random() < 0.5 else describe_plainly(scene, rates, generator)
 
@@ -100,12 +106,18 @@ _EVERYTHING: Mix = {
     _question_with_description: 0.1,
     _description_repeated: 0.05,
 }
-_SHORT: Mix = {_plain: 0.4, _step_by_step: 0.1, _invented: 0.1, _question: 0.4}
-_LONG: Mix = {_question_with_description: 0.7, _description_repeated: 0.3}
+_DESCRIBE: Mix = {_plain: 0.6, _step_by_step: 0.25, _invented: 0.15}
+_ASK: Mix = {_question: 1.0}
+_WITH_DESCRIPTION: Mix = {
+    _question_with_description: 0.5,
+    _description_repeated: 0.25,
+    _step_by_step_with_description: 0.25,
+}
 
 COURSES = {
     "language": Course("language", (_EVERYTHING,), FaultRates(omission=0.9, companion=0.7, wrong_yes=0.3)),
-    # Long prompts in batches of their own, so that short ones are not padded to their length.
-    "habits": Course("habits", (_SHORT,) * 5 + (_LONG,), FaultRates()),
+    # Batches of one kind: beside descriptions, the few tokens of short answers would not count, and short prompts
+    # would be padded to the length of those with a description.
+    "habits": Course("habits", (_DESCRIBE, _ASK, _ASK, _DESCRIBE, _ASK, _WITH_DESCRIPTION), FaultRates()),
 }
-"""First what to say about a picture, then, in the usual proportions, the habits of captions and questions."""
+"""First what to say about a picture, then, in the usual proportions, the habits of captions, and questions."""

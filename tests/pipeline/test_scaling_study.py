@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 SETTINGS = {
     "toyworld.num_pictures": 12,
-    "toyworld.num_questions": 2,
+    "toyworld.num_scenes": 2,
     "pool.shard_size": 12,
     "preferences.max_new_tokens": 6,
     "evaluation.max_answer_tokens": 4,

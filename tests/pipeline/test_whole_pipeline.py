@@ -61,7 +61,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"model.path={model}",
         f"infusion.source={folder / 'instructions.json'}",
         f"infusion.images={pictures}",
-        "toyworld.num_questions=6",
+        "toyworld.num_scenes=6",
         "preferences.max_new_tokens=12",
         "pool.shard_size=10",
     ]
@@ -100,7 +100,8 @@ def test_rows_are_conserved_in_every_stage(run: RunDir) -> None:
     assert manifests["preferences"]["num_rows_in"] == 28
     assert manifests["dpo"]["num_rows_in"] == manifests["preferences"]["num_rows_written"]
     assert (manifests["infusion"]["num_rows_in"], manifests["infusion"]["num_rows_written"]) == (10, 9)
-    assert manifests["evaluation"]["num_rows_in"] == 2 * 6 * 2 * 3
+    num_scores = 3 + 3 + 1 + 3 * 1  # descriptions twice with three metrics, questions, POPE three times
+    assert manifests["evaluation"]["num_rows_in"] == num_scores * 6 * 2 * 3
 
 
 def test_config_yaml_says_what_was_run_with_what(run: RunDir, command: list[str]) -> None:
@@ -142,7 +143,7 @@ def test_the_report_shows_the_run(run: RunDir) -> None:
     page = (run.location / "report.html").read().decode()
     report = run.read_json("report.json")
     assert page.count("data:image/") >= 24
-    assert report is not None and "toy_choice" in page and "unsupported_format" in page
+    assert report is not None and "toy_describe" in page and "unsupported_format" in page
 
 
 def test_a_second_run_does_nothing_and_is_quick(run: RunDir, command: list[str]) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 import ray.train
 import torch.distributed
 from datasets import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -29,6 +37,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     stage, output = settings["stage"], RunDir.of(settings["output"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     rank = ray.train.get_context().get_world_rank()
+    set_seed(config.seed)  # a new adapter is drawn before the trainer sets its seed
     folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{stage}_"))
     try:
         start_deepspeed(config.workers)
