@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from stic_ray.core.config import TOYWORLD, RunConfig
+from stic_ray.core.config import RunConfig, is_toy
 from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest
 from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import MANIFEST, RunDir, digest
@@ -182,7 +182,7 @@ def _toy_settings(stage: Stage, flat: Mapping[str, Any]) -> tuple[str, ...]:
         "evaluation": ("evaluation.benchmarks", ("toyworld.num_scenes", "toyworld.split")),
     }.get(stage.name, ("", ()))
     given = flat.get(source, ())
-    return settings if TOYWORLD in ([given] if isinstance(given, str) else given) else ()
+    return settings if any(map(is_toy, [given] if isinstance(given, str) else given)) else ()
 
 
 def _is_done(stage: Stage, config: RunConfig, run: RunDir) -> bool:

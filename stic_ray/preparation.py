@@ -4,8 +4,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from stic_ray.core.config import TOYWORLD, RunConfig, accumulation_steps
-from stic_ray.core.errors import ConfigError, SourceError
+from stic_ray.core.config import TOYWORLD, RunConfig, accumulation_steps, is_toy
+from stic_ray.core.errors import ConfigError, SourceError, nearest
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 from stic_ray.engines.opening import check_engine
@@ -24,7 +24,6 @@ def resolve(config: RunConfig, run: RunDir) -> RunConfig:
     with a chat template its text. Raises ConfigError when that file cannot be read.
     """
     toys, model = _toy_places(config, run), config.model
-    benchmarks = tuple(f"{toys['evaluation']}/{name}.jsonl" for name in BENCHMARKS)
     model_path = str(WEIGHTS) if model.path == TOYWORLD else os.path.expanduser(model.path)
     changes = {
         "dpo": {"pairs": RunDir.of(config.dpo.pairs).uri if config.dpo.pairs else None},
@@ -40,13 +39,25 @@ def resolve(config: RunConfig, run: RunDir) -> RunConfig:
         },
         "evaluation": {
             "benchmarks": tuple(
-                b for given in config.evaluation.benchmarks for b in (benchmarks if given == TOYWORLD else (given,))
+                place for given in config.evaluation.benchmarks for place in _benchmarks(given, toys["evaluation"])
             )
         },
     }
     sections = {name: getattr(config, name).model_copy(update=fields) for name, fields in changes.items()}
     prompts = str(PROMPTS_FILE) if config.prompts is None and model.path == TOYWORLD else config.prompts
     return config.model_copy(update={**sections, "prompts": prompts})
+
+
+def _benchmarks(given: str, folder: str) -> list[str]:
+    """Return the files that a benchmark of the configuration stands for."""
+    if not is_toy(given):
+        return [given]
+    name = given.partition(":")[2]
+    if name and name not in BENCHMARKS:
+        raise ConfigError(
+            f"evaluation.benchmarks: no '{given}'.{nearest(name, BENCHMARKS)} Valid: {', '.join(BENCHMARKS)}."
+        )
+    return [f"{folder}/{each}.jsonl" for each in BENCHMARKS if name in ("", each)]
 
 
 def _toy_places(config: RunConfig, run: RunDir) -> dict[str, str]:
@@ -113,7 +124,7 @@ def make_toyworld(stages: Collection[str], config: RunConfig, run: RunDir) -> No
         "evaluation": config.evaluation.benchmarks,
     }
     for stage, make in makers.items():
-        if stage not in stages or TOYWORLD not in sources[stage]:
+        if stage not in stages or not any(map(is_toy, sources[stage])):
             continue
         if not run.location.is_local:
             raise SourceError(

@@ -21,6 +21,11 @@ TOYWORLD = "toyworld"
 """Value of a source or a model path that stands for the pictures, data and model made on the spot."""
 
 
+def is_toy(source: str) -> bool:
+    """Return whether a source is `toyworld`, or one of its parts as `toyworld:NAME`."""
+    return source.split(":")[0] == TOYWORLD
+
+
 class Section(BaseModel):
     """A group of settings; unknown keys are errors, values cannot be changed after creation."""
 
@@ -167,7 +172,8 @@ class EvaluationConfig(Section):
     """Benchmarks, answered directly and by describe-and-respond, greedily."""
 
     benchmarks: Annotated[tuple[str, ...], Field(min_length=1)] = (TOYWORLD,)
-    """JSONL or Parquet files in the format of docs/evaluation.md."""
+    """JSONL or Parquet files in the format of docs/evaluation.md; `toyworld` is all of the toy world's, `toyworld:NAME`
+    one of them."""
     models: Annotated[tuple[ScoredModel, ...], Field(min_length=1)] = ("base", "dpo", "sft")
     """Which models are scored; differences are to `base`, and unknown without it."""
     max_answer_tokens: Count = 128
