@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from stic_ray.core.config import RunConfig
@@ -81,16 +82,22 @@ class _Progress:
             if result.status == DONE:
                 self.seconds.append((cell.size, result.seconds))
             text = f"{self.total - len(self.waiting)} of {self.total} ended"
-            if not self.waiting or not self.seconds:
+            guesses_s = [self._guess_s(other.size) for other in self.waiting]
+            known_s = [guess_s for guess_s in guesses_s if guess_s is not None]
+            if not known_s or len(known_s) < len(guesses_s):
                 return text
-            left_s = sum(self._guess_s(other.size) for other in self.waiting) / self.parallel
-            return f"{text}, about {duration(left_s)} left"
+            return f"{text}, about {duration(sum(known_s) / self.parallel)} left"
 
-    def _guess_s(self, size: int) -> float:
-        """Return the mean of the finished cells of the nearest size; a larger cell takes longer in proportion."""
-        nearest = min((known for known, _ in self.seconds), key=lambda known: abs(known - size))
-        same = [seconds for known, seconds in self.seconds if known == nearest]
-        return sum(same) / len(same) * max(1.0, size / nearest)
+    def _guess_s(self, size: int) -> float | None:
+        """Return what a cell may take: the mean of its size, or the line through two sizes; None without them."""
+        sizes = sorted({known for known, _ in self.seconds})
+        means = {known: float(np.mean([s for n, s in self.seconds if n == known])) for known in sizes}
+        if size in means:
+            return means[size]
+        if len(sizes) < 2:
+            return None
+        (first, second), (first_s, second_s) = sizes[-2:], (means[known] for known in sizes[-2:])
+        return max(second_s, first_s + (size - first) * (second_s - first_s) / (second - first))
 
 
 class _Runner:

@@ -11,7 +11,7 @@ from stic_ray.engines.base import Request, Sampling
 from stic_ray.engines.transformers_engine import TransformersEngine
 from stic_ray.method.objects import named_objects
 from stic_ray.method.prompts import load_prompts
-from stic_ray.toyworld.language import NUMBERS, name_of
+from stic_ray.toyworld.language import NUMBERS, describe_fully, name_of
 from stic_ray.toyworld.lessons import PROMPTS, PROMPTS_FILE, brief
 from stic_ray.toyworld.model import WEIGHTS
 from stic_ray.toyworld.pretraining import pretrain
@@ -74,12 +74,15 @@ def test_it_answers_questions(engine: TransformersEngine) -> None:
     assert num_right > 0.9 * len(SCENES)
 
 
-def test_a_given_description_is_trusted(engine: TransformersEngine) -> None:
+def test_a_full_description_in_the_prompt_makes_a_plain_answer_full(engine: TransformersEngine) -> None:
     prompts = load_prompts(str(PROMPTS_FILE))
-    description = "A red circle at the top left, a green cross at the bottom right."
-    prompt = prompts.infused(description, PROMPTS["plain"][0])
-    texts = answers(engine, prompt)[:20]
-    assert sum(text == description for text in texts) > 15
+    requests = [
+        Request(prompts.infused(describe_fully(scene), PROMPTS["plain"][0]), draw_scene(scene)) for scene in SCENES
+    ]
+    recall, hallucination = recall_and_hallucination(
+        [answer.text for answer in engine.generate(requests, Sampling(64))]
+    )
+    assert recall > 0.95 and hallucination < 0.05
 
 
 def test_pretraining_is_deterministic_and_learns(tmp_path: Path) -> None:
@@ -89,7 +92,7 @@ def test_pretraining_is_deterministic_and_learns(tmp_path: Path) -> None:
     ]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b", "short")]
     assert weights[0] == weights[1] != weights[2]
-    assert losses[0] == losses[1] < losses[2] - 1
+    assert losses[0] == losses[1] < losses[2] - 0.3
     assert torch.isfinite(torch.tensor(losses)).all()
 
 
