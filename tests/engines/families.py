@@ -17,7 +17,7 @@ IMAGE_TOKENS = {
     "llava": 16,  # 4 x 4 patches of 8 px in 32 px
     "llava_next": 88,  # as above, and 8 x 8 patches of 2 x 2 tiles with a newline behind each of the 8 rows
     "idefics3": 20,  # 4 tokens for each of 2 x 2 tiles, and 4 for the whole
-    "toyworld": 36,  # 6 x 6 patches of 8 px in 48 px
+    "toyworld": 9,  # 3 x 3 patches of 16 px in 48 px
 }
 """Of a picture of 64 x 64 px."""
 
