@@ -24,6 +24,7 @@ from stic_ray.toyworld.language import (
     DISTRACTORS,
     QUESTION_KINDS,
     Distractor,
+    QuestionKind,
     absent_kind,
     ask,
     ask_presence,
@@ -184,7 +185,7 @@ def _describe_row(scene: Scene, requests: Sequence[str], number: int) -> dict[st
 
 
 def _question_row(scene: Scene, number: int) -> dict[str, Any]:
-    asked = [kind for kind in QUESTION_KINDS if kind != "is_there"]  # POPE asks that
+    asked: list[QuestionKind] = [kind for kind in QUESTION_KINDS if kind != "is_there"]  # POPE asks that
     question = ask(scene, asked[number % len(asked)], random_for(scene.seed, scene.index, "question"))
     row = {"question": question.text, "answers": list(question.answers), "metric": "exact_match"}
     return {**_place(scene, number), **row}
