@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from stic_ray.study.processes import Children, Interrupted
-from stic_ray.study.run import cell_is_done, outcome, run_study
+from stic_ray.report.formats import duration
+from stic_ray.study.processes import DONE, FAILED, Children, Interrupted, Outcome
+from stic_ray.study.run import _Progress, cell_is_done, outcome, run_study
 from tests.study.builders import calls, fake_entry, study_in
 
 
@@ -133,3 +134,15 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def test_the_time_left_follows_a_line_through_two_sizes(tmp_path: Path) -> None:
+    """Cells have fixed costs, so twice the images are not twice the time."""
+    study, _ = study_in(tmp_path, sizes=(10, 20, 40), seeds=(0, 1))
+    by_size = {size: [cell for cell in study.cells if cell.size == size] for size in (10, 20, 40)}
+    progress = _Progress(6, list(study.cells), 1)
+    assert progress.ended(by_size[10][0], Outcome(DONE, None, 100.0)) == "1 of 6 ended"
+    told = progress.ended(by_size[20][0], Outcome(DONE, None, 110.0))
+    assert told == f"2 of 6 ended, about {duration(100 + 110 + 2 * 130)} left"
+    progress.ended(by_size[40][0], Outcome(FAILED, "no disk", 1.0))
+    assert len(progress.seconds) == 2
