@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from stic_ray.core.config import EvaluationConfig
@@ -44,6 +45,7 @@ MEASURES: dict[str, tuple[str, str]] = {
     "questions": ("toy_questions", "exact_match"),
 }
 """Measure -> benchmark and metric."""
+_FAR_OFF = ("text_only_dpo", "shuffled_images")
 _PLOTTED = {"f1": "object F1 of plain descriptions", "hallucination": "share of named objects that are not there"}
 
 
@@ -97,25 +99,33 @@ def _measures(name: str, size: int, results: Sequence[Result], config: Evaluatio
 
 
 def _plot(table: Mapping[str, Any], path: Path) -> None:
-    """Draw both main measures against the pool size, a line per system and a band for the base model."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for number, (measure, title) in enumerate(_PLOTTED.items(), 1):
-        axes = figure.add_subplot(1, 2, number)
-        for place, (name, system) in enumerate(table["systems"].items()):
-            colour, style = f"C{place}", "--" if name.endswith("dar") else "-"
-            if not system["by_size"]:
-                axes.axhline(system[measure], color=colour, linestyle=style, linewidth=1.2, label=name)
-                axes.axhspan(system[f"{measure}_low"], system[f"{measure}_high"], color=colour, alpha=0.08)
-                continue
-            sizes = [int(size) * 1.03 ** (place - 5) for size in system["by_size"]]
-            rows = list(system["by_size"].values())
-            middle = np.array([row[measure] for row in rows])
-            ends = np.abs(np.array([[row[f"{measure}_{end}"] for row in rows] for end in ("low", "high")]) - middle)
-            axes.errorbar(sizes, middle, ends, color=colour, linestyle=style, marker="o", markersize=4, label=name)
-        axes.set_xscale("log")
-        axes.set_xticks(table["sizes"], [f"{size:,}" for size in table["sizes"]])
-        axes.minorticks_off()
-        axes.set(title=title, xlabel="images in the pool")
-        axes.grid(alpha=0.3)
+    """Draw both main measures against the pool size: all systems, and below those that share a scale."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for row, left_out in enumerate(((), _FAR_OFF)):
+        for column, (measure, title) in enumerate(_PLOTTED.items(), 1):
+            axes = figure.add_subplot(2, 2, 2 * row + column)
+            for place, (name, system) in enumerate(table["systems"].items()):
+                if name not in left_out:
+                    _draw(axes, measure, name, system, place)
+            sizes = sorted({int(size) for system in table["systems"].values() for size in system["by_size"]})
+            axes.set_xscale("log")
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.minorticks_off()
+            axes.set(title=title if row == 0 else f"without {', '.join(left_out)}", xlabel="images in the pool")
+            axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axes: Axes, measure: str, name: str, system: Mapping[str, Any], place: int) -> None:
+    """Draw a system: a line with intervals, or a level with a band where there is no pool."""
+    colour, style = f"C{place}", "--" if name.endswith("dar") else "-"
+    if not system["by_size"]:
+        axes.axhline(system[measure], color=colour, linestyle=style, linewidth=1.2, label=name)
+        axes.axhspan(system[f"{measure}_low"], system[f"{measure}_high"], color=colour, alpha=0.08)
+        return
+    sizes = [int(size) * 1.04 ** (place - 5) for size in system["by_size"]]  # or intervals would hide each other
+    rows = list(system["by_size"].values())
+    middle = np.array([row[measure] for row in rows])
+    ends = np.abs(np.array([[row[f"{measure}_{end}"] for row in rows] for end in ("low", "high")]) - middle)
+    axes.errorbar(sizes, middle, ends, color=colour, linestyle=style, marker="o", markersize=4, label=name)
