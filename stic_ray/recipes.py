@@ -35,7 +35,7 @@ def demo() -> RunConfig:
         sft=SFTConfig(learning_rate=5e-4, global_batch=16),
         evaluation=EvaluationConfig(max_answer_tokens=16, max_description_tokens=64),
         actors=ActorsConfig(num_actors=2, batch_size=128),
-        workers=WorkersConfig(num_workers=2, micro_batch=8, save_every_steps=50),
+        workers=WorkersConfig(num_workers=2, micro_batch=4, save_every_steps=50),
     )
 
 

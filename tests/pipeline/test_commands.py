@@ -120,4 +120,4 @@ def test_a_half_done_stage_is_not_finished_with_other_settings(tmp_path: Path) -
     settings += ["--set", "model.engine=fake", "--set", f"model.path={script}"]
     assert "Not one of 4 images" in refusal(*settings, folder=tmp_path)
     message = refusal(*settings, "--set", "preferences.temperature=0.5", folder=tmp_path)
-    assert "begun with other settings: preferences.temperature was 0.7, is now 0.5" in message
+    assert "begun with other settings: preferences.temperature was 0.2, is now 0.5" in message

@@ -13,7 +13,7 @@ SETTINGS = {
     "toyworld.num_pictures": 12,
     "toyworld.num_scenes": 2,
     "pool.shard_size": 12,
-    "preferences.max_new_tokens": 6,
+    "preferences.max_new_tokens": 64,
     "evaluation.max_answer_tokens": 4,
     "evaluation.max_description_tokens": 6,
     "actors.num_actors": 1,
@@ -39,10 +39,15 @@ def test_two_sizes_train_on_prefixes_of_one_pool(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:] + logs
     rows = pq.read_table(home / "cells.parquet").to_pylist()
     trained = [row for row in rows if row["variant"] == "only_dpo"]
-    assert {(row["size"], row["num_pairs"], row["model"]) for row in trained} == {(4, 4, "dpo"), (8, 8, "dpo")}
+    (pairs,) = home.glob("sources/*/preferences/pairs-*.parquet")
+    positions = pq.read_table(pairs, columns=["position"])["position"].to_pylist()
+    prefixes = {size: sum(position < size for position in positions) for size in (4, 8)}
+    assert 0 < prefixes[4] < prefixes[8]
+    assert {(row["size"], row["num_pairs"], row["model"]) for row in trained} == {
+        (size, number, "dpo") for size, number in prefixes.items()
+    }
     assert all(row["difference"] is not None and row["core_hours"] > 0 for row in trained)
     assert {row["model"] for row in rows if row["size"] == 0} == {"base"}
-    assert len(list(home.glob("sources/*/preferences/pairs-*.parquet"))) == 1
     assert "<svg" in (home / "report.html").read_text()
     manifest = home / "cells" / "only_dpo-n8-seed0" / "dpo" / "manifest.json"
     before = json.loads(manifest.read_text())
