@@ -1,4 +1,4 @@
-"""Make the toy world's model from nothing: about 15 minutes on 2 CPU cores.
+"""Make the toy world's model from nothing: about 20 minutes on 2 CPU cores.
 
 The weights in stic_ray/toyworld/weights are what this command leaves without options. The same options on the same
 kind of machine give the same weights; then docs/results/ has to be made again.
