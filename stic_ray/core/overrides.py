@@ -17,15 +17,20 @@ def load_config(path: Path) -> RunConfig:
 
     Raises ConfigError when the file is missing, is no YAML mapping, or holds an unknown key or a wrong value.
     """
-    if not path.is_file():
-        raise ConfigError(f"No configuration file at '{path}'.")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, "configuration")
     if not isinstance(data, dict):
         raise ConfigError(f"'{path}' must hold a mapping of sections, found {type(data).__name__}.")
     return build_config({"name": path.stem, **data})
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """Return what a YAML file holds; `what` names it in errors. Raises ConfigError when it is missing or no YAML."""
+    if not path.is_file():
+        raise ConfigError(f"No {what} file at '{path}'.")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def apply_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:

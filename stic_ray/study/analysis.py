@@ -112,7 +112,6 @@ def _curve(
 
 
 def _point(size: int, seen: Sequence[_Seen], is_higher: bool, config: EvaluationConfig) -> dict[str, Any]:
-    means = [float(np.mean(list(each.scores.values()))) for each in seen]
     apart = over_seeds([each.differences for each in seen if each.differences], config, "difference", "difference_")
     core_hours = float(np.mean([each.cost.core_hours for each in seen]))
     gpu_hours = float(np.mean([each.cost.gpu_hours for each in seen]))
@@ -120,7 +119,7 @@ def _point(size: int, seen: Sequence[_Seen], is_higher: bool, config: Evaluation
         "size": size,
         "seeds": [each.seed for each in seen],
         **over_seeds([each.scores for each in seen], config, "score", ""),
-        "spread": float(np.std(means, ddof=1)) if len(means) > 1 else None,
+        "spread": spread([each.scores for each in seen]),
         **apart,
         "higher_is_better": is_higher,
         "core_hours": core_hours,
@@ -128,6 +127,12 @@ def _point(size: int, seen: Sequence[_Seen], is_higher: bool, config: Evaluation
         "hours_per_point": _per_point(gpu_hours or core_hours, apart, is_higher),
         "hours_are": "GPU-hours" if gpu_hours else "core-hours",
     }
+
+
+def spread(by_seed: Sequence[Mapping[str, float]]) -> float | None:
+    """Return the standard deviation of the means over seeds; None for one seed."""
+    means = [float(np.mean(list(scores.values()))) for scores in by_seed]
+    return float(np.std(means, ddof=1)) if len(means) > 1 else None
 
 
 def _per_point(hours: float, apart: Mapping[str, float | None], is_higher: bool) -> dict[str, float | None]:

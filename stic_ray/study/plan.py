@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
-from stic_ray.core.overrides import apply_values
+from stic_ray.core.overrides import apply_values, read_yaml
 from stic_ray.core.rundir import digest
 from stic_ray.pipeline import STAGES, identity
 
@@ -99,12 +97,7 @@ def plan_study(
 
 def read_variants(path: Path) -> dict[str, dict[str, Any]]:
     """Read a variants file. Raises ConfigError when it is missing or of another shape."""
-    if not path.is_file():
-        raise ConfigError(f"No variants file at '{path}'.")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(path, "variants")
     if not isinstance(data, dict) or not data:
         raise ConfigError(f"'{path}' must map names of variants to overrides, found {type(data).__name__}.")
     for name, overrides in data.items():

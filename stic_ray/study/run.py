@@ -33,16 +33,12 @@ def run_study(
 ) -> None:
     """Make all runs that are not done. A run that fails leaves an outcome.json; only a stop of the study raises."""
     runner = _Runner(home, tuple(entry), children or Children(), parallel)
-    try:
-        runner.all_of([lambda s=s: runner.source(s) for s in study.sources if not source_is_done(home / s.folder)])
-        cells = [cell for cell in study.cells if not cell_is_done(home / cell.folder)]
-        runner.progress = _Progress(len(study.cells), cells, parallel)
-        if len(cells) < len(study.cells):
-            logger.info("%d of %d cells are already done, skipped", len(study.cells) - len(cells), len(study.cells))
-        runner.all_of([lambda c=c: runner.cell(c) for c in cells])
-    except BaseException:
-        runner.children.stop()
-        raise
+    runner.all_of([lambda s=s: runner.source(s) for s in study.sources if not source_is_done(home / s.folder)])
+    cells = [cell for cell in study.cells if not cell_is_done(home / cell.folder)]
+    runner.progress = _Progress(len(study.cells), cells, parallel)
+    if len(cells) < len(study.cells):
+        logger.info("%d of %d cells are already done, skipped", len(study.cells) - len(cells), len(study.cells))
+    runner.all_of([lambda c=c: runner.cell(c) for c in cells])
 
 
 def cell_is_done(run: RunDir) -> bool:
@@ -113,7 +109,7 @@ class _Runner:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-            except BaseException:
+            except BaseException:  # Ctrl-C too: leaving the pool waits for every run, which would go on for hours
                 for future in futures:
                     future.cancel()
                 self.children.stop()

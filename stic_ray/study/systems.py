@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import RunDir
-from stic_ray.study.analysis import over_seeds
+from stic_ray.study.analysis import over_seeds, spread
 from stic_ray.study.plan import BASE
 from stic_ray.study.record import read_record
 from stic_ray.study.results import Result, Series, read_results
+from stic_ray.study.table import DIRECT
 
-DIRECT, DAR = "direct", "describe_and_respond"
+DAR = "describe_and_respond"
 SYSTEMS: dict[str, tuple[str, str, str]] = {
     "base": (BASE, "base", DIRECT),
     "base_dar": (BASE, "base", DAR),
@@ -91,10 +92,9 @@ def _measures(name: str, size: int, results: Sequence[Result], config: Evaluatio
         scores = [run.scores[series] for run in runs if series in run.scores]
         if not scores:  # a study may ask fewer benchmarks
             continue
-        means = [float(np.mean(list(each.values()))) for each in scores]
         row = over_seeds(scores, config, "mean", "")
         found |= {measure: row["mean"], f"{measure}_low": row["low"], f"{measure}_high": row["high"]}
-        found[f"{measure}_spread"] = float(np.std(means, ddof=1)) if len(means) > 1 else None
+        found[f"{measure}_spread"] = spread(scores)
     return found
 
 

@@ -146,20 +146,23 @@ def _draw_files(directory: Path, seed: int, start: int, number: int) -> None:
 
 
 def _draw_table(directory: Path, seed: int, start: int, number: int) -> None:
-    images = []
-    for place in range(start, start + number):
-        buffer = io.BytesIO()
-        draw_scene(sample_scene(seed, POOL_FIRST_INDEX + place), max_noise=WILD_NOISE).save(
-            buffer, "JPEG", quality=_JPEG_QUALITY
-        )
-        images.append({"bytes": buffer.getvalue(), "path": _file_name(place)})
+    images = [
+        {"bytes": _encoded(sample_scene(seed, POOL_FIRST_INDEX + place)), "path": _file_name(place)}
+        for place in range(start, start + number)
+    ]
     column = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
     pq.write_table(pa.table({"image": column}), directory / f"pictures-{start // _PER_TASK:06d}.parquet")
 
 
 def _save(scene: Scene, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    draw_scene(scene, max_noise=WILD_NOISE).save(path, quality=_JPEG_QUALITY)
+    path.write_bytes(_encoded(scene))
+
+
+def _encoded(scene: Scene) -> bytes:
+    buffer = io.BytesIO()
+    draw_scene(scene, max_noise=WILD_NOISE).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return buffer.getvalue()
 
 
 def _conversation(scene: Scene) -> list[dict[str, str]]:

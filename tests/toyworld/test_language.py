@@ -9,6 +9,7 @@ from stic_ray.toyworld.language import (
     NUMBERS,
     PLACES,
     QUESTION_KINDS,
+    Distractor,
     FaultRates,
     absent_kind,
     ask,
@@ -106,10 +107,10 @@ def _is_true(scene: Scene, text: str, answer: str) -> bool:
 
 
 @pytest.mark.parametrize("distractor", DISTRACTORS)
-def test_distractors_are_absent(distractor: str) -> None:
+def test_distractors_are_absent(distractor: Distractor) -> None:
     common = set(sorted(KIND_WEIGHTS, key=lambda kind: -KIND_WEIGHTS[kind])[:9])
     for scene in SCENES:
-        kind = absent_kind(scene, distractor, random_for(0, scene.index, "absent"))  # type: ignore[arg-type]
+        kind = absent_kind(scene, distractor, random_for(0, scene.index, "absent"))
         assert kind not in scene.kinds
         if distractor == "popular":
             assert kind in common
