@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from stic_ray.core.config import RunConfig, is_toy
+from stic_ray.core.config import RunConfig, is_toy, sources_of
 from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest
 from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import MANIFEST, RunDir, digest
@@ -169,20 +169,19 @@ def identity(stage: Stage, config: RunConfig) -> dict[str, Any]:
     for key in ("prompts", "model.chat_template"):
         if flat[key] and os.path.isfile(flat[key]):  # the text counts, not where it is
             flat[key] = digest(Path(flat[key]).read_bytes().hex())
-    wanted = (*stage.settings, *_toy_settings(stage, flat))
+    wanted = (*stage.settings, *_toy_settings(stage, config))
     settings = {key: value for key, value in flat.items() if key in wanted or key.split(".")[0] in wanted}
     return settings | dict(stage.trained or {})
 
 
-def _toy_settings(stage: Stage, flat: Mapping[str, Any]) -> tuple[str, ...]:
+def _toy_settings(stage: Stage, config: RunConfig) -> tuple[str, ...]:
     """Return the settings of the toy world that a stage's result depends on."""
-    source, settings = {
-        "pool": ("pool.source", ("toyworld.num_pictures",)),
-        "infusion": ("infusion.source", ("toyworld.num_instructions",)),
-        "evaluation": ("evaluation.benchmarks", ("toyworld.num_scenes", "toyworld.split")),
-    }.get(stage.name, ("", ()))
-    given = flat.get(source, ())
-    return settings if any(map(is_toy, [given] if isinstance(given, str) else given)) else ()
+    settings = {
+        "pool": ("toyworld.num_pictures",),
+        "infusion": ("toyworld.num_instructions",),
+        "evaluation": ("toyworld.num_scenes", "toyworld.split"),
+    }
+    return settings.get(stage.name, ()) if any(map(is_toy, sources_of(stage.name, config))) else ()
 
 
 def _is_done(stage: Stage, config: RunConfig, run: RunDir) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from stic_ray.core.config import RunConfig, accumulation_steps
+from stic_ray.core.config import RunConfig, accumulation_steps, sources_of
 from stic_ray.core.rundir import RunDir
 from stic_ray.pipeline import REPORT, STAGES, check_stage_names, inputs_of
 
@@ -14,22 +14,12 @@ def plan(config: RunConfig, run: RunDir | None, stages: Sequence[str]) -> list[s
     for stage in STAGES:
         if stage.name in stages:
             state = "done" if run and (run / stage.name).manifest else "to do"
-            reads = ", ".join(inputs_of(stage, config)) or _source(stage.name, config)
+            reads = ", ".join(inputs_of(stage, config)) or ", ".join(sources_of(stage.name, config))
             with_what = _processes(stage.name, config)
             lines.append(f"{stage.name:<12} {state:<6} reads {reads}; {with_what}; leaves {stage.name}/{stage.leaves}")
     if REPORT in stages:
         lines.append(f"{REPORT:<12} {'':<6} reads manifests, metrics, scores; leaves report.html, report.json")
     return lines
-
-
-def _source(name: str, config: RunConfig) -> str:
-    """Say what a stage reads that reads no other stage."""
-    sources = {
-        "dpo": config.dpo.pairs,
-        "infusion": config.infusion.source,
-        "evaluation": ", ".join(config.evaluation.benchmarks),
-    }
-    return sources.get(name) or config.pool.source
 
 
 def _processes(name: str, config: RunConfig) -> str:

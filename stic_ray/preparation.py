@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from stic_ray.core.config import TOYWORLD, RunConfig, accumulation_steps, is_toy
+from stic_ray.core.config import TOYWORLD, RunConfig, accumulation_steps, is_toy, sources_of
 from stic_ray.core.errors import ConfigError, SourceError, nearest
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
@@ -118,13 +118,8 @@ def make_toyworld(stages: Collection[str], config: RunConfig, run: RunDir) -> No
         "infusion": lambda place: write_instructions(place, seed=config.seed, num_rows=toy.num_instructions),
         "evaluation": lambda place: write_benchmarks(place, num_scenes=toy.num_scenes, split=toy.split),
     }
-    sources = {
-        "pool": (config.pool.source,),
-        "infusion": (config.infusion.source,),
-        "evaluation": config.evaluation.benchmarks,
-    }
     for stage, make in makers.items():
-        if stage not in stages or not any(map(is_toy, sources[stage])):
+        if stage not in stages or not any(map(is_toy, sources_of(stage, config))):
             continue
         if not run.location.is_local:
             raise SourceError(

@@ -256,6 +256,17 @@ class RunConfig(Section):
     workers: WorkersConfig = WorkersConfig()
 
 
+def sources_of(stage: str, config: RunConfig) -> tuple[str, ...]:
+    """Return the sources from outside the run that a stage reads."""
+    sources = {
+        "pool": (config.pool.source,),
+        "dpo": (config.dpo.pairs,) if config.dpo.pairs else (),
+        "infusion": (config.infusion.source,),
+        "evaluation": config.evaluation.benchmarks,
+    }
+    return sources.get(stage, ())
+
+
 def accumulation_steps(global_batch: int, workers: WorkersConfig) -> int:
     """Return how many forward passes make one optimiser step. Raises ConfigError when that is no whole number."""
     at_once = workers.num_workers * workers.micro_batch
