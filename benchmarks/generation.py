@@ -12,6 +12,7 @@ import time
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Request, Sampling
+from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
 from stic_ray.toyworld.model import WEIGHTS
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
@@ -31,14 +32,14 @@ def main() -> None:
     options = parser.parse_args()
     num_requests = 128 if options.quick else options.num_requests
     model = ModelConfig(path=options.model)
-    engine = TransformersEngine(model, batch_size=options.batch_size, on_gpu=options.gpu)
+    engine = TransformersEngine(model, limits=BatchLimits(options.batch_size, None), on_gpu=options.gpu)
     requests = [Request("Describe the picture.", draw_scene(sample_scene(0, i)), seed=i) for i in range(num_requests)]
     sampling = Sampling(options.max_new_tokens, temperature=0.7)
     engine.generate(requests[: options.batch_size], sampling)  # warm-up
 
     seconds, texts = {}, {}
     for name, batch_size in (("one_at_a_time", 1), ("batched", options.batch_size)):
-        engine.batch_size = batch_size
+        engine.limits = BatchLimits(batch_size, None)
         began_s = time.perf_counter()
         answers = engine.generate(requests, sampling)
         seconds[name] = time.perf_counter() - began_s

@@ -213,7 +213,11 @@ class ActorsConfig(Section):
     num_gpus: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs per actor."""
     batch_size: Count = 16
-    """Requests per forward pass; halved by an actor that runs out of GPU memory."""
+    """Requests per forward pass; halved by an actor that runs out of memory."""
+    batch_tokens: Count | None = None
+    """Tokens per forward pass: requests times the longest of them, image, padding and the answer's limit included."""
+    merge_adapter: bool = False
+    """Merge adapters into the weights before generating: faster, but in bfloat16 small updates are rounded away."""
     max_retries: NotNegative = 2
     """How often the shard of a dead actor is tried again before the stage stops."""
 

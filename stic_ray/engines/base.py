@@ -16,6 +16,8 @@ class Request:
     """An RGB picture, or None for a text-only question."""
     seed: int = 0
     """Makes the sampled answer repeatable, whatever else is in the batch."""
+    image_id: str = ""
+    """Requests with the same one travel together, so that what they share is computed once where that can be."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class TokenCounter(Protocol):
 
 
 class Engine(TokenCounter, Protocol):
-    """A loaded model."""
+    """A loaded model. `generate` may be called from several threads at the same time."""
 
     name: str
     """Path or hub id, for the record."""

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -98,16 +98,26 @@ def load_processor(model: ModelConfig) -> ProcessorMixin:
 
 
 def load_model(
-    model: ModelConfig, *, dtype: torch.dtype, adapter: Path | None = None, trainable: bool = False
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    adapter: Path | None = None,
+    trainable: bool = False,
+    merge: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load the weights (safetensors only) on the CPU, with an adapter on top when one is given.
 
-    The adapter is applied, not merged: in bfloat16 a merge would round small updates away. It is checked to be
-    active and equal to its file. Raises ModelError.
+    The adapter is checked to be active and equal to its file. It is applied, not merged, unless `merge` asks for it:
+    that is computed in float32, and only then rounded to `dtype`, in which small updates may vanish. Raises ModelError.
     """
+    merge = merge and adapter is not None
     with _explained(model):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            model.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **_hub_arguments(model)
+            model.path,
+            dtype=torch.float32 if merge else dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_hub_arguments(model),
         )
     base, report = loaded
     if report["missing_keys"]:
@@ -121,7 +131,7 @@ def load_model(
             base, str(adapter), is_trainable=trainable, autocast_adapter_dtype=trainable
         )
     check_adapter_active(adapted, adapter)
-    return adapted
+    return cast(Any, adapted).merge_and_unload().to(dtype) if merge else adapted
 
 
 def check_adapter_active(model: PeftModel, adapter: Path) -> None:

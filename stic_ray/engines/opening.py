@@ -11,13 +11,20 @@ def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | Non
     """Load the model of the run, or what a training stage made of it: an adapter, or a full model."""
     if model.engine == "fake":
         return FakeEngine(model.path, actors.batch_size)
+    from stic_ray.engines.batching import BatchLimits
     from stic_ray.engines.loading import is_adapter  # the fake engine starts without torch
     from stic_ray.engines.transformers_engine import TransformersEngine
 
     adapter = checkpoint if checkpoint is not None and is_adapter(checkpoint) else None
     if checkpoint is not None and adapter is None:
         model = model.model_copy(update={"path": str(checkpoint), "revision": None})
-    return TransformersEngine(model, batch_size=actors.batch_size, on_gpu=actors.num_gpus > 0, adapter=adapter)
+    return TransformersEngine(
+        model,
+        limits=BatchLimits(actors.batch_size, actors.batch_tokens),
+        on_gpu=actors.num_gpus > 0,
+        adapter=adapter,
+        merge=actors.merge_adapter,
+    )
 
 
 def open_counter(model: ModelConfig) -> TokenCounter:

@@ -1,6 +1,7 @@
 """The default engine: batched generation with transformers, on a GPU or a CPU."""
 
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.batching import BatchLimits, plan_batches
 from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, load_model, load_processor
 from stic_ray.engines.rendering import render
 
 logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class TransformersCounter:
@@ -23,6 +27,7 @@ class TransformersCounter:
     def __init__(self, model: ModelConfig) -> None:
         """Load the processor. Raises ModelError."""
         self.processor: Any = load_processor(model)
+        self._added_by_size: dict[tuple[int, int], int] = {}
 
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
         """Return the tokens of a conversation in the chat template, the image counted as its placeholder."""
@@ -43,78 +48,104 @@ class TransformersCounter:
         )
         return [num_tokens - self._num_tokens(text) for num_tokens in inputs["attention_mask"].sum(1).tolist()]
 
+    def _guess_added_tokens(self, image: Image.Image | None) -> int:
+        """Return what an image will add, by its size; made from a blank one where the processor cannot say it."""
+        if image is None:
+            return 0
+        if image.size not in self._added_by_size:
+            if hasattr(self.processor, "_get_num_multimodal_tokens"):
+                told = self.processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1]])
+                self._added_by_size[image.size] = told["num_image_tokens"][0]
+            else:
+                self._added_by_size[image.size] = self.count_added_tokens([Image.new("RGB", image.size)])[0]
+        return self._added_by_size[image.size]
+
     def _num_tokens(self, text: str) -> int:
         return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class TransformersEngine(TransformersCounter):
-    """A model in this process."""
+    """A model in this process. Threads may share it: one batch is prepared while the model is busy with another."""
 
-    def __init__(self, model: ModelConfig, *, batch_size: int, on_gpu: bool, adapter: Path | None = None) -> None:
-        """Load the model, and the adapter onto it. Raises ModelError."""
+    def __init__(
+        self, model: ModelConfig, *, limits: BatchLimits, on_gpu: bool, adapter: Path | None = None, merge: bool = False
+    ) -> None:
+        """Load the model, and the adapter onto it or, with `merge`, into it. Raises ModelError."""
         self.name = str(adapter) if adapter else model.path
         self.revision = fingerprint(model)
-        self.batch_size = batch_size
+        self.limits = limits
         self.device = torch.device("cuda" if on_gpu else "cpu")
         super().__init__(model)
-        weights: Any = load_model(model, dtype=choose_dtype(model, on_gpu=on_gpu), adapter=adapter)
+        weights: Any = load_model(model, dtype=choose_dtype(model, on_gpu=on_gpu), adapter=adapter, merge=merge)
         self.model: Any = weights.to(self.device).eval()
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         self.end_ids = sorted({*ends, self.processor.tokenizer.eos_token_id} - {None})
+        self._busy = threading.Lock()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
-        """Answer every request, `batch_size` at a time; batches depend on the order of requests alone.
+        """Answer every request, in batches that depend on the requests alone (`batching.plan_batches`).
 
-        A batch that does not fit the GPU is halved, and the smaller size kept.
+        A batch that does not fit the memory is halved, and the smaller size kept.
         """
         answers: dict[int, Answer] = {}
+        texts = [self._render(request) for request in requests]
+        lengths = [
+            self._num_tokens(text) + self._guess_added_tokens(request.image) + sampling.max_new_tokens
+            for text, request in zip(texts, requests, strict=True)
+        ]
         for with_image in (True, False):  # processors take images for every text of a batch, or for none
             waiting = [i for i, request in enumerate(requests) if (request.image is not None) == with_image]
             while waiting:
-                batch = waiting[: self.batch_size]
+                plan = plan_batches([lengths[i] for i in waiting], [requests[i].image_id for i in waiting], self.limits)
+                batch = [waiting[place] for place in plan[0]]
                 try:
-                    found = self._generate_batch([requests[i] for i in batch], sampling)
-                except torch.cuda.OutOfMemoryError:
-                    if len(batch) == 1:
-                        raise
-                    torch.cuda.empty_cache()
-                    self.batch_size = len(batch) // 2
-                    logger.warning("out of GPU memory with %d requests, going on with %d", len(batch), self.batch_size)
+                    found = self._generate_batch([requests[i] for i in batch], [texts[i] for i in batch], sampling)
+                except OUT_OF_MEMORY as error:
+                    self._shrink(len(batch), max(lengths[i] for i in batch), error)
                     continue
                 answers.update(zip(batch, found, strict=True))
-                waiting = waiting[len(batch) :]
+                waiting = [i for i in waiting if i not in answers]
         return [answers[i] for i in range(len(requests))]
 
+    def _shrink(self, num_rows: int, length: int, error: Exception) -> None:
+        """Keep to half of a batch from now on. Raises `error` when it was a single row."""
+        if num_rows == 1:
+            raise error
+        torch.cuda.empty_cache()
+        self.limits = self.limits.halved(num_rows, length)
+        logger.warning("out of memory with %d requests of %d tokens, going on with half of them", num_rows, length)
+
+    def _render(self, request: Request) -> str:
+        question = [{"role": "user", "content": request.prompt}]
+        return render(self.processor, question, with_image=request.image is not None, add_generation_prompt=True)
+
     @torch.inference_mode()
-    def _generate_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
-        texts = [
-            render(
-                self.processor,
-                [{"role": "user", "content": request.prompt}],
-                with_image=request.image is not None,
-                add_generation_prompt=True,
-            )
-            for request in requests
-        ]
+    def _generate_batch(self, requests: Sequence[Request], texts: Sequence[str], sampling: Sampling) -> list[Answer]:
         images = [[request.image] for request in requests if request.image is not None] or None
         inputs = self.processor(
-            images=images, text=texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
-        ).to(self.device, dtype=self.model.dtype)
-        sequences = self.model.generate(
-            **inputs,
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,  # sampling is done by the seeded noise below
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=self.end_ids or None,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
-            logits_processor=_processors([request.seed for request in requests], sampling, self.device),
+            images=images,
+            text=list(texts),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=False,
         )
         num_prompt_tokens = inputs["attention_mask"].sum(1).tolist()
         num_image_tokens = (inputs["input_ids"] == image_token_id(self.processor)).sum(1).tolist()
-        new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        with self._busy:
+            sequences = self.model.generate(
+                **inputs.to(self.device, dtype=self.model.dtype),
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=False,  # sampling is done by the seeded noise below
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=self.end_ids or None,
+                pad_token_id=self.processor.tokenizer.pad_token_id,
+                logits_processor=_processors([request.seed for request in requests], sampling, self.device),
+            )
+            new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         return [
             self._read_answer(ids, num_image, num_prompt - self._num_tokens(text))
             for ids, num_image, num_prompt, text in zip(

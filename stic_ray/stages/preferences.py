@@ -117,8 +117,10 @@ class PairMaker:
         """The two requests of an image travel next to each other, in one batch where that has room."""
         identity, seed = candidate.row["image_id"], self.config.seed
         return (
-            Request(candidate.plan.chosen_prompt, candidate.clean, seed_for(seed, identity, "chosen")),
-            Request(candidate.plan.rejected_prompt, candidate.for_rejected, seed_for(seed, identity, "rejected")),
+            Request(candidate.plan.chosen_prompt, candidate.clean, seed_for(seed, identity, "chosen"), identity),
+            Request(
+                candidate.plan.rejected_prompt, candidate.for_rejected, seed_for(seed, identity, "rejected"), identity
+            ),
         )
 
     def _finish(self, candidate: _Candidate, chosen: Answer, rejected: Answer) -> dict[str, Any] | Rejection:

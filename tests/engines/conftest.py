@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from stic_ray.core.config import ModelConfig
+from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
 from stic_ray.toyworld.model import WEIGHTS
 from tests import tiny_models
@@ -35,7 +36,9 @@ def loaded(checkpoint: Checkpoints) -> Engines:
 
     def load(family: str) -> TransformersEngine:
         if family not in engines:
-            engines[family] = TransformersEngine(ModelConfig(path=str(checkpoint(family))), batch_size=4, on_gpu=False)
+            engines[family] = TransformersEngine(
+                ModelConfig(path=str(checkpoint(family))), limits=BatchLimits(4, None), on_gpu=False
+            )
         return engines[family]
 
     return load

@@ -41,8 +41,8 @@ def make_adapter(base: Path, target: Path) -> Path:
     return target
 
 
-def answers(base: Path, checkpoint: Path | None) -> list[Answer]:
-    engine = open_engine(ModelConfig(path=str(base)), ActorsConfig(), checkpoint)
+def answers(base: Path, checkpoint: Path | None, *, merge: bool = False) -> list[Answer]:
+    engine = open_engine(ModelConfig(path=str(base)), ActorsConfig(merge_adapter=merge), checkpoint)
     return engine.generate(REQUESTS, Sampling(12))
 
 
@@ -61,6 +61,17 @@ def test_an_adapter_changes_what_is_said_as_its_merged_model_does(
     with_adapter = answers(base, adapter)
     assert [answer.text for answer in with_adapter] != [answer.text for answer in answers(base, None)]
     assert [answer.text for answer in with_adapter] == [answer.text for answer in answers(base, merged)]
+    assert with_adapter == answers(base, adapter, merge=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_is_rounded_once(dtype: torch.dtype, checkpoint: Checkpoints, adapter: Path) -> None:
+    model = ModelConfig(path=str(checkpoint("toyworld")))
+    expected: Any = adapted(checkpoint("toyworld"), adapter).merge_and_unload().to(dtype)
+    merged: Any = load_model(model, dtype=dtype, adapter=adapter, merge=True)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    for name, value in expected.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], value)
 
 
 def test_the_engine_is_named_after_what_was_loaded(checkpoint: Checkpoints, adapter: Path) -> None:

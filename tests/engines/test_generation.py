@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from scipy import stats
 from stic_ray.core.config import ModelConfig
 from stic_ray.core.randomness import seed_for
 from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.loading import image_token_id
 from stic_ray.engines.rendering import render
 from stic_ray.engines.transformers_engine import SeededNoise, TransformersCounter, TransformersEngine
 from stic_ray.toyworld.lessons import PROMPTS
 from tests.engines.conftest import Checkpoints, Engines
-from tests.engines.families import EMBEDDED, IMAGE_TOKENS, WITH_BOS, mixed_requests, scene
+from tests.engines.families import EMBEDDED, IMAGE_TOKENS, NEED_TORCHVISION, WITH_BOS, mixed_requests, scene
 
 GREEDY = Sampling(max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12, temperature=0.8, top_p=0.95)
@@ -36,7 +38,7 @@ def test_a_batch_says_what_each_request_says_alone(
     alone = one_at_a_time(engine, requests, sampling)
     assert len({answer.text for answer in alone}) > 3, "the requests have different answers"
     for batch_size in (2, 3, 8):
-        monkeypatch.setattr(engine, "batch_size", batch_size)
+        monkeypatch.setattr(engine, "limits", BatchLimits(batch_size, None))
         assert engine.generate(requests, sampling) == alone
         order = random.Random(batch_size).sample(range(len(requests)), len(requests))
         shuffled = engine.generate([requests[place] for place in order], sampling)
@@ -158,7 +160,7 @@ def test_a_template_that_writes_bos_itself_gets_no_second_one(
     parts = f"{{% for part in message.content %}}{text}{{% endfor %}}"
     template = f"{{{{ bos_token }}}}{{% for message in messages %}}Q: {parts} A:{{% endfor %}}"
     model = ModelConfig(path=str(checkpoint("llava")), chat_template=template)
-    engine = TransformersEngine(model, batch_size=4, on_gpu=False)
+    engine = TransformersEngine(model, limits=BatchLimits(4, None), on_gpu=False)
     bos = engine.processor.tokenizer.bos_token_id
     prompts = prompts_seen(engine, [Request("What?", scene(1)), Request("What?", None)], monkeypatch)
     assert [(prompt[0], prompt.count(bos)) for prompt in prompts] == [(bos, 1)] * 2
@@ -174,7 +176,7 @@ def test_a_question_that_spells_the_placeholder_is_answered(family: str, loaded:
 
 @pytest.fixture
 def own_engine(checkpoint: Checkpoints) -> TransformersEngine:
-    return TransformersEngine(ModelConfig(path=str(checkpoint("toyworld"))), batch_size=8, on_gpu=False)
+    return TransformersEngine(ModelConfig(path=str(checkpoint("toyworld"))), limits=BatchLimits(8, None), on_gpu=False)
 
 
 def fit_at_most(engine: TransformersEngine, num_rows: int, patch: pytest.MonkeyPatch) -> list[int]:
@@ -218,6 +220,55 @@ def test_a_single_request_that_does_not_fit_is_an_error(
     fit_at_most(own_engine, 0, monkeypatch)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         own_engine.generate(mixed_requests(), GREEDY)
+
+
+def test_tokens_bound_a_batch(own_engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the five requests with a picture takes between 20 and 60 tokens, with room for 12 to say."""
+    requests = mixed_requests()
+    expected = own_engine.generate(requests, SAMPLED)
+    sizes = fit_at_most(own_engine, 8, monkeypatch)
+    monkeypatch.setattr(own_engine, "limits", BatchLimits(8, 80))
+    assert own_engine.generate(requests, SAMPLED) == expected
+    assert max(sizes) == 2
+    assert len(sizes) > len(requests) / 2
+
+
+def test_the_requests_of_one_image_share_a_batch(
+    own_engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ("Hi", "How many shapes are there, and where is each of them?")
+    requests = [Request(prompt, scene(i), seed=i, image_id=f"image {i}") for prompt in prompts for i in range(4)]
+    batches: list[set[str]] = []
+    generate_batch = own_engine._generate_batch
+
+    def observe(asked: Sequence[Request], *arguments: Any) -> list[Answer]:
+        batches.append({request.image_id for request in asked})
+        return generate_batch(asked, *arguments)
+
+    monkeypatch.setattr(own_engine, "limits", BatchLimits(4, None))
+    monkeypatch.setattr(own_engine, "_generate_batch", observe)
+    own_engine.generate(requests, GREEDY)
+    assert [len(images) for images in batches] == [2, 2]
+    assert not batches[0] & batches[1]
+
+
+def test_threads_share_an_engine(own_engine: TransformersEngine) -> None:
+    requests = mixed_requests()
+    expected = own_engine.generate(requests, SAMPLED)
+    with ThreadPoolExecutor(4) as pool:
+        for answers in pool.map(lambda _: own_engine.generate(requests, SAMPLED), range(8)):
+            assert answers == expected
+
+
+@pytest.mark.parametrize("family", [*EMBEDDED, *NEED_TORCHVISION])
+def test_what_an_image_adds_is_known_from_its_size(family: str, loaded: Engines) -> None:
+    """It plans batches, so a token more or less for a placeholder does no harm."""
+    if family in NEED_TORCHVISION:
+        pytest.importorskip("torchvision")
+    engine = loaded(family)
+    for picture in (scene(1), scene(2, 120, 50), scene(3, 40, 100)):
+        assert abs(engine._guess_added_tokens(picture) - engine.count_added_tokens([picture])[0]) <= 1
+    assert engine._guess_added_tokens(None) == 0
 
 
 def test_nothing_to_answer_is_no_work(loaded: Engines) -> None:

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Request, Sampling
+from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
 from stic_ray.method.objects import named_objects
 from stic_ray.method.prompts import load_prompts
@@ -23,7 +24,7 @@ SCENES = [sample_scene(9, 5_000_000_000 + index) for index in range(150)]
 
 @pytest.fixture(scope="module")
 def engine() -> TransformersEngine:
-    return TransformersEngine(ModelConfig(path=str(WEIGHTS)), batch_size=75, on_gpu=False)
+    return TransformersEngine(ModelConfig(path=str(WEIGHTS)), limits=BatchLimits(75, None), on_gpu=False)
 
 
 def answers(engine: TransformersEngine, prompt: str) -> list[str]:

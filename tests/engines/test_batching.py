@@ -1,0 +1,56 @@
+"""Which requests share a forward pass."""
+
+import random
+
+import pytest
+
+from stic_ray.engines.batching import BatchLimits, plan_batches
+
+
+def drawn(seed: int) -> tuple[list[int], list[str], BatchLimits]:
+    """Rows of many lengths, most of them in pairs, and limits that some of the rows are too long for."""
+    generator = random.Random(seed)
+    num_rows = generator.randint(1, 60)
+    lengths = [generator.choice([generator.randint(5, 50), generator.randint(200, 900)]) for _ in range(num_rows)]
+    groups = [generator.choice(["", f"image {row // 2}"]) for row in range(num_rows)]
+    return lengths, groups, BatchLimits(generator.randint(1, 9), generator.choice([None, generator.randint(40, 4000)]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_row_is_in_one_batch_and_every_batch_is_within_the_limits(seed: int) -> None:
+    lengths, groups, limits = drawn(seed)
+    batches = plan_batches(lengths, groups, limits)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= limits.num_rows
+        if limits.num_positions is not None and len(batch) > 1:
+            assert len(batch) * max(lengths[row] for row in batch) <= limits.num_positions
+    assert plan_batches(lengths, groups, limits) == batches, "the same rows are batched alike when done again"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rows_of_one_image_travel_together_where_two_fit(seed: int) -> None:
+    lengths, groups, limits = drawn(seed)
+    for batch in plan_batches(lengths, groups, limits):
+        for row in batch:
+            partners = [each for each in range(len(groups)) if groups[each] and groups[each] == groups[row]]
+            if partners and limits.most_rows(max(lengths[each] for each in partners)) >= len(partners):
+                assert set(partners) <= set(batch)
+
+
+def test_long_rows_make_small_batches_and_short_ones_large() -> None:
+    lengths = [100, 10, 10, 100, 10, 10, 10]
+    assert plan_batches(lengths, [""] * 7, BatchLimits(16, 200)) == [[0, 3], [1, 2, 4, 5, 6]]
+    assert plan_batches(lengths, [""] * 7, BatchLimits(2, None)) == [[0, 3], [1, 2], [4, 5], [6]]
+
+
+def test_nothing_is_no_batch() -> None:
+    assert plan_batches([], [], BatchLimits(4, 100)) == []
+
+
+def test_half_of_what_did_not_fit_is_the_new_limit() -> None:
+    assert BatchLimits(16, None).halved(5, 100) == BatchLimits(2, None)
+    shrunk = BatchLimits(16, 4000).halved(8, 300)
+    assert shrunk == BatchLimits(16, 1200)
+    assert shrunk.most_rows(300) == 4
+    assert shrunk.most_rows(100) == 12, "short rows are not made to suffer for long ones"
