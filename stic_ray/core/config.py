@@ -15,6 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
 ScoredModel = Literal["base", "dpo", "sft"]
+AnswerMode = Literal["direct", "describe_and_respond"]
 Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
 
 TOYWORLD = "toyworld"
@@ -176,19 +177,22 @@ class EvaluationConfig(Section):
     one of them."""
     models: Annotated[tuple[ScoredModel, ...], Field(min_length=1)] = ("base", "dpo", "sft")
     """Which models are scored; differences are to `base`, and unknown without it."""
+    modes: Annotated[tuple[AnswerMode, ...], Field(min_length=1)] = get_args(AnswerMode)
+    """How they are asked; describing every image first is most of the work."""
     max_answer_tokens: Count = 128
     max_description_tokens: Count = 1024
     num_resamples: Count = 2000
     """Bootstrap resamples behind each interval."""
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.95
 
-    @field_validator("models")
+    @field_validator("models", "modes")
     @classmethod
-    def _each_once_in_order(cls, models: tuple[ScoredModel, ...]) -> tuple[ScoredModel, ...]:
+    def _each_once_in_order(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         """Order changes no score, so it must not make another run either."""
-        if len(set(models)) < len(models):
-            raise ValueError("name each model once")
-        return tuple(model for model in get_args(ScoredModel) if model in models)
+        if len(set(names)) < len(names):
+            raise ValueError(f"name each of the {info.field_name} once")
+        known = ScoredModel if info.field_name == "models" else AnswerMode
+        return tuple(name for name in get_args(known) if name in names)
 
 
 class ToyworldConfig(Section):

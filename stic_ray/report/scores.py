@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from stic_ray.core.config import AnswerMode, ScoredModel
 from stic_ray.core.rundir import RunDir
 from stic_ray.report.formats import label, percent, points
 
-MODELS = ("base", "dpo", "sft")
-MODES = ("direct", "describe_and_respond")
+MODELS = get_args(ScoredModel)
+MODES = get_args(AnswerMode)
 
 _SCORE_KEYS = ("score", "low", "high", "difference", "difference_low", "difference_high")
 

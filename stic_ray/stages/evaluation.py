@@ -25,8 +25,8 @@ from stic_ray.method.statistics import bootstrap_mean
 from stic_ray.stages.benchmarks import load_questions, read_benchmarks
 from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
 
-MODES = ("direct", "describe_and_respond")
-BASELINE = ("base", "direct")
+DIRECT = "direct"
+BASELINE = ("base", DIRECT)
 
 
 def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | None]) -> dict[str, Any]:
@@ -35,7 +35,8 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     Returns the manifest's row accounts: a row is a question under a metric in a mode for a model. Raises
     SourceError for a benchmark that is missing or of another format.
     """
-    questions = read_benchmarks(config.evaluation.benchmarks)
+    # The questions about an image next to each other: it is described once for all of them.
+    questions = sorted(read_benchmarks(config.evaluation.benchmarks), key=lambda q: (q["path"] or "", q["row"] or 0))
     prompts = load_prompts(config.prompts)
     tasks = _tasks(questions, config.pool.shard_size)
     for model, checkpoint in models.items():
@@ -53,7 +54,7 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     if not predictions:
         raise SourceError(f"Not one question could be asked: {output.rejected_by_reason()}.")
     output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
-    num_rows = sum(len(question["metrics"]) for question in questions) * len(MODES) * len(models)
+    num_rows = sum(len(question["metrics"]) for question in questions) * len(config.evaluation.modes) * len(models)
     return row_counts(num_rows, len(predictions), output.rejected_by_reason())
 
 
@@ -120,7 +121,7 @@ class Examinee:
             for row in batch.to_pylist():
                 picture = self._picture(row)
                 if isinstance(picture, Rejection):
-                    times = len(MODES) * len(row["metrics"])
+                    times = len(self.config.evaluation.modes) * len(row["metrics"])
                     rejected += [rejected_row(row["id"], row["path"] or "", picture)] * times
                 else:
                     asked.append((row, picture))
@@ -142,13 +143,15 @@ class Examinee:
 
     def _answer(self, asked: list[tuple[dict[str, Any], Any]]) -> list[dict[str, Any]]:
         long, short = self.config.evaluation.max_description_tokens, self.config.evaluation.max_answer_tokens
-        seen = [_Asked(row, picture, self.prompts.describe, long) for row, picture in asked if picture is not None]
+        modes = self.config.evaluation.modes
+        is_seen = [picture is not None and modes != (DIRECT,) for _, picture in asked]
+        seen = [_Asked(*each, self.prompts.describe, long) for each, seen in zip(asked, is_seen, strict=True) if seen]
         texts = iter(answer.text for answer in self._generate(seen))
-        descriptions = [None if picture is None else next(texts) for _, picture in asked]
+        descriptions = [next(texts) if seen else None for seen in is_seen]
         questions = [
-            (row, picture, mode, description if mode != "direct" else None)
+            (row, picture, mode, description if mode != DIRECT else None)
             for (row, picture), description in zip(asked, descriptions, strict=True)
-            for mode in MODES
+            for mode in modes
         ]
         requests = [
             _Asked(row, picture, self._prompt(row, description), long if _is_open(row) else short)

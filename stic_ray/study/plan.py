@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import AnswerMode, RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.overrides import apply_values, read_yaml
 from stic_ray.core.rundir import digest
@@ -88,7 +88,7 @@ def plan_study(
         for size in sizes:
             for variant, overrides in variants.items():
                 config = _configured(base, variant, overrides, size, seed)
-                source = _source_of(config, pool_size)
+                source = _source_of(config, pool_size, base.evaluation.modes)
                 sources.setdefault(source.name, source)
                 pairs = f"{uri}/{source.folder}/preferences"
                 cells.append(Cell(variant, size, seed, source.name, _cell_config(config, variant, size, seed, pairs)))
@@ -130,7 +130,7 @@ def _check_variant(name: str, overrides: Mapping[str, Any], sizes: Sequence[int]
             raise ConfigError(f"Variant '{name}' sets {field!r}; give section.field.")
         if field in OWN_FIELDS:
             raise ConfigError(f"Variant '{name}' sets {field}, which the study sets in every run; leave it out.")
-        if field.startswith("evaluation.") and field != "evaluation.models":
+        if field.startswith("evaluation.") and field not in ("evaluation.models", "evaluation.modes"):
             raise ConfigError(
                 f"Variant '{name}' sets {field}: all variants must be scored alike. Set it for the whole study with "
                 f"--set {field}=VALUE."
@@ -158,9 +158,12 @@ def _configured(base: RunConfig, variant: str, overrides: Mapping[str, Any], siz
         raise ConfigError(f"Variant '{variant}': {error}") from error
 
 
-def _source_of(config: RunConfig, pool_size: int) -> Source:
-    """Return the source of a cell's configuration; equal settings of pool and preferences give equal names."""
-    changes = {"preferences.num_images": pool_size, "evaluation.models": (BASE,)}
+def _source_of(config: RunConfig, pool_size: int, modes: tuple[AnswerMode, ...]) -> Source:
+    """Return the source of a cell's configuration; equal settings of pool and preferences give equal names.
+
+    `modes` are the study's: variants that are asked in fewer share the base model's scores.
+    """
+    changes = {"preferences.num_images": pool_size, "evaluation.models": (BASE,), "evaluation.modes": modes}
     config = apply_values(config, {**changes, "dpo.pairs": None, "dpo.num_images": None})
     settings = [identity(stage, config) for stage in STAGES if stage.name in ("pool", "preferences")]
     name = f"seed{config.seed}-{digest(settings)[:8]}"

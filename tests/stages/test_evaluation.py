@@ -246,6 +246,19 @@ def test_one_response_is_scored_by_several_metrics(tmp_path: Path) -> None:
     assert scores["any_hallucination", "describe_and_respond"]["higher_is_better"] is False
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_modes_that_are_not_asked_for_cost_nothing(tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 3)
+    settings = {"benchmarks": [str(write_benchmark(pictures))], "modes": ["direct"]}
+    config = fake_config(tmp_path, pictures, SCRIPT, evaluation=settings)
+    output = RunDir.of(str(tmp_path / "run")) / "evaluation"
+    accounts = evaluate(config, output, {"base": None})
+    rows = output.read_table("predictions-base", PREDICTIONS).to_pylist()
+    assert {row["mode"] for row in rows} == {"direct"} and {row["description"] for row in rows} == {None}
+    assert accounts["num_rows_in"] == 5 and len(rows) == 4 and accounts["rejected_by_reason"] == {"unreadable_file": 1}
+    assert {row["mode"] for row in output.read_json("scores.json")} == {"direct"}
+
+
 class CountingEngine:
     """Answers with the number of the request."""
 
@@ -284,3 +297,17 @@ def test_what_is_asked_twice_of_a_picture_is_generated_once(tmp_path: Path, monk
         for row in found:
             assert engine.requests[int(row["response"].split()[1])][0] == row["prompt"]
     assert num_generated == [1 + 2 * 3, 3 + 3 + 3]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_questions_about_an_image_meet_wherever_they_stand(tmp_path: Path) -> None:
+    pictures = draw_pictures(tmp_path / "pictures", 4)
+    names = [f"{number:03d}.jpg" for number in (2, 0, 3, 1)] * 2
+    rows = [{"image": name, "question": f"Question {n}?", "answer": "no"} for n, name in enumerate(names)]
+    (pictures / "apart.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    settings = {"benchmarks": [str(pictures / "apart.jsonl")]}
+    config = fake_config(tmp_path, pictures, SCRIPT, evaluation=settings)
+    output = RunDir.of(str(tmp_path / "run")) / "evaluation"
+    evaluate(config, output, {"base": None})
+    ids = [row["id"] for row in output.read_table("predictions-base", PREDICTIONS).to_pylist()[::2]]
+    assert [names[int(each)] for each in ids] == sorted(names)

@@ -15,7 +15,7 @@ from tests.study.builders import study_in
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "stic": {},
-    "blank": {"dpo.image": "blank", "evaluation.models": ["dpo"]},
+    "blank": {"dpo.image": "blank", "evaluation.models": ["dpo"], "evaluation.modes": ["direct"]},
     "sft_more": {"sft.start": "base", "sft.num_steps": {10: 7, 20: 9}, "evaluation.models": ["base", "sft"]},
     "all_hallucinated": {"preferences.hallucination_share": 1.0},
 }
@@ -40,6 +40,7 @@ def test_variants_with_the_same_pool_and_preferences_share_a_source(tmp_path: Pa
     for source in study.sources:
         assert (source.config.preferences.num_images, source.config.seed) == (20, source.seed)
         assert source.config.evaluation.models == ("base",) and source.config.dpo.pairs is None
+        assert source.config.evaluation.modes == ("direct", "describe_and_respond"), "the study's, not a variant's"
 
 
 def test_a_variant_that_only_changes_training_keeps_the_name_of_the_source(tmp_path: Path) -> None:
