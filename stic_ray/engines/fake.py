@@ -88,7 +88,7 @@ class FakeEngine:
             for fault in self.script.faults:
                 if any(fault.prompt in r.prompt and fault.size in (None, _size(r.image)) for r in requests):
                     _happen(fault)
-            if len(requests) > (self.script.max_requests or len(requests)):
+            if self.script.max_requests is not None and len(requests) > self.script.max_requests:
                 raise MemoryError(f"{len(requests)} requests do not fit")
             for _ in range(0, len(requests), self.batch_size):
                 time.sleep(self.script.seconds_per_batch)
