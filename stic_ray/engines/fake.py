@@ -56,6 +56,8 @@ class Script(BaseModel):
     dies_while_loading: bool = False
     max_requests: int | None = None
     """More requests in one call do not fit into memory."""
+    journal: str | None = None
+    """File that gets a line for every call that was answered: the number of its requests."""
     num_image_tokens: int = 16
 
 
@@ -92,7 +94,11 @@ class FakeEngine:
                 raise MemoryError(f"{len(requests)} requests do not fit")
             for _ in range(0, len(requests), self.batch_size):
                 time.sleep(self.script.seconds_per_batch)
-            return [self._answer(request, sampling) for request in requests]
+            answers = [self._answer(request, sampling) for request in requests]
+            if self.script.journal:
+                with open(self.script.journal, "a", encoding="ascii") as journal:
+                    journal.write(f"{len(requests)}\n")
+            return answers
 
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
         """Count words."""

@@ -6,6 +6,7 @@ raise EngineLost where it cannot.
 
 import faulthandler
 import logging
+import math
 import os
 import sys
 import threading
@@ -25,7 +26,7 @@ class Work:
     """What an engine did in a while."""
 
     elapsed_s: float = 0.0
-    """Length of the while."""
+    """Length of the while; the first one begins with the first call."""
     busy_s: float = 0.0
     """Seconds of it in which at least one call was running."""
     request_s: float = 0.0
@@ -73,7 +74,7 @@ class WatchedEngine:
         """Thread and start of the running calls, the oldest first."""
         self._num_requests_that_fit: int | None = None
         self._work = Work()
-        self._since_s = self._busy_since_s = time.monotonic()
+        self._since_s = self._busy_since_s = math.inf
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request, in order. Raises UserError as it came, and EngineError for what else went wrong.
@@ -102,7 +103,7 @@ class WatchedEngine:
             if self._running:
                 self._work += Work(busy_s=now_s - self._busy_since_s)
                 self._busy_since_s = now_s
-            work, self._work = self._work + Work(elapsed_s=now_s - self._since_s), Work()
+            work, self._work = self._work + Work(elapsed_s=max(now_s - self._since_s, 0.0)), Work()
             self._since_s = now_s
         return work
 
@@ -128,6 +129,7 @@ class WatchedEngine:
     def _call(self, num_requests: int) -> Iterator[None]:
         thread, began_s = threading.get_ident(), time.monotonic()
         with self._lock:
+            self._since_s = min(self._since_s, began_s)
             if not self._running:
                 self._busy_since_s = began_s
             self._running[thread] = began_s

@@ -27,6 +27,7 @@ class Progress:
         self.start_s = self.logged_s = time.monotonic()
         self.first_shard_s = 0.0
         """Seconds until the first shard was finished: start-up, mostly."""
+        self._halfway = (self.start_s, 0, Work())
         self._logged = deque([(self.start_s, 0, 0, Work())], maxlen=_NUM_LOGGED_FOR_RATES)
 
     def advance(self, num_rows: int, work: Work) -> None:
@@ -36,20 +37,21 @@ class Progress:
         self.num_rows += num_rows
         self.work += work
         self.first_shard_s = self.first_shard_s or now_s - self.start_s
+        if self.num_done == self.num_shards // 2:
+            self._halfway = (now_s, self.num_rows, self.work)
         if now_s - self.logged_s >= _LOG_EVERY_S or self.num_done == self.num_shards:
             self.logged_s = now_s
             self._log(now_s)
 
     def summary(self) -> dict[str, Any]:
-        """Return the figures of the whole stage, start-up included, for its manifest."""
-        seconds = time.monotonic() - self.start_s
-        rates = {"num_rows": self.num_rows, "seconds": seconds, "seconds_to_first_shard": self.first_shard_s}
-        rates["rows_per_s"] = self.num_rows / seconds
-        if self.work.num_calls:
-            rates |= {"tokens_per_s": self.work.num_tokens / seconds, "utilisation": self.work.utilisation}
-            rates |= {"requests_per_call": self.work.requests_per_call}
-            rates |= {"requests_in_flight": self.work.requests_in_flight}
-        return {name: round(value, 3) for name, value in rates.items()}
+        """Return the figures of the whole stage for its manifest, and as `steady` those of its second half."""
+        now_s = time.monotonic()
+        halfway_s, num_rows, work = self._halfway
+        return {
+            "seconds_to_first_shard": round(self.first_shard_s, 3),
+            **_figures(now_s - self.start_s, self.num_rows, self.work),
+            "steady": _figures(now_s - halfway_s, self.num_rows - num_rows, self.work - work),
+        }
 
     def _log(self, now_s: float) -> None:
         then_s, num_done, num_rows, work = self._logged[0]
@@ -63,6 +65,14 @@ class Progress:
             line += f", {recent.num_tokens / seconds:.0f} tokens/s, {recent.requests_per_call:.1f} requests a call"
             line += f", {recent.requests_in_flight:.1f} in flight per actor, actors {recent.utilisation:.0%} busy"
         logger.info("%s: %s, %.0f s left", self.stage, line, left_s)
+
+
+def _figures(seconds: float, num_rows: int, work: Work) -> dict[str, float]:
+    figures = {"seconds": seconds, "num_rows": num_rows, "rows_per_s": num_rows / seconds}
+    if work.num_calls:
+        figures |= {"tokens_per_s": work.num_tokens / seconds, "utilisation": work.utilisation}
+        figures |= {"requests_per_call": work.requests_per_call, "requests_in_flight": work.requests_in_flight}
+    return {name: round(value, 3) for name, value in figures.items()}
 
 
 class ActorMetrics:
