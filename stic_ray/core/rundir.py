@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +23,11 @@ from stic_ray.core.storage import Location
 
 MANIFEST = "manifest.json"
 REJECTED_FAMILY = "rejected"
+ATTEMPTS_FAMILY = "attempts"
+"""Of small files that are there only while a shard is being made."""
+
+_NUM_READERS = 16
+"""Threads that read footers, which is mostly waiting for the storage."""
 
 
 def digest(value: Any) -> str:
@@ -65,8 +71,8 @@ class RunDir:
         return self.location.uri
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file atomically."""
-        (self.location / name).write(text.encode())
+        """Write a text file atomically. Raises OSError with its path."""
+        _write(self.location / name, text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file atomically; numbers that JSON does not know (infinite, not a number) become null."""
@@ -95,7 +101,7 @@ class RunDir:
         return [(int(name[1]), name[0]) for name in names if name]
 
     def write_shard(self, family: str, number: int, table: pa.Table, schema: pa.Schema) -> None:
-        """Write one shard, checked against its schema, whole or not at all."""
+        """Write one shard, checked against its schema, whole or not at all. Raises OSError with its path."""
         sink = pa.BufferOutputStream()
         # Images do not repeat: a dictionary of them is one giant page that every reader must hold.
         pq.write_table(
@@ -106,7 +112,7 @@ class RunDir:
             use_dictionary=False,
             write_batch_size=16,
         )
-        (self.location / shard_name(family, number)).write(sink.getvalue())
+        _write(self.location / shard_name(family, number), sink.getvalue())
 
     def read_table(self, family: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
         """Read all shards of a family, in order, or the given columns of them."""
@@ -117,7 +123,27 @@ class RunDir:
     def num_rows(self, families: Iterable[str]) -> int:
         """Count rows of the finished shards from their footers."""
         shards = [shard for family in families for shard in self.shards(family)]
-        return sum(pq.read_metadata(s.filesystem.open_input_file(s.path)).num_rows for s in shards)
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            return sum(readers.map(_num_rows, shards))
+
+    def damaged_shards(self, families: Iterable[str]) -> set[int]:
+        """Return the numbers of shards of which a file is no Parquet, as a machine that lost power may leave it."""
+        found = [(number, self.location / name) for family in families for number, name in self._numbered(family)]
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            whole = readers.map(_is_whole, (file for _, file in found))
+            return {number for (number, _), is_whole in zip(found, whole, strict=True) if not is_whole}
+
+    def delete_shards(self, families: Iterable[str], numbers: set[int]) -> None:
+        """Remove all files of some shards."""
+        for family in families:
+            for number in numbers & self.shard_numbers(family):
+                (self.location / shard_name(family, number)).delete()
+
+    def delete_leftovers(self) -> None:
+        """Remove what writers left that were killed: temporary files, notes of attempts. Call it when none is alive."""
+        for file in self.location.files():
+            if re.fullmatch(rf"\..+\.tmp|{ATTEMPTS_FAMILY}-.+\.json", file.base_name):
+                self.location.at(file.path).delete()
 
     def rejected_by_reason(self) -> dict[str, int]:
         """Count the rejected rows by reason."""
@@ -138,6 +164,26 @@ def read_shard(shard: Location, schema: pa.Schema) -> pa.Table:
     """Read the columns of `schema` from one shard and check them."""
     with shard.filesystem.open_input_file(shard.path) as stream:
         return check(pq.read_table(stream, columns=schema.names), schema)
+
+
+def _write(file: Location, content: bytes | pa.Buffer) -> None:
+    try:
+        file.write(content)
+    except OSError as error:  # pyarrow says "No space left on device", and not where
+        raise OSError(f"'{file.uri}': {error}") from error
+
+
+def _num_rows(shard: Location) -> int:
+    with shard.filesystem.open_input_file(shard.path) as stream:
+        return pq.read_metadata(stream).num_rows
+
+
+def _is_whole(shard: Location) -> bool:
+    try:
+        _num_rows(shard)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def row_counts(num_rows_in: int, num_rows_written: int, rejected: Mapping[str, int]) -> dict[str, Any]:
