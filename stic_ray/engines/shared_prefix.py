@@ -129,8 +129,20 @@ def labels_of(batch: Batch, ignored: int) -> Tensor:
 def sum_by_answer(logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities of chosen and rejected answers, each of shape (B,).
 
-    `logps` of shape (B, T - 1) are those of the tokens from the second one on.
+    `logps` of shape (B, K) are those of the last K tokens.
     """
-    segments, is_answer = batch["segments"][:, 1:], batch["is_answer"][:, 1:]
+    columns = slice(-logps.shape[1], None)
+    segments, is_answer = batch["segments"][:, columns], batch["is_answer"][:, columns]
     chosen, rejected = ((logps * (is_answer & (segments == segment))).sum(1) for segment in (CHOSEN, REJECTED))
     return chosen, rejected
+
+
+@torch.inference_mode()
+def score(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of chosen and rejected answers under a model, in float32, each of shape (B,)."""
+    num_asked = int((batch["segments"] < CHOSEN).all(0).cumprod(0).sum())
+    num_kept = batch["segments"].shape[1] - num_asked  # the others' logits are not needed
+    outputs = model(**model_inputs(batch, model.config), use_cache=False, logits_to_keep=num_kept)
+    logps = outputs.logits[:, :-1].float().log_softmax(-1)
+    tokens = batch["input_ids"][:, num_asked + 1 :]
+    return sum_by_answer(logps.gather(2, tokens.unsqueeze(2)).squeeze(2), batch)
