@@ -256,6 +256,8 @@ class WorkersConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage; 0 is plain data parallelism without DeepSpeed."""
     gradient_checkpointing: bool = False
+    share_prefix: bool = True
+    """Encode image and prompt once for both answers of a pair, where the model family allows it: same loss, sooner."""
     save_every_steps: Count = 200
     max_failures: NotNegative = 3
     """How often training restarts from its last checkpoint after losing a worker."""

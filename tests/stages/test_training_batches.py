@@ -1,18 +1,21 @@
 """Batches and objectives inside TRL's trainer, against plain forward passes of the tiny model; no Ray."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import set_seed
 
 from stic_ray.core.config import DPOConfig, ModelConfig, RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, PAIRS, table_of
 from stic_ray.engines.loading import image_token_id, load_processor
+from stic_ray.engines.shared_prefix import CHOSEN, PROMPT, REJECTED
 from stic_ray.stages.training.batches import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer, model_of
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
@@ -69,20 +72,27 @@ def plain_logps(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
     return logits, torch.log_softmax(logits, -1).gather(-1, labels[..., None]).squeeze(-1)
 
 
-@pytest.mark.parametrize("objective", ["paper", "released_code"])
-def test_the_loss_in_trl_is_the_formula(objective: str, tmp_path: Path, tiny_llava: Path) -> None:
+@pytest.mark.parametrize(("objective", "share_prefix"), [("paper", True), ("paper", False), ("released_code", True)])
+def test_the_loss_in_trl_is_the_formula(objective: str, share_prefix: bool, tmp_path: Path, tiny_llava: Path) -> None:
     """Loss = mean of log(1 + exp(-beta * margin)) minus alpha times the summed log p(chosen), before and after a step.
 
     At first the policy equals the reference and the DPO part is ln 2. Then the adapter's weights are moved, and the
     loss is worked out from two plain forward passes, one with and one without the adapter.
     """
-    config = config_for(tiny_llava, dpo={"objective": objective, "alpha": 0.01, "beta": 0.3})
-    trainer = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 4)], tmp_path / "out")
+    config = config_for(
+        tiny_llava,
+        dpo={"objective": objective, "alpha": 0.01, "beta": 0.3},
+        workers={"share_prefix": share_prefix},
+    )
+    trainer: Any = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 4)], tmp_path / "out")
     model: Any = model_of(trainer).eval()
-    batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(4)])
+    rows = [dict(trainer.train_dataset[i]) for i in range(4)]
+    trained_on = trainer.data_collator([dict(row) for row in rows])
+    assert ("segments" in trained_on) == (share_prefix and objective == "paper")
+    batch = PreferenceCollator(processor=trainer.processing_class)(rows)
 
     with torch.no_grad():
-        trainer._compute_loss(model, dict(batch), False)
+        trainer._compute_loss(model, dict(trained_on), False)
     assert trainer._metrics["eval"]["loss/dpo"][-1] == pytest.approx(0.6931472, abs=1e-6)
 
     torch.manual_seed(1)
@@ -90,7 +100,7 @@ def test_the_loss_in_trl_is_the_formula(objective: str, tmp_path: Path, tiny_lla
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-        found = trainer._compute_loss(model, dict(batch), False).item()
+        found = trainer._compute_loss(model, dict(trained_on), False).item()
         _, policy_BT = plain_logps(model, batch)
         policy_logits, _ = plain_logps(model, batch)
         with model.disable_adapter():
@@ -115,6 +125,46 @@ def test_the_loss_in_trl_is_the_formula(objective: str, tmp_path: Path, tiny_lla
     expected = torch.log1p(torch.exp(-0.3 * margin)).mean() - 0.01 * summed(policy_BT, chosen).mean()
     assert margin.abs().max() > 0.1
     assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_sharing_the_prefix_trains_on_the_same_tokens_with_the_same_losses(family: str, tmp_path: Path) -> None:
+    model = tiny_models.build(family, tmp_path / family)
+    files, losses, tokens = [write_pairs(tmp_path / "pairs", 8)], [], []
+    for share_prefix in (True, False):
+        config = config_for(model, workers={"share_prefix": share_prefix}, dpo={"num_epochs": 2})
+        set_seed(0)
+        trainer: Any = make_dpo_trainer(config, files, tmp_path / f"out-{share_prefix}")
+        batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(4)])
+        if share_prefix:
+            halves = [sequences(batch, segment) for segment in (CHOSEN, REJECTED)]
+            tokens.append([*halves[0], *halves[1]])
+        else:
+            kept = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+            tokens.append([ids[mask].tolist() for ids, mask in kept])
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert tokens[0] == tokens[1]
+    assert len(losses[0]) == 4 and losses[0][0] != losses[0][-1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def sequences(batch: dict[str, torch.Tensor], segment: int) -> list[list[int]]:
+    """The tokens of the prompt and one of the answers, as a sequence of its own, for each pair."""
+    wanted = (batch["segments"] == PROMPT) | (batch["segments"] == segment)
+    return [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], wanted, strict=True)]
+
+
+def test_stored_log_probabilities_take_the_place_of_the_reference(tmp_path: Path, tiny_llava: Path) -> None:
+    config = config_for(tiny_llava, dpo={"alpha": 0.0, "beta": 1.0})
+    trainer: Any = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 4)], tmp_path / "out")
+    model: Any = model_of(trainer).eval()
+    batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(4)])
+    with torch.no_grad():
+        chosen, rejected = trainer._logps(model, batch)
+        stored = {"reference_chosen_logp": chosen - 2.0, "reference_rejected_logp": rejected - 0.5}
+        found = trainer._compute_loss(model, {**batch, **stored}, False)
+    assert found.item() == pytest.approx(math.log1p(math.exp(-1.5)), rel=1e-5)
 
 
 def test_full_fine_tuning_freezes_what_it_is_told_and_keeps_a_reference(tmp_path: Path, tiny_llava: Path) -> None:

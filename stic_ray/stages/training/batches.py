@@ -9,9 +9,12 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from stic_ray.engines.loading import image_token_id
 from stic_ray.engines.rendering import Pieces, split_answers, turn_end
+from stic_ray.engines.shared_prefix import make_batch, split_pair
 
 IGNORED = -100
 """Label of a position that the loss leaves out."""
+REFERENCE_LOGPS = ("reference_chosen_logp", "reference_rejected_logp")
+"""Columns of pairs, and tensors of a batch, with the reference model's log-probabilities of both answers."""
 
 
 def check_image_tokens(input_ids: torch.Tensor, token_id: int, has_image: list[bool]) -> None:
@@ -37,6 +40,27 @@ class PreferenceCollator(DataCollatorForVisionPreference):
         ]
         batch = super().torch_call(closed)
         check_image_tokens(batch["input_ids"], image_token_id(self.processor), [True] * 2 * len(examples))
+        return batch
+
+
+@dataclass
+class SharedPrefixCollator:
+    """Preference pairs with image and prompt there once; rows may carry the reference's log-probabilities."""
+
+    processor: Any
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return what `shared_prefix.make_batch` does, and REFERENCE_LOGPS of shape (B,) where all rows have them."""
+        split = [
+            [split_pair(self.processor, example["prompt"], example[side]) for side in ("chosen", "rejected")]
+            for example in examples
+        ]
+        prompts = [chosen[0] for chosen, _ in split]
+        answers = [(chosen[1], rejected[1]) for chosen, rejected in split]
+        batch = make_batch(self.processor, [example["image"] for example in examples], prompts, answers)
+        check_image_tokens(batch["input_ids"], image_token_id(self.processor), [True] * len(examples))
+        if all(example.get(name) is not None for example in examples for name in REFERENCE_LOGPS):
+            batch |= {name: torch.tensor([example[name] for example in examples]) for name in REFERENCE_LOGPS}
         return batch
 
 

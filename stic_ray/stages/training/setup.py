@@ -1,8 +1,9 @@
 """From the configuration to a TRL trainer: arguments, DeepSpeed, model parts."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -23,9 +24,12 @@ from stic_ray.core.config import (
     accumulation_steps,
 )
 from stic_ray.engines.loading import choose_dtype, is_adapter, load_model, load_processor, parts_of
-from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator
+from stic_ray.engines.shared_prefix import why_not
+from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
 from stic_ray.stages.training.data import as_conversations, read_pairs, read_rows
 from stic_ray.stages.training.trainers import RegularisedDPOTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def start_deepspeed(workers: WorkersConfig) -> None:
@@ -68,7 +72,20 @@ def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> 
     )
     if config.tuning.method == "full":
         _freeze(model_of(trainer), config.tuning)
+    reason = _why_no_shared_prefix(config, trainer)
+    if reason is None:
+        trainer.data_collator = SharedPrefixCollator(processor)
+    else:
+        logger.warning("dpo: image and prompt are encoded once for each answer: %s", reason)
     return trainer
+
+
+def _why_no_shared_prefix(config: RunConfig, trainer: RegularisedDPOTrainer) -> str | None:
+    if not config.workers.share_prefix:
+        return "workers.share_prefix=false"
+    if config.dpo.objective != "paper":
+        return f"dpo.objective={config.dpo.objective} scores the logits of whole sequences"
+    return why_not(cast(Any, model_of(trainer)).config)
 
 
 def make_sft_trainer(config: RunConfig, files: Sequence[Path], folder: Path, start: Path | None) -> SFTTrainer:

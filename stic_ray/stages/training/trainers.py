@@ -8,6 +8,7 @@ from torch import nn
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from stic_ray.core.config import DPOConfig
+from stic_ray.engines.shared_prefix import labels_of, model_inputs, sum_by_answer
 from stic_ray.method.objectives import (
     ObjectiveTerms,
     PairLogps,
@@ -15,12 +16,13 @@ from stic_ray.method.objectives import (
     noisy_argmax_logps,
     regularised_dpo,
 )
+from stic_ray.stages.training.batches import IGNORED, REFERENCE_LOGPS
 
 
 class RegularisedDPOTrainer(DPOTrainer):
     """Minimises `method.objectives.regularised_dpo`; data, reference model and bookkeeping are TRL's.
 
-    Batches hold the B chosen sequences first and the B rejected ones behind them, as TRL's collator makes them.
+    Batches are `SharedPrefixCollator`'s, or TRL's: the B chosen sequences first and the B rejected ones behind them.
     """
 
     def __init__(self, *arguments: Any, settings: DPOConfig, **keywords: Any) -> None:
@@ -28,11 +30,17 @@ class RegularisedDPOTrainer(DPOTrainer):
         super().__init__(*arguments, **keywords)
         self.settings = settings
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        self._signature_columns = [*columns, *(name for name in REFERENCE_LOGPS if name not in columns)]
+
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> torch.Tensor:
         assert not return_outputs, "evaluation asks for the loss only"
+        stored = [inputs.pop(name) for name in REFERENCE_LOGPS if name in inputs]
         policy_chosen, policy_rejected = self._logps(model, inputs)
         with torch.no_grad():
-            reference_chosen, reference_rejected = self._reference_logps(inputs)
+            reference_chosen, reference_rejected = stored or self._reference_logps(inputs)
         logps = PairLogps(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
         terms = regularised_dpo(logps, beta=self.settings.beta, alpha=self.settings.alpha)
         self._record(logps, terms)
@@ -40,10 +48,14 @@ class RegularisedDPOTrainer(DPOTrainer):
 
     def _logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed log-probabilities of chosen and rejected answers, each of shape (B,)."""
+        if "segments" in inputs:
+            arguments = model_inputs(inputs, self.accelerator.unwrap_model(model).config)
+            outputs = model(**arguments, labels=labels_of(inputs, IGNORED), use_cache=False, fused_lm_head=True)
+            return sum_by_answer(outputs.log_probs, inputs)
         arguments = {name: value for name, value in inputs.items() if name != "completion_mask"}
         mask_BT = inputs["completion_mask"][:, 1:]
         if self.settings.objective == "paper":
-            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
             # TRL's fused head gives log-probabilities without holding the logits of all positions.
             outputs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
             chosen, rejected = outputs.log_probs[:, -mask_BT.shape[1] :].sum(1).chunk(2)

@@ -1,0 +1,304 @@
+"""A DPO step on image preference pairs: ours against TRL's own DPOTrainer, on the same model, pairs and batches.
+
+TRL encodes the image and the prompt for the chosen answer, for the rejected one, and both again for the reference. Ours
+encodes them once for both answers, and reads the reference's log-probabilities from the pairs. Each trainer runs in a
+process of its own, so that its memory is its own; the log-probabilities of both kinds of batch are compared. The model
+has random weights, which cost as much as others.
+
+    python benchmarks/dpo_step.py --quick
+    python benchmarks/dpo_step.py --gpu --size 7b --pairs-per-step 4
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    MistralConfig,
+    TrainerCallback,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from trl.trainer.dpo_config import DPOConfig as TRLDPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.overrides import build_config
+from stic_ray.core.rundir import RunDir
+from stic_ray.core.schemas import PAIRS, table_of
+from stic_ray.engines.loading import load_processor
+from stic_ray.method.images import encode_png
+from stic_ray.stages.training.batches import REFERENCE_LOGPS, PreferenceCollator
+from stic_ray.stages.training.setup import make_dpo_trainer, model_of
+from stic_ray.toyworld.model import CHAT_TEMPLATE, WEIGHTS
+
+PROMISE = 1.8
+SIDES = ("trl", "shared_prefix", "shared_prefix_and_stored_reference")
+_WARMUP_STEPS = 2
+
+
+def main() -> None:
+    """Measure and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("small", "7b"), default="small", help="7b: LLaVA-1.6's, needs a GPU")
+    parser.add_argument("--gpu", action="store_true", help="run on the first GPU, in bfloat16")
+    parser.add_argument("--pairs-per-step", type=int, default=4)
+    parser.add_argument("--num-steps", type=int, default=20, help="timed, after two that are not")
+    parser.add_argument("--answer-tokens", type=int, default=58, help="of each answer, about; fewer make more prefix")
+    parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA")
+    parser.add_argument("--quick", action="store_true", help="6 timed steps")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(run_side(options)))
+        return
+    if options.quick:
+        options.num_steps = 6
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(options.size, Path(folder) / "model", options.gpu)
+        measured = {}
+        for side in SIDES:
+            measured[side] = run_in_process(options, side, folder)
+            print(f"{side}: {measured[side]['pairs_per_s']:.2f} pairs/s, {measured[side]['peak_gib']:.2f} GiB at most")
+    ours, theirs = measured[SIDES[2]], measured[SIDES[0]]
+    facts = {name: getattr(options, name) for name in ("size", "gpu", "pairs_per_step", "num_steps", "full")}
+    result = {
+        "name": "dpo_step",
+        "ratio": ours["pairs_per_s"] / theirs["pairs_per_s"],
+        "promise": PROMISE,
+        "ratio_without_stored_reference": measured[SIDES[1]]["pairs_per_s"] / theirs["pairs_per_s"],
+        "max_abs_logp_diff": ours["max_abs_logp_diff"],
+        "prefix_share": ours["prefix_share"],
+        **facts,
+        **{
+            side: {name: each[name] for name in ("pairs_per_s", "peak_gib", "losses")}
+            for side, each in measured.items()
+        },
+    }
+    print(json.dumps(result))
+
+
+def run_in_process(options: argparse.Namespace, side: str, folder: str) -> dict[str, Any]:
+    """Run one trainer in a fresh process and return what it measured."""
+    command = [sys.executable, __file__, "--side", side, "--folder", folder, "--size", options.size]
+    for name in ("pairs_per_step", "num_steps", "answer_tokens"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    command += [f"--{name}" for name in ("gpu", "full") if getattr(options, name)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run_side(options: argparse.Namespace) -> dict[str, Any]:
+    """Train with one of the trainers and return its speed, memory and losses."""
+    config = configuration(options)
+    pairs = write_pairs(options, options.folder / f"pairs-{options.side}")
+    out = options.folder / options.side
+    trainer: Any = make_dpo_trainer(config, [pairs], out)
+    facts = {}
+    if options.side == "trl":
+        trainer = trls_trainer(trainer, config)
+    elif options.side == SIDES[2]:
+        facts = compare(trainer, options.pairs_per_step)
+        store_reference(trainer, options.pairs_per_step)
+    clock = Clock(options.gpu)
+    trainer.add_callback(clock)
+    if options.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    seconds = float(np.median(clock.seconds[_WARMUP_STEPS:]))
+    peak = (
+        torch.cuda.max_memory_allocated() if options.gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    )
+    return {"pairs_per_s": options.pairs_per_step / seconds, "peak_gib": peak / 2**30, **facts}
+
+
+def configuration(options: argparse.Namespace) -> RunConfig:
+    """Return the run that both trainers are made from."""
+    size = options.pairs_per_step
+    return build_config(
+        {
+            "name": "benchmark",
+            "model": {"path": str(options.folder / "model"), "dtype": "bfloat16" if options.gpu else "float32"},
+            "tuning": {"method": "full" if options.full else "lora", "lora_dropout": 0.0},
+            "dpo": {"global_batch": size, "num_steps": options.num_steps + _WARMUP_STEPS, "learning_rate": 1e-5},
+            "workers": {
+                "zero_stage": 0,
+                "micro_batch": size,
+                "num_gpus": int(options.gpu),
+                "gradient_checkpointing": options.gpu,
+            },
+        }
+    )
+
+
+def trls_trainer(ours: Any, config: RunConfig) -> DPOTrainer:
+    """Return TRL's trainer with the model, data and arguments of ours, and its nearest loss."""
+    arguments = ours.args.to_dict()
+    kept = {name: arguments[name] for name in arguments if name in TRLDPOConfig.__dataclass_fields__}
+    kept |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1], "max_length": None}
+    adapter = None if config.tuning.method == "full" else ours.model.peft_config["default"]
+    model, data, processor = config.model.path, ours.train_dataset, ours.processing_class
+    del ours
+    return DPOTrainer(
+        model=model,
+        args=TRLDPOConfig(**kept),
+        train_dataset=data,
+        processing_class=processor,
+        data_collator=PreferenceCollator(processor=processor),
+        peft_config=adapter,
+    )
+
+
+def compare(trainer: Any, num_pairs: int) -> dict[str, Any]:
+    """Return how far the log-probabilities of both kinds of batch are apart, and how much of a sequence is prefix."""
+    rows = [trainer.train_dataset[number] for number in range(num_pairs)]
+    shared = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
+    plain = trainer._prepare_inputs(PreferenceCollator(processor=trainer.processing_class)([dict(row) for row in rows]))
+    with torch.no_grad():
+        found, expected = (torch.stack(trainer._logps(model_of(trainer), batch)) for batch in (shared, plain))
+    num_answer_tokens = plain["completion_mask"].sum().item()
+    return {
+        "max_abs_logp_diff": (found - expected).abs().max().item(),
+        "prefix_share": 1 - num_answer_tokens / plain["attention_mask"].sum().item(),
+    }
+
+
+def store_reference(trainer: Any, num_pairs: int) -> None:
+    """Put the reference's log-probabilities into the pairs, as stage `preferences` does."""
+    values: dict[str, list[float]] = {name: [] for name in REFERENCE_LOGPS}
+    with torch.no_grad():
+        for start in range(0, trainer.train_dataset.num_rows, num_pairs):
+            rows = [trainer.train_dataset[start + number] for number in range(num_pairs)]
+            found = trainer._reference_logps(trainer._prepare_inputs(trainer.data_collator(rows)))
+            for name, each in zip(REFERENCE_LOGPS, found, strict=True):
+                values[name] += each.float().tolist()
+    for name in REFERENCE_LOGPS:
+        trainer.train_dataset = trainer.train_dataset.add_column(name, values[name])
+
+
+class Clock(TrainerCallback):
+    """Notes how long each step takes, the making of its batch included."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
+        self.last_s = time.perf_counter()
+        self.seconds: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self.last_s = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Note the step."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        now_s = time.perf_counter()
+        self.seconds.append(now_s - self.last_s)
+        self.last_s = now_s
+
+
+def write_pairs(options: argparse.Namespace, folder: Path) -> Path:
+    """Write a shard of pairs with pictures of noise, and answers of random words."""
+    generator = np.random.default_rng(0)
+    side_px = 672 if options.size == "7b" else 224
+    words = ("a", "red", "blue", "green", "circle", "square", "at", "the", "top", "left", "one", "small")
+    rows = []
+    for _ in range(options.pairs_per_step * 4):
+        picture = Image.fromarray(generator.integers(0, 255, (side_px, side_px, 3), dtype=np.uint8))
+        chosen, rejected = (" ".join(generator.choice(words, options.answer_tokens)) for _ in range(2))
+        rows.append(
+            {
+                **{name: 0 for name in PAIRS.names if PAIRS.field(name).type == "int64"},
+                **{name: "x" for name in PAIRS.names if PAIRS.field(name).type == "string"},
+                "image": {"bytes": encode_png(picture), "path": None},
+                "prompt": [{"role": "user", "content": "Describe the picture."}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+        )
+    run = RunDir.of(str(folder))
+    run.write_shard("pairs", 0, table_of(rows, PAIRS), PAIRS)
+    return Path(run.shards("pairs")[0].path)
+
+
+def make_model(size: str, folder: Path, on_gpu: bool) -> None:
+    """Save a LLaVA with random weights and the toy world's tokenizer: 7b is LLaVA-1.6's, small has 256 image tokens."""
+    tokenizer = load_processor(build_config({"name": "x", "model": {"path": str(WEIGHTS)}}).model).tokenizer
+    vocabulary = tokenizer.get_vocab()
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    shared = {"patch_size": 14, "vision_feature_select_strategy": "default", "chat_template": CHAT_TEMPLATE}
+    processor: Any
+    model: Any
+    torch.set_default_dtype(torch.bfloat16 if on_gpu else torch.float32)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        if size == "7b":
+            vision = CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            )
+            text = MistralConfig(vocab_size=32064, sliding_window=None, max_position_embeddings=32768, **ends)
+            model = LlavaNextForConditionalGeneration(
+                LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=vocabulary["<image>"])
+            )
+            images: Any = LlavaNextImageProcessorPil(
+                size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
+            )
+            processor = LlavaNextProcessor(images, tokenizer, num_additional_image_tokens=1, **shared)
+        else:
+            vision = CLIPVisionConfig(
+                hidden_size=256,
+                intermediate_size=768,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                image_size=224,
+                patch_size=14,
+                projection_dim=256,
+            )
+            text = LlamaConfig(
+                vocab_size=len(vocabulary),
+                hidden_size=256,
+                intermediate_size=768,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                **ends,
+            )
+            model = LlavaForConditionalGeneration(
+                LlavaConfig(
+                    vision_config=vision,
+                    text_config=text,
+                    image_token_index=vocabulary["<image>"],
+                    image_seq_length=256,
+                )
+            )
+            images = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+            processor = LlavaProcessor(images, tokenizer, num_additional_image_tokens=1, **shared)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Both answers of a preference pair in one sequence, so that the image and the prompt are encoded once.
+
+    prompt but its last token | last token, chosen answer | last token, rejected answer | padding
+
+Each answer begins with its own copy of the prompt's last token, which predicts the answer's first one. Positions go on
+from the prompt for both, and a token sees the prompt and its own answer only, so log-probabilities are those of two
+separate sequences (tests/engines/test_shared_prefix.py).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from stic_ray.engines.rendering import Message, render, turn_end
+
+PADDING, PROMPT, CHOSEN, REJECTED = range(4)
+"""What a position belongs to."""
+FAMILIES = ("llava", "llava_next", "idefics3")
+"""Model types that are tested to give the log-probabilities of separate sequences."""
+_TEXT_MODELS = ("llama", "mistral")
+"""Their language models: one position per token, and one causal mask for all layers."""
+
+Batch = dict[str, Tensor]
+
+
+class _Part(NamedTuple):
+    """Columns of a batch, each tensor of shape (B, columns)."""
+
+    ids: Tensor
+    segments: Tensor
+    positions: Tensor
+
+
+def why_not(config: PreTrainedConfig) -> str | None:
+    """Say why the model of `config` cannot share prefixes, or return None when it can."""
+    text = config.get_text_config()
+    if config.model_type not in FAMILIES or text.model_type not in _TEXT_MODELS:
+        return f"{config.model_type} with {text.model_type} is not among the tested families {', '.join(FAMILIES)}"
+    if text._attn_implementation != "sdpa":
+        return f"its attention is {text._attn_implementation}, which takes no mask of our own; sdpa does"
+    return None
+
+
+def split_pair(processor: ProcessorMixin, prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[str, str]:
+    """Return the rendered prompt, up to where the answer begins, and the answer with what ends its turn."""
+    end = turn_end(processor)
+    opening = render(processor, prompt, with_image=True, add_generation_prompt=True)
+    closed = [{**message, "content": message["content"] + end} for message in answer]
+    whole = render(processor, [*prompt, *closed], with_image=True, add_generation_prompt=False)
+    assert whole.startswith(opening), f"the chat template changes the prompt when it is answered: {opening!r}"
+    return opening, whole.removeprefix(opening)
+
+
+def make_batch(
+    processor: Any, images: Sequence[Image.Image], prompts: Sequence[str], answers: Sequence[tuple[str, str]]
+) -> Batch:
+    """Return the inputs of B pairs: the processor's for the images, and four tensors of shape (B, T).
+
+    `input_ids`, `position_ids`, `segments` (PADDING to REJECTED), and `is_answer`, true where a token is predicted
+    that belongs to an answer. `answers` are the rendered chosen and rejected texts.
+    """
+    inputs = dict(
+        processor(
+            images=[[image] for image in images],
+            text=list(prompts),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+    )
+    prompt_ids, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    lengths = prompt_mask.sum(1)
+    parts = [_Part(prompt_ids[:, :-1], prompt_mask[:, :-1] * PROMPT, (prompt_mask.cumsum(1) - 1).clamp(min=0)[:, :-1])]
+    for segment, texts in zip((CHOSEN, REJECTED), zip(*answers, strict=True), strict=True):
+        ids = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        rows = [torch.tensor([last, *row]) for last, row in zip(prompt_ids[:, -1].tolist(), ids, strict=True)]
+        filled = pad_sequence([torch.full_like(row, segment) for row in rows], batch_first=True)
+        padded = pad_sequence(rows, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+        positions = lengths.unsqueeze(1) - 1 + torch.arange(padded.shape[1])
+        parts.append(_Part(padded, filled, positions))
+    segments = torch.cat([part.segments for part in parts], dim=1)
+    begins = torch.zeros_like(segments, dtype=torch.bool)
+    begins[:, [parts[0].ids.shape[1], parts[0].ids.shape[1] + parts[1].ids.shape[1]]] = True
+    return {
+        **inputs,
+        "input_ids": torch.cat([part.ids for part in parts], dim=1),
+        "position_ids": torch.cat([part.positions for part in parts], dim=1),
+        "segments": segments,
+        "is_answer": (segments >= CHOSEN) & ~begins,
+    }
+
+
+def attention_mask(segments: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Return what each position may see, shape (B, 1, T, T): what is before it in the prompt and in its own answer.
+
+    `window` is the sliding window of the language model, in positions. Padding sees itself: a row that sees nothing
+    would be a softmax over nothing.
+    """
+    length = segments.shape[1]
+    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
+    seen = (key == PROMPT) | (key == query)
+    seen &= torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    seen &= (key != PADDING) & (query != PADDING)
+    if window is not None:
+        seen &= positions.unsqueeze(1) > positions.unsqueeze(2) - window
+    seen |= torch.eye(length, dtype=torch.bool, device=segments.device)
+    return seen.unsqueeze(1)
+
+
+def model_inputs(batch: Batch, config: PreTrainedConfig) -> dict[str, Tensor]:
+    """Return what the forward of the model of `config` takes: the batch with its attention mask."""
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    seen = attention_mask(batch["segments"], batch["position_ids"], window)
+    rest = {name: value for name, value in batch.items() if name not in ("segments", "is_answer")}
+    return {**rest, "attention_mask": seen}
+
+
+def labels_of(batch: Batch, ignored: int) -> Tensor:
+    """Return the tokens of the answers at their places, and `ignored` elsewhere; shape (B, T)."""
+    return batch["input_ids"].masked_fill(~batch["is_answer"], ignored)
+
+
+def sum_by_answer(logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of chosen and rejected answers, each of shape (B,).
+
+    `logps` of shape (B, K) are those of the last K tokens.
+    """
+    columns = slice(-logps.shape[1], None)
+    segments, is_answer = batch["segments"][:, columns], batch["is_answer"][:, columns]
+    chosen, rejected = ((logps * (is_answer & (segments == segment))).sum(1) for segment in (CHOSEN, REJECTED))
+    return chosen, rejected
+
+
+@torch.inference_mode()
+def score(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of chosen and rejected answers under a model, in float32, each of shape (B,)."""
+    num_asked = int((batch["segments"] < CHOSEN).all(0).cumprod(0).sum())
+    num_kept = batch["segments"].shape[1] - num_asked  # the others' logits are not needed
+    outputs = model(**model_inputs(batch, model.config), use_cache=False, logits_to_keep=num_kept)
+    logps = outputs.logits[:, :-1].float().log_softmax(-1)
+    tokens = batch["input_ids"][:, num_asked + 1 :]
+    return sum_by_answer(logps.gather(2, tokens.unsqueeze(2)).squeeze(2), batch)

@@ -1,0 +1,143 @@
+"""Two answers behind one prompt: the log-probabilities of separate sequences, for a part of the work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stic_ray.core.config import ModelConfig
+from stic_ray.engines import shared_prefix
+from stic_ray.engines.loading import image_token_id, load_model, load_processor
+from stic_ray.engines.shared_prefix import CHOSEN, PADDING, PROMPT, REJECTED
+from tests.engines.conftest import Checkpoints
+from tests.engines.families import EMBEDDED, scene
+
+PICTURES = [scene(1), scene(2, 120, 50), scene(3, 40, 100)]
+"""Of three shapes, so that some families give them different numbers of tokens, and tiles."""
+PROMPTS = ["Describe this picture.", "Hi", "How many shapes are there, and where is each of them?"]
+ANSWERS = [
+    ("There is a red circle at the top left.", "A dog."),
+    ("No", "There are four blue squares and a green triangle at the centre of the picture."),
+    ("One", "Two"),
+]
+
+
+def loaded(folder: Path) -> tuple[Any, Any]:
+    config = ModelConfig(path=str(folder))
+    return load_processor(config), load_model(config, dtype=torch.float32).eval()
+
+
+def texts(processor: Any) -> tuple[list[str], list[tuple[str, str]]]:
+    asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    said = [[[{"role": "assistant", "content": answer}] for answer in pair] for pair in ANSWERS]
+    split = [
+        [shared_prefix.split_pair(processor, prompt, answer) for answer in pair]
+        for prompt, pair in zip(asked, said, strict=True)
+    ]
+    return [chosen[0] for chosen, _ in split], [(chosen[1], rejected[1]) for chosen, rejected in split]
+
+
+def separate_logps(model: Any, processor: Any) -> Tensor:
+    """One plain sequence at a time, without padding; shape (pairs, 2)."""
+    prompts, answers = texts(processor)
+    rows = []
+    for picture, prompt, pair in zip(PICTURES, prompts, answers, strict=True):
+        for answer in pair:
+            num_asked = processor(images=[[picture]], text=[prompt], return_tensors="pt", add_special_tokens=False)
+            num_asked = num_asked["input_ids"].shape[1]
+            inputs = processor(
+                images=[[picture]], text=[prompt + answer], return_tensors="pt", add_special_tokens=False
+            )
+            logps = model(**inputs).logits[0, :-1].log_softmax(-1)
+            tokens = inputs["input_ids"][0, 1:]
+            rows.append(logps.gather(1, tokens.unsqueeze(1))[num_asked - 1 :].sum())
+    return torch.stack(rows).reshape(-1, 2)
+
+
+def shared_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    logps = model(**shared_prefix.model_inputs(batch, model.config)).logits[:, :-1].log_softmax(-1)
+    of_tokens = logps.gather(2, batch["input_ids"][:, 1:].unsqueeze(2)).squeeze(2)
+    return torch.stack(shared_prefix.sum_by_answer(of_tokens, batch), dim=1)
+
+
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_log_probabilities_are_those_of_separate_sequences(family: str, checkpoint: Checkpoints) -> None:
+    processor, model = loaded(checkpoint(family))
+    assert shared_prefix.why_not(model.config) is None
+    batch = shared_prefix.make_batch(processor, PICTURES, *texts(processor))
+    with torch.no_grad():
+        expected, found = separate_logps(model, processor), shared_logps(model, batch)
+    for each in (found, torch.stack(shared_prefix.score(model, batch), dim=1)):
+        # Sums go to -943 here, where neighbouring float32 numbers are 6e-5 apart.
+        torch.testing.assert_close(each, expected, atol=1e-4, rtol=2e-7)
+    assert (expected[:, 0] - expected[:, 1]).abs().min() > 0.1, "the answers differ, so mixing them up would show"
+
+
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_gradients_are_those_of_separate_sequences(family: str, checkpoint: Checkpoints) -> None:
+    processor, model = loaded(checkpoint(family))
+    batch = shared_prefix.make_batch(processor, PICTURES, *texts(processor))
+    weight = model.get_output_embeddings().weight
+    inner = next(p for name, p in model.named_parameters() if name.endswith("layers.0.self_attn.k_proj.weight"))
+    found = torch.autograd.grad((shared_logps(model, batch) * torch.tensor([1.0, -2.0])).sum(), [weight, inner])
+    losses = separate_logps(model, processor) * torch.tensor([1.0, -2.0])
+    expected = torch.autograd.grad(losses.sum(), [weight, inner])
+    for one, other in zip(found, expected, strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_image_and_prompt_are_there_once(family: str, checkpoint: Checkpoints) -> None:
+    processor, _ = loaded(checkpoint(family))
+    batch = shared_prefix.make_batch(processor, PICTURES, *texts(processor))
+    prompts, _ = texts(processor)
+    asked = processor(
+        images=[[p] for p in PICTURES], text=prompts, padding=True, return_tensors="pt", add_special_tokens=False
+    )
+    token = image_token_id(processor)
+    assert ((batch["input_ids"] == token).sum(1) == (asked["input_ids"] == token).sum(1)).all()
+    assert torch.equal(batch["pixel_values"], asked["pixel_values"])
+    assert ((batch["segments"] == PROMPT).sum(1) == asked["attention_mask"].sum(1) - 1).all()
+
+
+def test_a_token_sees_the_prompt_and_its_own_answer() -> None:
+    segments = torch.tensor([[PADDING, PROMPT, PROMPT, CHOSEN, CHOSEN, REJECTED, REJECTED, PADDING]])
+    positions = torch.tensor([[0, 0, 1, 2, 3, 2, 3, 4]])
+    seen = shared_prefix.attention_mask(segments, positions, window=None)[0, 0].int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0, 1, 0, 0],
+        [0, 1, 1, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 1],
+    ]
+    near = shared_prefix.attention_mask(segments, positions, window=2)[0, 0].int().tolist()
+    assert near[4] == [0, 0, 0, 1, 1, 0, 0, 0]
+    assert near[5] == [0, 0, 1, 0, 0, 1, 0, 0]
+
+
+def test_a_sliding_window_is_kept(checkpoint: Checkpoints) -> None:
+    """The window is shorter than the pictures' tokens, so that most of them are out of sight."""
+    processor, model = loaded(checkpoint("llava_next"))
+    batch = shared_prefix.make_batch(processor, PICTURES, *texts(processor))
+    with torch.no_grad():
+        whole = separate_logps(model, processor)
+        model.config.get_text_config().sliding_window = 12
+        expected = separate_logps(model, processor)
+        assert (whole - expected).abs().max() > 1e-3
+        assert (shared_logps(model, batch) - expected).abs().max() < 1e-4
+
+
+def test_other_families_and_attentions_are_refused(checkpoint: Checkpoints) -> None:
+    _, model = loaded(checkpoint("llava"))
+    model.config.get_text_config()._attn_implementation = "eager"
+    assert "eager" in (shared_prefix.why_not(model.config) or "")
+    model.config.get_text_config()._attn_implementation = "sdpa"
+    model.config.model_type = "llava_other"
+    assert "llava_other with llama is not among" in (shared_prefix.why_not(model.config) or "")
