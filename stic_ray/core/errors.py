@@ -6,7 +6,9 @@ SticError
 │   ├── SourceError    images, instruction data or a benchmark that is missing, empty or of another shape
 │   ├── ModelError     a model directory that is no model, or one that this environment cannot load
 │   └── RunError       a run directory that does not fit the command
-└── StageError     a stage that could not finish; what it had finished stays, and a rerun goes on from there
+├── StageError     a stage that could not finish; what it had finished stays, and a rerun goes on from there
+├── EngineError    an engine that gave no answer; the images it was asked about are tried one by one
+└── EngineLost     an engine that can never answer again; its process is ended, and another takes its place
 """
 
 import difflib
@@ -39,6 +41,14 @@ class RunError(UserError):
 
 class StageError(SticError, RuntimeError):
     """A stage stopped before its end."""
+
+
+class EngineError(SticError, RuntimeError):
+    """An engine raised an error instead of answering; another request may well be answered."""
+
+
+class EngineLost(SticError, RuntimeError):
+    """An engine is beyond repair in this process, as after a CUDA error."""
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:

@@ -12,11 +12,16 @@ def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | Non
     if model.engine == "fake":
         return FakeEngine(model.path, actors.batch_size)
     from stic_ray.engines.loading import is_adapter  # the fake engine starts without torch
-    from stic_ray.engines.transformers_engine import TransformersEngine
 
     adapter = checkpoint if checkpoint is not None and is_adapter(checkpoint) else None
     if checkpoint is not None and adapter is None:
         model = model.model_copy(update={"path": str(checkpoint), "revision": None})
+    if model.engine == "vllm":
+        from stic_ray.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(model, actors, adapter=adapter)
+    from stic_ray.engines.transformers_engine import TransformersEngine
+
     return TransformersEngine(model, batch_size=actors.batch_size, on_gpu=actors.num_gpus > 0, adapter=adapter)
 
 
@@ -33,7 +38,11 @@ def check_engine(model: ModelConfig) -> None:
     """Raise ModelError when the model of the run cannot be opened here; loads no weights."""
     if model.engine == "fake":
         FakeEngine(model.path, 1)
-    else:
-        from stic_ray.engines.loading import check_model
+        return
+    from stic_ray.engines.loading import check_model
 
-        check_model(model)
+    check_model(model)
+    if model.engine == "vllm":
+        from stic_ray.engines.vllm_engine import check_vllm
+
+        check_vllm(model)
