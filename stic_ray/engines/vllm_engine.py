@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
 from transformers import AutoConfig, GenerationConfig
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
-from stic_ray.core.errors import EngineError, EngineLost, ModelError
+from stic_ray.core.errors import EngineError, EngineLost, ModelError, UserError
 from stic_ray.core.weight_names import has_hub_names, link_with_hub_names
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id
@@ -74,9 +75,12 @@ class VllmEngine(TransformersCounter):
         self._adapter: Any = None
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
+        others = set(multiprocessing.active_children())
         with _explained(model, adapter), tempfile.TemporaryDirectory(prefix="stic_ray_vllm_") as scratch:
             self._llm: Any = self._wait(_start(_arguments(model, actors, adapter, Path(scratch))))
-            self._watchdog = _end_children_with_us()
+            self.process_ids = [child.pid for child in multiprocessing.active_children() if child not in others]
+            self._watchdog = _end_with_us(self.process_ids)
+            self.generate([Request("What is this?", Image.new("RGB", (64, 64)))], Sampling(1))  # loads what is left
             if adapter is not None:
                 self._wait(self._add_adapter(adapter))
 
@@ -90,8 +94,9 @@ class VllmEngine(TransformersCounter):
 
     def close(self) -> None:
         """End vLLM's processes; the end of this process does the same."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
         self._llm.shutdown()
+        self._wait(_end_tasks())
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._watchdog.communicate()
 
     def _prompt(self, request: Request) -> dict[str, Any]:
@@ -174,6 +179,14 @@ async def _start(arguments: dict[str, Any]) -> Any:
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
 
 
+async def _end_tasks() -> None:
+    """End what vLLM left running in this loop."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def _arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | None, scratch: Path) -> dict[str, Any]:
     """Return what vLLM is started with. A checkpoint with other names of weights than the Hub's is linked anew."""
     on_gpu = actors.num_gpus > 0
@@ -216,15 +229,14 @@ def _generation_config(model: ModelConfig) -> GenerationConfig:
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model.path, **where))
 
 
-def _end_children_with_us() -> subprocess.Popen[bytes]:
-    """Start a shell that kills vLLM's processes when this process is gone, however it ended.
+def _end_with_us(process_ids: Sequence[int | None]) -> subprocess.Popen[bytes]:
+    """Start a shell that kills these processes when ours is gone, however it ended.
 
     They would outlive a killed actor and keep the GPU's memory. The shell waits for the end of its input, which the
     operating system brings about.
     """
-    children = [str(child.pid) for child in multiprocessing.active_children()]
-    script = 'read -r _; kill -9 "$@" 2>/dev/null'
-    return subprocess.Popen(["sh", "-c", script, "sh", *children], stdin=subprocess.PIPE, start_new_session=True)
+    command = ["sh", "-c", 'read -r _; kill -9 "$@" 2>/dev/null', "sh", *map(str, process_ids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 @contextmanager
@@ -234,6 +246,6 @@ def _explained(model: ModelConfig, adapter: Path | None) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, UserError):
             raise
         raise ModelError(f"vLLM cannot load {what}: {' '.join(str(error).split())[:300]}") from error
