@@ -6,7 +6,7 @@ A section says *what* is computed and belongs to the identity of the stages that
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from stic_ray.core.errors import ConfigError
 
@@ -208,6 +208,9 @@ class ActorsConfig(Section):
     """Processes that own a model and generate."""
 
     num_actors: Count = 1
+    """At most so many at once."""
+    min_actors: Count | None = None
+    """Begin with so many and add others as machines come; `num_actors` when unset."""
     num_cpus: Annotated[float, Field(ge=0.0)] = 1.0
     """CPUs per actor."""
     num_gpus: Annotated[float, Field(ge=0.0)] = 0.0
@@ -217,9 +220,23 @@ class ActorsConfig(Section):
     max_length_tokens: Count | None = None
     """Image, question and answer together in the vllm engine; the model's own limit when unset."""
     batch_size: Count = 16
-    """Requests per forward pass; halved by an actor that runs out of GPU memory."""
-    max_retries: NotNegative = 2
-    """How often the shard of a dead actor is tried again before the stage stops."""
+    """Requests per forward pass, halved by an actor that runs out of memory; and images per window, the part of a
+    shard that is decoded at a time."""
+    windows_in_flight: Count = 2
+    """Windows that an actor works on at once: one is decoded while another is answered. An engine that batches
+    continuously is kept full by more of them."""
+    timeout_s: Positive | None = None
+    """Seconds that the answers of a window may take before the actor counts as hanging and is ended; no limit when
+    unset."""
+    max_retries: Count = 2
+    """Deaths of an actor over the same window until its images are tried one by one, and over the same image alone
+    until that one is rejected."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "ActorsConfig":
+        if self.min_actors is not None and self.min_actors > self.num_actors:
+            raise ValueError(f"min_actors={self.min_actors} is more than num_actors={self.num_actors}")
+        return self
 
 
 class WorkersConfig(Section):

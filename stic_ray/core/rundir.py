@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +23,11 @@ from stic_ray.core.storage import Location
 
 MANIFEST = "manifest.json"
 REJECTED_FAMILY = "rejected"
+ATTEMPTS_FAMILY = "attempts"
+"""Of small files that are there only while a shard is being made."""
+
+_NUM_READERS = 16
+"""Threads that read footers, which is mostly waiting for the storage."""
 
 
 def digest(value: Any) -> str:
@@ -117,7 +123,27 @@ class RunDir:
     def num_rows(self, families: Iterable[str]) -> int:
         """Count rows of the finished shards from their footers."""
         shards = [shard for family in families for shard in self.shards(family)]
-        return sum(pq.read_metadata(s.filesystem.open_input_file(s.path)).num_rows for s in shards)
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            return sum(readers.map(_num_rows, shards))
+
+    def damaged_shards(self, families: Iterable[str]) -> set[int]:
+        """Return the numbers of shards of which a file is no Parquet, as a machine that lost power may leave it."""
+        found = [(number, self.location / name) for family in families for number, name in self._numbered(family)]
+        with ThreadPoolExecutor(_NUM_READERS) as readers:
+            whole = readers.map(_is_whole, (file for _, file in found))
+            return {number for (number, _), is_whole in zip(found, whole, strict=True) if not is_whole}
+
+    def delete_shards(self, families: Iterable[str], numbers: set[int]) -> None:
+        """Remove all files of some shards."""
+        for family in families:
+            for number in numbers & self.shard_numbers(family):
+                (self.location / shard_name(family, number)).delete()
+
+    def delete_leftovers(self) -> None:
+        """Remove what writers left that were killed: temporary files, notes of attempts. Call it when none is alive."""
+        for file in self.location.files():
+            if re.fullmatch(rf"\..+\.tmp|{ATTEMPTS_FAMILY}-.+\.json", file.base_name):
+                self.location.at(file.path).delete()
 
     def rejected_by_reason(self) -> dict[str, int]:
         """Count the rejected rows by reason."""
@@ -138,6 +164,19 @@ def read_shard(shard: Location, schema: pa.Schema) -> pa.Table:
     """Read the columns of `schema` from one shard and check them."""
     with shard.filesystem.open_input_file(shard.path) as stream:
         return check(pq.read_table(stream, columns=schema.names), schema)
+
+
+def _num_rows(shard: Location) -> int:
+    with shard.filesystem.open_input_file(shard.path) as stream:
+        return pq.read_metadata(stream).num_rows
+
+
+def _is_whole(shard: Location) -> bool:
+    try:
+        _num_rows(shard)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def row_counts(num_rows_in: int, num_rows_written: int, rejected: Mapping[str, int]) -> dict[str, Any]:

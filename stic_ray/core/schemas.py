@@ -48,6 +48,7 @@ class Reason(StrEnum):
     TOO_LONG = "too_long"
     BAD_CONVERSATION = "bad_conversation"
     SEVERAL_IMAGES = "several_images"
+    ENGINE_FAILED = "engine_failed"
 
 
 def _column(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = False) -> pa.Field:

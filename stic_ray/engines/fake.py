@@ -1,15 +1,19 @@
 """A scripted engine: no weights, real everything else. Tests and benchmarks of the data plane share it."""
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import yaml
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stic_ray.core.errors import ModelError
+from stic_ray.core.errors import EngineLost, ModelError
 from stic_ray.core.rundir import digest
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.method.prompts import fill
@@ -24,6 +28,18 @@ class Rule(BaseModel):
     answer: str
 
 
+class Fault(BaseModel):
+    """Happens, for real, when a request's prompt holds the text `prompt` and its picture has the size `size`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str = ""
+    size: str | None = None
+    """Width and height in pixels, as "31x33"; any picture when unset."""
+    happens: Literal["kill", "hang", "raise", "lose"]
+    """The process is killed, the call never returns, it raises an error, or the engine is lost (EngineLost)."""
+
+
 class Script(BaseModel):
     """What the fake says: the answer of the first rule that fits, else `default`.
 
@@ -36,31 +52,53 @@ class Script(BaseModel):
     default: str = "A picture of {size} in {colour}."
     seconds_per_batch: float = 0.0
     """Time that a batch takes, as a GPU would, without using the CPU."""
+    faults: tuple[Fault, ...] = ()
+    dies_while_loading: bool = False
+    max_requests: int | None = None
+    """More requests in one call do not fit into memory."""
+    journal: str | None = None
+    """File that gets a line for every call that was answered: the number of its requests."""
     num_image_tokens: int = 16
 
 
+def read_script(path: str) -> Script:
+    """Read a script. Raises ModelError when it is missing or wrong."""
+    try:
+        return Script.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+    except OSError as error:
+        raise ModelError(f"The fake engine needs a YAML script at model.path='{path}': {error.strerror}.") from error
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ModelError(f"The script '{path}' is wrong: {' '.join(str(error).split())}") from error
+
+
 class FakeEngine:
-    """Follows a script; a token is a word."""
+    """Follows a script; a token is a word. Answers one call at a time, as a GPU does."""
 
     def __init__(self, path: str, batch_size: int) -> None:
         """Read the script at `path`. Raises ModelError when it is missing or wrong."""
-        try:
-            self.script = Script.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
-        except OSError as error:
-            raise ModelError(
-                f"The fake engine needs a YAML script at model.path='{path}': {error.strerror}."
-            ) from error
-        except (yaml.YAMLError, ValidationError) as error:
-            raise ModelError(f"The script '{path}' is wrong: {' '.join(str(error).split())}") from error
+        self.script = read_script(path)
+        if self.script.dies_while_loading:
+            os.kill(os.getpid(), signal.SIGKILL)
         self.batch_size = batch_size
+        self._one_call = threading.Lock()
         self.name = path
-        self.revision = digest(self.script.model_dump())
+        self.revision = digest(self.script.model_dump(include={"rules", "default", "num_image_tokens"}))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request by the script."""
-        for _ in range(0, len(requests), self.batch_size):
-            time.sleep(self.script.seconds_per_batch)
-        return [self._answer(request, sampling) for request in requests]
+        with self._one_call:
+            for fault in self.script.faults:
+                if any(fault.prompt in r.prompt and fault.size in (None, _size(r.image)) for r in requests):
+                    _happen(fault)
+            if self.script.max_requests is not None and len(requests) > self.script.max_requests:
+                raise MemoryError(f"{len(requests)} requests do not fit")
+            for _ in range(0, len(requests), self.batch_size):
+                time.sleep(self.script.seconds_per_batch)
+            answers = [self._answer(request, sampling) for request in requests]
+            if self.script.journal:
+                with open(self.script.journal, "a", encoding="ascii") as journal:
+                    journal.write(f"{len(requests)}\n")
+            return answers
 
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
         """Count words."""
@@ -72,10 +110,11 @@ class FakeEngine:
 
     def _answer(self, request: Request, sampling: Sampling) -> Answer:
         rule = next((rule for rule in self.script.rules if rule.prompt in request.prompt), None)
+        answer = rule.answer if rule else self.script.default
         words = fill(
-            rule.answer if rule else self.script.default,
-            colour=_mean_colour(request.image),
-            size="x".join(map(str, request.image.size)) if request.image else "no size",
+            answer,
+            colour=_mean_colour(request.image) if "{colour}" in answer else "",
+            size=_size(request.image),
             seed=str(request.seed),
         ).split()
         text = " ".join(words[: sampling.max_new_tokens])
@@ -83,6 +122,22 @@ class FakeEngine:
         num_image_tokens = self.script.num_image_tokens if request.image else 0
         num_tokens = min(len(words), sampling.max_new_tokens)
         return Answer(text, num_tokens, reason, num_image_tokens, num_added_tokens=num_image_tokens)
+
+
+def _happen(fault: Fault) -> None:
+    match fault.happens:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":
+            threading.Event().wait()
+        case "raise":
+            raise RuntimeError(f"the script raises at {fault.size or fault.prompt}")
+        case "lose":
+            raise EngineLost(f"the script loses its engine at {fault.size or fault.prompt}")
+
+
+def _size(image: Image.Image | None) -> str:
+    return f"{image.width}x{image.height}" if image else "no size"
 
 
 def _mean_colour(image: Image.Image | None) -> str:

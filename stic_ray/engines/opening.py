@@ -4,11 +4,16 @@ from pathlib import Path
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.engines.base import Engine, TokenCounter
-from stic_ray.engines.fake import FakeEngine
+from stic_ray.engines.fake import FakeEngine, read_script
+from stic_ray.engines.watched import WatchedEngine
 
 
-def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None = None) -> Engine:
+def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None = None) -> WatchedEngine:
     """Load the model of the run, or what a training stage made of it: an adapter, or a full model."""
+    return WatchedEngine(_load_engine(model, actors, checkpoint), actors.timeout_s)
+
+
+def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None) -> Engine:
     if model.engine == "fake":
         return FakeEngine(model.path, actors.batch_size)
     from stic_ray.engines.loading import is_adapter  # the fake engine starts without torch
@@ -37,7 +42,7 @@ def open_counter(model: ModelConfig) -> TokenCounter:
 def check_engine(model: ModelConfig) -> None:
     """Raise ModelError when the model of the run cannot be opened here; loads no weights."""
     if model.engine == "fake":
-        FakeEngine(model.path, 1)
+        read_script(model.path)
         return
     from stic_ray.engines.loading import check_model
 

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-
 from stic_ray.core.config import EvaluationConfig, RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
-from stic_ray.core.schemas import PREDICTIONS, REJECTED, Reason, table_of
+from stic_ray.core.schemas import PREDICTIONS, REJECTED, Reason
 from stic_ray.core.storage import Location
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
@@ -23,7 +21,8 @@ from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.scoring import METRICS, choice_lines, read_choice
 from stic_ray.method.statistics import bootstrap_mean
 from stic_ray.stages.benchmarks import load_questions, read_benchmarks
-from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
+from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
+from stic_ray.stages.windows import Rows
 
 MODES = ("direct", "describe_and_respond")
 BASELINE = ("base", "direct")
@@ -38,6 +37,7 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     questions = read_benchmarks(config.evaluation.benchmarks)
     prompts = load_prompts(config.prompts)
     tasks = _tasks(questions, config.pool.shard_size)
+    throughput = {}
     for model, checkpoint in models.items():
         job = ShardJob(
             stage=f"evaluation of {model}",
@@ -46,7 +46,7 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
             load=load_questions,
             make_worker=partial(Examinee, config, prompts, model, checkpoint),
         )
-        run_shards(job, tasks, config.actors)
+        throughput[model] = run_shards(job, tasks, config.actors)
     predictions = [
         row for model in models for row in output.read_table(f"predictions-{model}", PREDICTIONS).to_pylist()
     ]
@@ -54,7 +54,8 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
         raise SourceError(f"Not one question could be asked: {output.rejected_by_reason()}.")
     output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
     num_rows = sum(len(question["metrics"]) for question in questions) * len(MODES) * len(models)
-    return row_counts(num_rows, len(predictions), output.rejected_by_reason())
+    accounts = row_counts(num_rows, len(predictions), output.rejected_by_reason())
+    return {**accounts, "throughput": throughput}
 
 
 def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig, seed: int) -> list[dict[str, Any]]:
@@ -102,7 +103,7 @@ class _Asked(NamedTuple):
 
 
 class Examinee:
-    """Answers the questions of a shard in both modes; owns a model."""
+    """Answers the questions of a window in both modes; owns a model."""
 
     def __init__(self, config: RunConfig, prompts: PromptSet, name: str, checkpoint: Location | None) -> None:
         """Load the base model, or what a training stage left in `checkpoint`."""
@@ -112,23 +113,22 @@ class Examinee:
         self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
         self.limits = ImageLimits.of(config.pool)
 
-    def __call__(self, shard: pa.Table) -> Tables:
+    def __call__(self, window: list[dict[str, Any]]) -> Rows:
         """Return for each question a prediction, or a rejected row, per mode and metric."""
-        predictions, rejected = [], []
-        for batch in shard.to_batches(max_chunksize=self.config.actors.batch_size):
-            asked = []
-            for row in batch.to_pylist():
-                picture = self._picture(row)
-                if isinstance(picture, Rejection):
-                    times = len(MODES) * len(row["metrics"])
-                    rejected += [rejected_row(row["id"], row["path"] or "", picture)] * times
-                else:
-                    asked.append((row, picture))
-            predictions += self._answer(asked)
-        return {
-            f"{REJECTED_FAMILY}-{self.name}": table_of(rejected, REJECTED),
-            f"predictions-{self.name}": table_of(predictions, PREDICTIONS),
-        }
+        found: Rows = {f"{REJECTED_FAMILY}-{self.name}": []}
+        asked = []
+        for row in window:
+            picture = self._picture(row)
+            if isinstance(picture, Rejection):
+                found[f"{REJECTED_FAMILY}-{self.name}"] += self.reject(row, picture)[f"{REJECTED_FAMILY}-{self.name}"]
+            else:
+                asked.append((row, picture))
+        return {**found, f"predictions-{self.name}": self._answer(asked)}
+
+    def reject(self, row: dict[str, Any], rejection: Rejection) -> Rows:
+        """Return the rejected rows of a question."""
+        times = len(MODES) * len(row["metrics"])
+        return {f"{REJECTED_FAMILY}-{self.name}": [rejected_row(row["id"], row["path"] or "", rejection)] * times}
 
     def _picture(self, row: dict[str, Any]) -> Any:
         if row["path"] is None:

@@ -16,16 +16,18 @@ from stic_ray.core.config import InfusionConfig, RunConfig
 from stic_ray.core.errors import ModelError, SourceError, nearest
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
-from stic_ray.core.schemas import INFUSED, REJECTED, Reason, table_of
+from stic_ray.core.schemas import INFUSED, REJECTED, Reason
 from stic_ray.core.storage import Location
-from stic_ray.engines.base import Answer, Engine, Request, Sampling, TokenCounter
+from stic_ray.engines.base import Answer, Request, Sampling, TokenCounter
 from stic_ray.engines.opening import open_counter, open_engine
+from stic_ray.engines.watched import WatchedEngine
 from stic_ray.method.images import ImageLimits, ImageRejected, decode_for_storage
 from stic_ray.method.infusion import Messages, infuse, read_conversation
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.records import folder_of, image_place, load_records, read_records
-from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
+from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
+from stic_ray.stages.windows import Rows
 
 _CONVERSATIONS = "conversations"
 _ROWS = pa.schema(
@@ -55,14 +57,14 @@ def build_infusion(config: RunConfig, run: RunDir) -> dict[str, Any]:
     )
     # Without a model, a GPU would only be held.
     actors = config.actors if config.infusion.describe else config.actors.model_copy(update={"num_gpus": 0.0})
-    run_shards(job, tasks, actors)
+    throughput = run_shards(job, tasks, actors)
     accounts = row_counts(len(rows), output.num_rows(["rows", "text"]), output.rejected_by_reason())
     if not accounts["num_rows_written"]:
         raise SourceError(
             f"Not one of {len(rows)} instruction rows could be used: {accounts['rejected_by_reason']}. "
             f"The rejected rows are in '{output.uri}'; delete that folder to try again with other settings."
         )
-    return {**accounts, "num_text_only_rows": output.num_rows(["text"])}
+    return {**accounts, "num_text_only_rows": output.num_rows(["text"]), "throughput": throughput}
 
 
 def read_instructions(config: InfusionConfig) -> list[dict[str, Any]]:
@@ -91,31 +93,32 @@ def read_instructions(config: InfusionConfig) -> list[dict[str, Any]]:
 
 
 class Infuser:
-    """Infuses the rows of a shard; owns the model that describes."""
+    """Infuses the rows of a window; owns the model that describes."""
 
     def __init__(self, config: RunConfig, prompts: PromptSet, checkpoint: Location | None) -> None:
         """Load the model that `dpo` left in `checkpoint`, the base model, or none where nothing is described."""
         self.config = config
         self.prompts = prompts
-        self.engine: Engine | None = None
+        self.engine: WatchedEngine | None = None
         if config.infusion.describe:
             self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
         self.counter: TokenCounter = self.engine or open_counter(config.model)
         self.sampling = Sampling(config.infusion.max_new_tokens, config.infusion.temperature)
         self.limits = ImageLimits.of(config.pool)
 
-    def __call__(self, shard: pa.Table) -> Tables:
-        """Return infused, text-only and rejected rows, together as many as the shard has."""
-        found: dict[str, list[dict[str, Any]]] = {REJECTED_FAMILY: [], "text": [], "rows": []}
-        for batch in shard.to_batches(max_chunksize=self.config.actors.batch_size):
-            rows = batch.to_pylist()
-            for row, result in zip(rows, self._infuse_all(rows), strict=True):
-                if isinstance(result, Rejection):
-                    found[REJECTED_FAMILY].append(rejected_row(row["id"], row["path"] or "", result))
-                else:
-                    found["rows" if result["image"] else "text"].append(result)
-        schemas = {REJECTED_FAMILY: REJECTED, "text": INFUSED, "rows": INFUSED}
-        return {family: table_of(found[family], schema) for family, schema in schemas.items()}
+    def __call__(self, window: list[dict[str, Any]]) -> Rows:
+        """Return infused, text-only and rejected rows, together as many as the window has."""
+        found: Rows = {REJECTED_FAMILY: [], "text": [], "rows": []}
+        for row, result in zip(window, self._infuse_all(window), strict=True):
+            if isinstance(result, Rejection):
+                found[REJECTED_FAMILY].append(rejected_row(row["id"], row["path"] or "", result))
+            else:
+                found["rows" if result["image"] else "text"].append(result)
+        return found
+
+    def reject(self, row: dict[str, Any], rejection: Rejection) -> Rows:
+        """Return the rejected row of an instruction."""
+        return {REJECTED_FAMILY: [rejected_row(row["id"], row["path"] or "", rejection)]}
 
     def _infuse_all(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | Rejection]:
         prepared = [self._prepare(row) for row in rows]

@@ -11,7 +11,7 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, row_counts
-from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, Reason, table_of
+from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, Reason
 from stic_ray.core.storage import Location
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
@@ -27,7 +27,8 @@ from stic_ray.method.preferences import (
 )
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetch_indexed, with_images
-from stic_ray.stages.shards import ShardJob, ShardTask, Tables, rejected_row, run_shards
+from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
+from stic_ray.stages.windows import Rows
 
 
 def build_preferences(config: RunConfig, run: RunDir) -> dict[str, Any]:
@@ -50,14 +51,14 @@ def build_preferences(config: RunConfig, run: RunDir) -> dict[str, Any]:
         load=lambda task: _load_shard(task, config.pool.image_column),
         make_worker=partial(PairMaker, config, load_prompts(config.prompts)),
     )
-    run_shards(job, tasks, config.actors)
+    throughput = run_shards(job, tasks, config.actors)
     accounts = row_counts(num_images, output.num_rows(["pairs"]), output.rejected_by_reason())
     if not accounts["num_rows_written"]:
         raise SourceError(
             f"Not one of {num_images} images gave a preference pair: {accounts['rejected_by_reason']}. "
             f"The rejected rows are in '{output.uri}'; delete that folder to try again with other settings."
         )
-    return accounts
+    return {**accounts, "throughput": throughput}
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class _Candidate:
 
 
 class PairMaker:
-    """Makes the pairs of a shard; owns the model."""
+    """Makes the pairs of a window; owns the model."""
 
     def __init__(self, config: RunConfig, prompts: PromptSet) -> None:
         """Load the base model of the run."""
@@ -84,17 +85,19 @@ class PairMaker:
             config.preferences.max_new_tokens, config.preferences.temperature, config.preferences.top_p
         )
 
-    def __call__(self, shard: pa.Table) -> Tables:
-        """Return pairs and rejected rows, together as many as the shard has images."""
-        pairs, rejected = [], []
-        for batch in shard.to_batches(max_chunksize=self.config.actors.batch_size):  # bounds the decoded pictures
-            rows = batch.to_pylist()
-            for row, pair in zip(rows, self._make_pairs(rows), strict=True):
-                if isinstance(pair, Rejection):
-                    rejected.append(rejected_row(row["image_id"], row["path"], pair))
-                else:
-                    pairs.append(pair)
-        return {REJECTED_FAMILY: table_of(rejected, REJECTED), "pairs": table_of(pairs, PAIRS)}
+    def __call__(self, window: list[dict[str, Any]]) -> Rows:
+        """Return pairs and rejected rows, together as many as the window has images."""
+        found: Rows = {REJECTED_FAMILY: [], "pairs": []}
+        for row, pair in zip(window, self._make_pairs(window), strict=True):
+            if isinstance(pair, Rejection):
+                found[REJECTED_FAMILY].append(rejected_row(row["image_id"], row["path"], pair))
+            else:
+                found["pairs"].append(pair)
+        return found
+
+    def reject(self, row: dict[str, Any], rejection: Rejection) -> Rows:
+        """Return the rejected row of an image."""
+        return {REJECTED_FAMILY: [rejected_row(row["image_id"], row["path"], rejection)]}
 
     def _make_pairs(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | Rejection]:
         prepared = [self._prepare(row) for row in rows]

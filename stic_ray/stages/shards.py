@@ -5,32 +5,34 @@ that holds its tables as Arrow IPC bytes: Ray Data splits and merges blocks on t
 travel encoded. The file of the main family is published last, so its presence says that the shard is done.
 """
 
-import builtins
 import json
 import logging
-import re
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import pyarrow as pa
 import ray
 import ray.exceptions
 from ray.data import ActorPoolStrategy, Dataset
-from ray.util.annotations import RayDeprecationWarning
 
-from stic_ray.core import errors
 from stic_ray.core.config import ActorsConfig
-from stic_ray.core.errors import StageError, UserError
 from stic_ray.core.rundir import RunDir
+from stic_ray.engines.watched import Work
 from stic_ray.method.preferences import Rejection
+from stic_ray.stages.attempts import Attempts, attempts_name, loading
 from stic_ray.stages.cluster import TASK_CPUS
+from stic_ray.stages.failures import explain
+from stic_ray.stages.progress import ActorMetrics, Progress
+from stic_ray.stages.windows import Tables, Windows, WindowWorker
 
 logger = logging.getLogger(__name__)
 
-Tables = dict[str, pa.Table]
+ShardWorker = Callable[[pa.Table], Tables]
+"""Turns a whole shard into the output tables by family, all families of the job."""
+
+_SHARDS_PER_ACTOR = 2
+"""Shards that an actor holds: the next one's windows follow without a gap, and little is lost when it dies."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,6 @@ class ShardTask:
 
     number: int
     payload: Mapping[str, Any]
-
-
-class ShardWorker(Protocol):
-    """Owns what is expensive to set up, a model above all."""
-
-    def __call__(self, shard: pa.Table) -> Tables:
-        """Return the output tables by family, all families of the job."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,8 @@ class ShardJob:
     families: Mapping[str, pa.Schema]
     """Output families with their schemas; the last one is the main family."""
     load: Callable[[ShardTask], pa.Table]
-    make_worker: Callable[[], ShardWorker]
+    make_worker: Callable[[], ShardWorker | WindowWorker]
+    """A WindowWorker for a pool of actors, a ShardWorker for tasks."""
 
     @property
     def main_family(self) -> str:
@@ -71,43 +66,66 @@ class ShardJob:
         return f"empty-{self.main_family}"
 
 
-class _Worker:
-    """Adapts a ShardWorker to rows of Ray Data."""
+class _Actor:
+    """Owns the worker of an actor; called for several rows of Ray Data at a time."""
 
-    def __init__(self, job: ShardJob) -> None:
-        self.work = job.make_worker()
+    def __init__(self, job: ShardJob, actors: ActorsConfig) -> None:
+        with loading(job.output, ray.get_runtime_context().get_actor_id() or "", actors.max_retries + 1):
+            worker = job.make_worker()
+        assert isinstance(worker, WindowWorker), f"{job.stage} has actors, but no WindowWorker"
+        self.output = job.output
+        self.engine = worker.engine
+        self.windows = Windows(worker, job.families, actors)
+        self.metrics = ActorMetrics(job.stage)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        tables = self.work(_unpack(row["shard"]))
-        return {"number": row["number"], "tables": [_pack(table) for table in tables.values()], "names": list(tables)}
+        attempts = Attempts(self.output, row["number"])
+        with attempts.handling("unpacking"):
+            shard = _unpack(row["shard"])
+        tables = self.windows.do(shard, attempts)
+        with attempts.handling("packing"):
+            result = _packed(row["number"], tables, self.engine.take_work() if self.engine else Work())
+        self.metrics.record(shard.num_rows, Work(**result["work"]))
+        return result
 
 
-def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig | None) -> None:
+def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig | None) -> dict[str, Any] | None:
     """Do the shards that are not done yet, with a pool of actors or, where `actors` is None, with plain tasks.
 
-    Raises UserError as the worker raised it, and StageError for any other failure: finished shards stay, and a
-    rerun does the others.
+    Returns the figures of what was done for the manifest (see Progress), or None when nothing was left to do. Raises
+    UserError as the worker raised it, and StageError for any other failure: finished shards stay, and a rerun does
+    the others.
     """
-    done = job.output.shard_numbers(job.main_family) | job.output.shard_numbers(job.empty_family)
+    done = _finished(job)
     todo = [task for task in tasks if task.number not in done]
     if done:
         logger.info("%s: %d of %d shards are already there", job.stage, len(tasks) - len(todo), len(tasks))
     if not todo:
-        return
-    progress = _Progress(job.stage, len(todo))
+        return None
+    progress = Progress(job.stage, len(todo))
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # plans and paths; our own lines say how far a stage is
-    # Ray 2.60 deprecates `max_task_retries` in map() for 2.64 without having another place for it yet.
-    warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=RayDeprecationWarning)
     try:
         for row in _dataset(job, todo, actors).iter_rows():
-            progress.advance(row["num_rows"])
+            progress.advance(row["num_rows"], Work(**row["work"]))
     except (ray.exceptions.RayError, RuntimeError, OSError) as error:
-        raise _explain(job.stage, error) from error
+        raise explain(job.stage, error) from error
+    job.output.delete_leftovers()
+    return progress.summary()
 
 
 def rejected_row(identity: str, path: str, rejection: Rejection) -> dict[str, Any]:
     """Return a row of the table `rejected`."""
     return {"image_id": identity, "path": path, "reason": rejection.reason, "message": rejection.message}
+
+
+def _finished(job: ShardJob) -> set[int]:
+    """Return the numbers of the finished shards; those with a damaged file are removed, to be made again."""
+    families = [*job.families, job.empty_family]
+    damaged = job.output.damaged_shards(families)
+    if damaged:
+        logger.warning("%s: %d shards have a damaged file and are made again", job.stage, len(damaged))
+        job.output.delete_shards(families, damaged)
+    return job.output.shard_numbers(job.main_family) | job.output.shard_numbers(job.empty_family)
 
 
 def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | None) -> Dataset:
@@ -118,23 +136,32 @@ def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | No
         lambda row: {"number": row["number"], "shard": _pack(job.load(_task(row)))}, num_cpus=TASK_CPUS
     )
     if actors is None:
-        worked = loaded.map(lambda row: _Worker(job)(row), num_cpus=1)
+        worked = loaded.map(lambda row: _work_whole(job, row), num_cpus=1)
     else:
+        most = min(actors.num_actors, len(rows))
         worked = loaded.map(
-            cast(Any, _Worker),  # Ray types functions only
-            fn_constructor_args=(job,),
-            compute=ActorPoolStrategy(size=min(actors.num_actors, len(rows))),
+            cast(Any, _Actor),  # Ray types functions only
+            fn_constructor_args=(job, actors),
+            compute=ActorPoolStrategy(
+                min_size=min(actors.min_actors or most, most),
+                max_size=most,
+                max_concurrent_calls_per_actor=_SHARDS_PER_ACTOR,
+                max_tasks_in_flight_per_actor=_SHARDS_PER_ACTOR,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=actors.num_cpus,
             num_gpus=actors.num_gpus,
-            # Unbounded retries, Ray Data's default, would try an image that kills its actor for ever.
-            max_restarts=-1,
-            max_task_retries=actors.max_retries,
         )
     return worked.map(lambda row: _publish(job, row), num_cpus=TASK_CPUS)
 
 
 def _task(row: dict[str, Any]) -> ShardTask:
     return ShardTask(row["number"], json.loads(row["payload"]))
+
+
+def _work_whole(job: ShardJob, row: dict[str, Any]) -> dict[str, Any]:
+    work = cast(ShardWorker, job.make_worker())
+    return _packed(row["number"], work(_unpack(row["shard"])), Work())
 
 
 def _publish(job: ShardJob, row: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +173,16 @@ def _publish(job: ShardJob, row: dict[str, Any]) -> dict[str, Any]:
         elif family == job.main_family:
             # `datasets` cannot read a file without rows, so the mark that the shard is done has another name.
             job.output.write_shard(job.empty_family, row["number"], tables[family], schema)
-    return {"num_rows": sum(table.num_rows for table in tables.values())}
+    attempts = job.output.location / attempts_name(row["number"])
+    if attempts.exists():
+        attempts.delete()
+    return {"num_rows": sum(table.num_rows for table in tables.values()), "work": row["work"]}
+
+
+def _packed(number: int, tables: Tables, work: Work) -> dict[str, Any]:
+    """Return a shard's tables, and what its engine did meanwhile, as a row."""
+    packed = [_pack(table) for table in tables.values()]
+    return {"number": number, "tables": packed, "names": list(tables), "work": asdict(work)}
 
 
 def _pack(table: pa.Table) -> bytes:
@@ -158,53 +194,3 @@ def _pack(table: pa.Table) -> bytes:
 
 def _unpack(data: bytes) -> pa.Table:
     return pa.ipc.open_stream(data).read_all()
-
-
-def _explain(stage: str, error: BaseException) -> Exception:
-    """Return the error that a task or actor raised as the user's own, or as a StageError with stage and cause.
-
-    Ray hands the remote traceback over as text, with the exception that came first on its first unindented line.
-    """
-    lines = str(error).splitlines()
-    raised = [match for line in lines if (match := re.match(r"([\w.]+(?:Error|Exception)): (.+)", line))]
-    ours = (match for match in raised if match[1].startswith("stic_ray."))  # says more than what it was raised from
-    first = next(ours, None) or next((match for match in raised if not match[1].startswith("ray.")), None)
-    if first is None:
-        last = next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
-        return StageError(f"{stage} stopped: {last}")
-    name, message = first[1].rsplit(".", 1)[-1], first[2].strip()
-    kind = getattr(errors if first[1].startswith("stic_ray.") else builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, UserError):
-        return kind(message)
-    if isinstance(kind, type) and issubclass(kind, OSError):
-        return StageError(f"{stage} could not read or write: {message}. Mend this and run the same command again.")
-    return StageError(f"{stage} stopped: {name}: {message}")
-
-
-class _Progress:
-    """Logs how far a stage is, how fast, and how long still."""
-
-    def __init__(self, stage: str, num_shards: int) -> None:
-        self.stage, self.num_shards = stage, num_shards
-        self.num_done = self.num_rows = 0
-        self.start_s = self.logged_s = time.monotonic()
-
-    def advance(self, num_rows: int) -> None:
-        self.num_done += 1
-        self.num_rows += num_rows
-        now_s = time.monotonic()
-        if now_s - self.logged_s < 5 and self.num_done < self.num_shards:
-            return
-        self.logged_s = now_s
-        elapsed_s = now_s - self.start_s
-        left_s = elapsed_s / self.num_done * (self.num_shards - self.num_done)
-        rate = self.num_rows / elapsed_s if elapsed_s else 0.0
-        logger.info(
-            "%s: %d/%d shards, %d rows, %.1f rows/s, %.0f s left",
-            self.stage,
-            self.num_done,
-            self.num_shards,
-            self.num_rows,
-            rate,
-            left_s,
-        )

@@ -6,12 +6,14 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from stic_ray.core.config import ActorsConfig, ModelConfig, RunConfig
+from stic_ray.core.config import ModelConfig, RunConfig
 from stic_ray.core.errors import ModelError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.weight_names import has_hub_names
@@ -24,6 +26,7 @@ from tests.engines.families import mixed_requests
 from tests.stages.builders import draw_pictures, fake_config, pairs_of, rejected_of, run_stages
 from tests.stages.test_training import prepare
 from tests.stages.test_training_batches import config_for
+from tests.vllm.conftest import ACTORS
 from tests.vllm.test_engine import PICTURES
 
 NUM_PICTURES = 32
@@ -85,14 +88,23 @@ def test_what_dpo_saved_loads(method: str, tmp_path: Path, tiny_llava: Path) -> 
     config = config_for(tiny_llava, tuning={"method": method}, dpo={"learning_rate": 0.01})
     train_dpo(config, run)
     checkpoint = tmp_path / "run" / "dpo" / "checkpoint"
-    answers = {}
-    for name, saved in (("transformers", checkpoint), ("base", None), ("vllm", checkpoint)):
-        model = ModelConfig(path=str(tiny_llava), engine="vllm" if name == "vllm" else "transformers")
-        engine = open_engine(model, ActorsConfig(), saved)
-        answers[name] = engine.generate(PICTURES, Sampling(24))
-        if isinstance(engine, VllmEngine):
-            engine.close()
-    assert answers["vllm"] == answers["transformers"] != answers["base"]
+    model = ModelConfig(path=str(tiny_llava))
+    base, expected = (
+        open_engine(model, ACTORS, saved).generate(PICTURES, Sampling(24)) for saved in (None, checkpoint)
+    )
+    opened = open_vllm(tiny_llava, adapter=checkpoint) if method == "lora" else open_vllm(checkpoint)
+    with opened as engine:
+        assert engine.generate(PICTURES, Sampling(24)) == expected != base
+
+
+@contextmanager
+def open_vllm(path: Path, adapter: Path | None = None) -> Iterator[VllmEngine]:
+    """An engine for the length of a block."""
+    engine = VllmEngine(ModelConfig(path=str(path), engine="vllm"), ACTORS, adapter=adapter)
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def test_a_tiled_model_that_began_in_transformers_answers_alike(
@@ -108,14 +120,10 @@ def test_a_tiled_model_that_began_in_transformers_answers_alike(
         monkeypatch.setattr(tiny_models, name, getattr(tiny_models, name) | fields)
     base = tiny_models.build("llava_next", tmp_path / "base")
     assert not has_hub_names(base)
-    answers = []
-    for name in ("transformers", "vllm"):
-        engine = open_engine(ModelConfig(path=str(base), engine=name), ActorsConfig())
-        answers.append(engine.generate(mixed_requests(), Sampling(8)))
-        if isinstance(engine, VllmEngine):
-            engine.close()
-    assert len({answer.num_image_tokens for answer in answers[0]}) > 2
-    assert answers[0] == answers[1]
+    expected = open_engine(ModelConfig(path=str(base)), ACTORS).generate(mixed_requests(), Sampling(8))
+    assert len({answer.num_image_tokens for answer in expected}) > 2
+    with open_vllm(base) as engine:
+        assert engine.generate(mixed_requests(), Sampling(8)) == expected
 
 
 def test_a_model_that_vllm_does_not_have_is_refused_in_one_line(tiny_llava: Path, tmp_path: Path) -> None:

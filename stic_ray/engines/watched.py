@@ -1,0 +1,165 @@
+"""What stands between a stage and its engine: a time limit, smaller calls after running out of memory, an account.
+
+An engine below it must be safe to call from several threads, raise what goes wrong and stay usable after that, or
+raise EngineLost where it cannot.
+"""
+
+import faulthandler
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+
+from stic_ray.core.errors import EngineError, EngineLost, UserError
+from stic_ray.engines.base import Answer, Engine, Request, Sampling
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an engine did in a while."""
+
+    elapsed_s: float = 0.0
+    """Length of the while; the first one begins with the first call."""
+    busy_s: float = 0.0
+    """Seconds of it in which at least one call was running."""
+    request_s: float = 0.0
+    """Seconds that requests spent in calls, over all requests: `request_s / elapsed_s` were in flight on average."""
+    num_calls: int = 0
+    num_requests: int = 0
+    num_tokens: int = 0
+    """Generated tokens."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: "Work") -> "Work":
+        return Work(*(mine - its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the time in which the engine was at work."""
+        return self.busy_s / self.elapsed_s if self.elapsed_s else 0.0
+
+    @property
+    def requests_in_flight(self) -> float:
+        """Mean number of requests inside the engine."""
+        return self.request_s / self.elapsed_s if self.elapsed_s else 0.0
+
+    @property
+    def requests_per_call(self) -> float:
+        """Mean size of a call."""
+        return self.num_requests / self.num_calls if self.num_calls else 0.0
+
+
+class WatchedEngine:
+    """An engine, watched."""
+
+    def __init__(self, engine: Engine, timeout_s: float | None = None) -> None:
+        """Watch `engine`; a call longer than `timeout_s` ends the process."""
+        self.name = engine.name
+        self.revision = engine.revision
+        self.count_text_tokens = engine.count_text_tokens
+        self.count_added_tokens = engine.count_added_tokens
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._running: dict[int, float] = {}
+        """Thread and start of the running calls, the oldest first."""
+        self._num_requests_that_fit: int | None = None
+        self._work = Work()
+        self._since_s = self._busy_since_s = math.inf
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
+        """Answer every request, in order. Raises UserError as it came, and EngineError for what else went wrong.
+
+        Calls that do not fit into memory are halved, and the smaller size kept. Where the engine is lost or takes
+        too long the process ends: whoever started it notices, and starts another.
+        """
+        if not requests:
+            return []
+        with self._call(len(requests)):
+            try:
+                answers = self._generate_what_fits(requests, sampling)
+            except UserError:
+                raise
+            except EngineLost as error:
+                logger.error("ending this process, its engine is lost: %s", error)
+                os._exit(1)
+            except Exception as error:
+                raise EngineError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        return answers
+
+    def take_work(self) -> Work:
+        """Return what was done since the last time this was asked."""
+        with self._lock:
+            now_s = time.monotonic()
+            if self._running:
+                self._work += Work(busy_s=now_s - self._busy_since_s)
+                self._busy_since_s = now_s
+            work, self._work = self._work + Work(elapsed_s=max(now_s - self._since_s, 0.0)), Work()
+            self._since_s = now_s
+        return work
+
+    def _generate_what_fits(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
+        answers: list[Answer] = []
+        while len(answers) < len(requests):
+            part = requests[len(answers) :][: self._num_requests_that_fit]
+            try:
+                found = self._engine.generate(part, sampling)
+            except Exception as error:
+                if not _is_out_of_memory(error) or len(part) == 1:
+                    raise
+                self._num_requests_that_fit = len(part) // 2
+                logger.warning("out of memory with %d requests, going on with %d", len(part), len(part) // 2)
+                continue  # and so let go of the traceback, which holds what the call had allocated
+            answers += found
+            with self._lock:
+                num_tokens = sum(answer.num_tokens for answer in found)
+                self._work += Work(num_calls=1, num_requests=len(part), num_tokens=num_tokens)
+        return answers
+
+    @contextmanager
+    def _call(self, num_requests: int) -> Iterator[None]:
+        thread, began_s = threading.get_ident(), time.monotonic()
+        with self._lock:
+            self._since_s = min(self._since_s, began_s)
+            if not self._running:
+                self._busy_since_s = began_s
+            self._running[thread] = began_s
+            self._set_alarm()
+        try:
+            yield
+        finally:
+            with self._lock:
+                ended_s = time.monotonic()
+                del self._running[thread]
+                self._set_alarm()
+                busy_s = 0.0 if self._running else ended_s - self._busy_since_s
+                self._work += Work(busy_s=busy_s, request_s=num_requests * (ended_s - began_s))
+
+    def _set_alarm(self) -> None:
+        """Have the process ended when the oldest running call reaches its limit.
+
+        By faulthandler: its thread needs no interpreter lock, which a hanging call may hold, and it says where all
+        threads stand.
+        """
+        if self._timeout_s is None:
+            return
+        if not self._running:
+            faulthandler.cancel_dump_traceback_later()
+            return
+        oldest_s = next(iter(self._running.values()))
+        left_s = max(oldest_s + self._timeout_s - time.monotonic(), 0.001)
+        faulthandler.dump_traceback_later(left_s, exit=True, file=sys.__stderr__ or sys.stderr)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the host, or of a GPU, told by its name so that torch need not be there."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

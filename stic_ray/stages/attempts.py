@@ -1,0 +1,87 @@
+"""What was being worked on when a process died: small files beside the shards, read by whoever tries again.
+
+Ray tries again without end, wherever an actor dies. These files count the deaths, so that an image or a model that
+kills every actor is found out. They are there only while a shard is being made, or a model loaded.
+"""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stic_ray.core.errors import StageError
+from stic_ray.core.rundir import ATTEMPTS_FAMILY, RunDir
+
+_MAX_DEATHS_ELSEWHERE = 5
+"""So many actors may die over a shard while no image is to blame."""
+
+
+class Attempts:
+    """The parts of one shard that are being worked on, and how often an attempt at each ended in death."""
+
+    def __init__(self, output: RunDir, number: int) -> None:
+        """Begin an attempt at shard `number`: what the last one was working on has died."""
+        self._file = output.location / attempts_name(number)
+        self._number = number
+        before = output.read_json(attempts_name(number)) or {"working_on": [], "deaths": {}}
+        self.deaths = Counter[str](before["deaths"])
+        """By part."""
+        self.deaths.update(before["working_on"])
+        self._working_on: set[str] = set()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def working_on(self, part: str) -> Iterator[None]:
+        """Note that `part` is being worked on until the end of the block; an error that ends it is no death."""
+        with self._lock:
+            self._working_on.add(part)
+            self._write()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._working_on.remove(part)
+                del self.deaths[part]
+                self._write()
+
+    @contextmanager
+    def handling(self, what: str) -> Iterator[None]:
+        """Work on something other than images, as reading the shard. Raises StageError when it keeps being deadly."""
+        if self.deaths[what] >= _MAX_DEATHS_ELSEWHERE:
+            self._file.delete()  # a rerun tries again
+            raise StageError(
+                f"{self.deaths[what]} actors died while {what} shard {self._number}. A likely cause is too little "
+                f"memory for pool.shard_size images."
+            )
+        with self.working_on(what):
+            yield
+
+    def _write(self) -> None:
+        state = {"working_on": sorted(self._working_on), "deaths": dict(self.deaths)}
+        self._file.write(json.dumps(state).encode())
+
+
+def attempts_name(number: int) -> str:
+    """Return the file name of the attempts at a shard."""
+    return f"{ATTEMPTS_FAMILY}-{number:06d}.json"
+
+
+@contextmanager
+def loading(output: RunDir, actor: str, num_tries: int) -> Iterator[None]:
+    """Count how often an actor died inside this block; Ray starts the same actor again after each death.
+
+    Raises StageError where it has died `num_tries` times.
+    """
+    name = f"{ATTEMPTS_FAMILY}-{actor}.json"
+    num_deaths = output.read_json(name) or 0
+    if num_deaths >= num_tries:
+        raise StageError(
+            f"an actor died {num_deaths} times while it loaded the model. A likely cause is too little memory; "
+            f"Ray's logs say what ended it."
+        )
+    (output.location / name).write(str(num_deaths + 1).encode())
+    try:
+        yield
+    finally:
+        (output.location / name).delete()
