@@ -77,7 +77,7 @@ class VllmEngine(TransformersCounter):
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         others = set(multiprocessing.active_children())
         with _explained(model, adapter), tempfile.TemporaryDirectory(prefix="stic_ray_vllm_") as scratch:
-            self._llm: Any = self._wait(_start(_arguments(model, actors, adapter, Path(scratch))))
+            self._llm: Any = self._wait(_start(engine_arguments(model, actors, adapter, Path(scratch))))
             self.process_ids = [child.pid for child in multiprocessing.active_children() if child not in others]
             self._watchdog = _end_with_us(self.process_ids)
             self.generate([Request("What is this?", Image.new("RGB", (64, 64)))], Sampling(1))  # loads what is left
@@ -89,7 +89,7 @@ class VllmEngine(TransformersCounter):
 
         Raises EngineError when one of these requests is refused, and EngineLost when vLLM has died.
         """
-        prompts = [self._prompt(request) for request in requests]
+        prompts = [make_prompt(self.processor, request) for request in requests]
         return self._wait(self._answer_all(prompts, [request.seed for request in requests], sampling))
 
     def close(self) -> None:
@@ -98,14 +98,6 @@ class VllmEngine(TransformersCounter):
         self._wait(_end_tasks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._watchdog.communicate()
-
-    def _prompt(self, request: Request) -> dict[str, Any]:
-        question = [{"role": "user", "content": request.prompt}]
-        text = render(self.processor, question, with_image=request.image is not None, add_generation_prompt=True)
-        prompt: dict[str, Any] = {
-            "prompt_token_ids": self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        }
-        return prompt if request.image is None else prompt | {"multi_modal_data": {"image": request.image}}
 
     async def _answer_all(
         self, prompts: Sequence[dict[str, Any]], seeds: Sequence[int], sampling: Sampling
@@ -158,7 +150,7 @@ class VllmEngine(TransformersCounter):
         """Apply the adapter to all requests. Raises ModelError when the model then says what it said without."""
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-        probe = self._prompt(Request("Describe in detail what can be seen, and where.", image=None))
+        probe = make_prompt(self.processor, Request("Describe in detail what can be seen, and where.", image=None))
         before = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
         self._adapter = LoRARequest("adapter", 1, str(adapter))
         after = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
@@ -187,8 +179,19 @@ async def _end_tasks() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | None, scratch: Path) -> dict[str, Any]:
-    """Return what vLLM is started with. A checkpoint with other names of weights than the Hub's is linked anew."""
+def make_prompt(processor: Any, request: Request) -> dict[str, Any]:
+    """Return a request as vLLM takes it: token ids with one placeholder for the image, and the image."""
+    question = [{"role": "user", "content": request.prompt}]
+    text = render(processor, question, with_image=request.image is not None, add_generation_prompt=True)
+    prompt: dict[str, Any] = {"prompt_token_ids": processor.tokenizer(text, add_special_tokens=False)["input_ids"]}
+    return prompt if request.image is None else prompt | {"multi_modal_data": {"image": request.image}}
+
+
+def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | None, scratch: Path) -> dict[str, Any]:
+    """Return what vLLM is started with.
+
+    A checkpoint without the Hub's names of weights is linked into `scratch` with them. Raises ModelError.
+    """
     on_gpu = actors.num_gpus > 0
     if not on_gpu:
         os.environ.update(CPU_ENVIRONMENT | dict(os.environ))
