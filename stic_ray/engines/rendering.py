@@ -102,7 +102,7 @@ def read_answer(
     text = processor.tokenizer.decode(said, skip_special_tokens=True)
     return Answer(
         # A placeholder that the model spelled out would ask for an image when the answer is trained on.
-        text=text.replace(processor.image_token, "").strip(),
+        text=text.replace(getattr(processor, "image_token", ""), "").strip(),
         num_tokens=len(said),
         finish_reason="length" if end is None else "stop",
         num_image_tokens=num_image_tokens,

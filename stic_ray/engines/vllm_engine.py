@@ -227,7 +227,7 @@ def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | N
 def _generation_config(model: ModelConfig) -> GenerationConfig:
     where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        return GenerationConfig.from_pretrained(model.path, revision=model.revision)
+        return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
     except OSError:  # the checkpoint has no such file
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model.path, **where))
 
