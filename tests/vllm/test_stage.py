@@ -52,6 +52,7 @@ def vllm_processes() -> dict[int, int]:
     return found
 
 
+@pytest.mark.timeout(900)  # vLLM starts three times
 @pytest.mark.usefixtures("ray_session")
 def test_pairs_are_those_of_a_quiet_run_when_the_actor_is_killed(tmp_path: Path, tiny_llava: Path) -> None:
     """And what vLLM had started goes with its actor: on a GPU it would keep the memory."""
