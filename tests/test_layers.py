@@ -12,7 +12,7 @@ import stic_ray
 PACKAGE = "stic_ray"
 SOURCE = Path(stic_ray.__file__).parent
 
-MODELS = frozenset({"transformers", "peft", "tokenizers", "safetensors"})
+MODELS = frozenset({"transformers", "peft", "tokenizers", "safetensors", "vllm"})
 CLUSTER = frozenset({"ray", "deepspeed", "trl", "accelerate"})
 
 

@@ -50,7 +50,7 @@ class ModelConfig(Section):
     """Directory or hub id that transformers loads; for the fake engine, its YAML script."""
     revision: str | None = None
     """Revision of a hub id."""
-    engine: Literal["transformers", "fake"] = "transformers"
+    engine: Literal["transformers", "vllm", "fake"] = "transformers"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and activations; auto is bfloat16 on a GPU and float32 on a CPU."""
     chat_template: str | None = None
@@ -218,7 +218,11 @@ class ActorsConfig(Section):
     num_cpus: Annotated[float, Field(ge=0.0)] = 1.0
     """CPUs per actor."""
     num_gpus: Annotated[float, Field(ge=0.0)] = 0.0
-    """GPUs per actor."""
+    """GPUs per actor; the vllm engine cuts a model over two or more (tensor parallelism)."""
+    gpu_memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of an actor's GPU that the vllm engine takes at its start, for weights and cached tokens."""
+    max_length_tokens: Count | None = None
+    """Image, question and answer together in the vllm engine; the model's own limit when unset."""
     batch_size: Count = 16
     """Requests per forward pass, halved by an actor that runs out of memory; and images per window, the part of a
     shard that is decoded at a time."""

@@ -16,13 +16,18 @@ def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | Non
 def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None) -> Engine:
     if model.engine == "fake":
         return FakeEngine(model.path, actors.batch_size)
-    from stic_ray.engines.batching import BatchLimits
     from stic_ray.engines.loading import is_adapter  # the fake engine starts without torch
-    from stic_ray.engines.transformers_engine import TransformersEngine
 
     adapter = checkpoint if checkpoint is not None and is_adapter(checkpoint) else None
     if checkpoint is not None and adapter is None:
         model = model.model_copy(update={"path": str(checkpoint), "revision": None})
+    if model.engine == "vllm":
+        from stic_ray.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(model, actors, adapter=adapter)
+    from stic_ray.engines.batching import BatchLimits
+    from stic_ray.engines.transformers_engine import TransformersEngine
+
     return TransformersEngine(
         model,
         limits=BatchLimits(actors.batch_size, actors.batch_tokens),
@@ -45,7 +50,11 @@ def check_engine(model: ModelConfig) -> None:
     """Raise ModelError when the model of the run cannot be opened here; loads no weights."""
     if model.engine == "fake":
         read_script(model.path)
-    else:
-        from stic_ray.engines.loading import check_model
+        return
+    from stic_ray.engines.loading import check_model
 
-        check_model(model)
+    check_model(model)
+    if model.engine == "vllm":
+        from stic_ray.engines.vllm_engine import check_vllm
+
+        check_vllm(model)

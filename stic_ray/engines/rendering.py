@@ -1,11 +1,12 @@
-"""Conversations in a model's chat template."""
+"""Conversations in a model's chat template, and answers out of its tokens."""
 
 from collections.abc import Sequence
 
 import jinja2
-from transformers import ProcessorMixin
+from transformers import GenerationConfig, ProcessorMixin
 
 from stic_ray.core.errors import ModelError
+from stic_ray.engines.base import Answer
 
 Message = dict[str, str]
 Pieces = list[tuple[str, bool]]
@@ -79,6 +80,34 @@ def split_answers(processor: ProcessorMixin, messages: Sequence[Message], *, wit
         done = stop
     pieces.append((whole[done:], False))
     return [(text, is_answer) for text, is_answer in pieces if text]
+
+
+def end_token_ids(processor: ProcessorMixin, generation_config: GenerationConfig) -> list[int]:
+    """Return the tokens that end an answer: those of the generation configuration, and the tokenizer's own."""
+    ends = generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return sorted({*ends, processor.tokenizer.eos_token_id} - {None})
+
+
+def read_answer(
+    processor: ProcessorMixin,
+    ids: Sequence[int],
+    end_ids: Sequence[int],
+    num_image_tokens: int,
+    num_added_tokens: int,
+) -> Answer:
+    """Return what the tokens `ids` behind a prompt say, up to the first one that ends an answer."""
+    end = next((place for place, token in enumerate(ids) if token in end_ids), None)
+    said = list(ids[:end])
+    text = processor.tokenizer.decode(said, skip_special_tokens=True)
+    return Answer(
+        # A placeholder that the model spelled out would ask for an image when the answer is trained on.
+        text=text.replace(getattr(processor, "image_token", ""), "").strip(),
+        num_tokens=len(said),
+        finish_reason="length" if end is None else "stop",
+        num_image_tokens=num_image_tokens,
+        num_added_tokens=num_added_tokens,
+    )
 
 
 def _length_of_end(tail: str, special_tokens: Sequence[str]) -> int:

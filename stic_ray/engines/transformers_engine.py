@@ -14,7 +14,7 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, plan_batches
 from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, load_model, load_processor
-from stic_ray.engines.rendering import render
+from stic_ray.engines.rendering import end_token_ids, read_answer, render
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,7 @@ class TransformersEngine(TransformersCounter):
         super().__init__(model)
         weights: Any = load_model(model, dtype=choose_dtype(model, on_gpu=on_gpu), adapter=adapter, merge=merge)
         self.model: Any = weights.to(self.device).eval()
-        ends = self.model.generation_config.eos_token_id
-        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        self.end_ids = sorted({*ends, self.processor.tokenizer.eos_token_id} - {None})
+        self.end_ids = end_token_ids(self.processor, self.model.generation_config)
         self._busy = threading.Lock()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
@@ -147,25 +145,11 @@ class TransformersEngine(TransformersCounter):
             )
             new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         return [
-            self._read_answer(ids, num_image, num_prompt - self._num_tokens(text))
+            read_answer(self.processor, ids, self.end_ids, num_image, num_prompt - self._num_tokens(text))
             for ids, num_image, num_prompt, text in zip(
                 new_ids, num_image_tokens, num_prompt_tokens, texts, strict=True
             )
         ]
-
-    def _read_answer(self, ids: list[int], num_image_tokens: int, num_added_tokens: int) -> Answer:
-        end = next((place for place, token in enumerate(ids) if token in self.end_ids), None)
-        said = ids if end is None else ids[:end]
-        return Answer(
-            # A placeholder that the model spelled out would ask for an image when the answer is trained on.
-            text=self.processor.tokenizer.decode(said, skip_special_tokens=True)
-            .replace(self.processor.image_token, "")
-            .strip(),
-            num_tokens=len(said),
-            finish_reason="length" if end is None else "stop",
-            num_image_tokens=num_image_tokens,
-            num_added_tokens=num_added_tokens,
-        )
 
 
 class SeededNoise(LogitsProcessor):

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlamaConfig, L
 from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import ModelError
 from stic_ray.engines.loading import check_model, choose_dtype, fingerprint, load_model, load_processor, parts_of
+from stic_ray.engines.opening import check_engine
 from tests import tiny_models
 from tests.engines.conftest import Checkpoints
 from tests.engines.families import EMBEDDED, NEED_TORCHVISION
@@ -49,6 +50,13 @@ def test_a_directory_that_is_not_there_is_called_that(tmp_path: Path) -> None:
     message = refusal(check_model, tmp_path / "missing")
     assert "Repo id" not in message
     assert "repo_type" not in message
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_the_extra_that_an_engine_needs_is_named(checkpoint: Checkpoints) -> None:
+    with pytest.raises(ModelError, match=r"stic-ray\[vllm\]") as caught:
+        check_engine(ModelConfig(path=str(checkpoint("llava")), engine="vllm"))
+    assert "\n" not in str(caught.value)
 
 
 def test_an_empty_directory_is_no_model(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from stic_ray.core.errors import ConfigError, StageError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, table_of
+from stic_ray.core.weight_names import has_hub_names
 from stic_ray.stages.training.launch import train_dpo, train_sft
+from tests import tiny_models
 from tests.stages.test_training_batches import config_for, encoded, write_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -87,10 +89,12 @@ def test_zero_3_lora_works_in_a_folder_with_glob_characters(tmp_path: Path, tiny
         train_sft(config, run)
 
 
-def test_zero_3_full_fine_tuning_leaves_a_whole_model(tmp_path: Path, tiny_llava: Path) -> None:
+def test_zero_3_full_fine_tuning_leaves_a_whole_model_with_the_names_of_the_hub(tmp_path: Path) -> None:
+    base = tiny_models.build("llava", tmp_path / "base")
+    assert not has_hub_names(base), "a model that begins in transformers has names of its own"
     run = prepare(tmp_path / "run", 4, with_text=False)
     config = config_for(
-        tiny_llava,
+        base,
         tuning={"method": "full"},
         workers={"num_workers": 2, "micro_batch": 2, "zero_stage": 3},
         sft={"learning_rate": 0.01, "global_batch": 4},
@@ -98,9 +102,9 @@ def test_zero_3_full_fine_tuning_leaves_a_whole_model(tmp_path: Path, tiny_llava
     train_dpo(config, run)
     train_sft(config, run)
     for stage in ("dpo", "sft"):
-        _, report = AutoModelForImageTextToText.from_pretrained(
-            tmp_path / "run" / stage / "checkpoint", output_loading_info=True
-        )
+        checkpoint = tmp_path / "run" / stage / "checkpoint"
+        assert has_hub_names(checkpoint)
+        _, report = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         result = (run / stage).read_json("result.json")
         assert result["num_changed_tensors"] > 0 and "vision_tower" in result["frozen"]

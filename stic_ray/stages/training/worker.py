@@ -27,6 +27,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from stic_ray.core.config import RunConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
+from stic_ray.core.weight_names import use_hub_names
+from stic_ray.engines.loading import is_adapter
 from stic_ray.stages.training.saved import check_changed
 from stic_ray.stages.training.setup import describe_parts, make_dpo_trainer, make_sft_trainer, start_deepspeed
 
@@ -124,6 +126,8 @@ def _leave(
 ) -> None:
     """Check what was saved, and move it into the run directory."""
     (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same in words
+    if not is_adapter(final):
+        use_hub_names(final)
     dataset = trainer.train_dataset
     assert isinstance(dataset, Dataset), "training reads a map-style dataset"
     facts |= check_changed(final, config.model, start)

@@ -1,0 +1,254 @@
+"""The engine for scale: vLLM, from the extra `stic-ray[vllm]`.
+
+vLLM runs the model in processes of its own and puts the requests of all callers into one running batch, so that it is
+not drained when one caller has its answers. Prompts are the token ids of `rendering`, which training sees too, with one
+placeholder for the image: vLLM puts the image's tokens there.
+"""
+
+import asyncio
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from PIL import Image
+from transformers import AutoConfig, GenerationConfig
+
+from stic_ray.core.config import ActorsConfig, ModelConfig
+from stic_ray.core.errors import EngineError, EngineLost, ModelError, UserError
+from stic_ray.core.weight_names import has_hub_names, link_with_hub_names
+from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id
+from stic_ray.engines.rendering import end_token_ids, read_answer, render
+from stic_ray.engines.transformers_engine import TransformersCounter
+
+Result = TypeVar("Result")
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The sizes that vLLM makes room for."""
+
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # an actor has threads, which a fork does not survive
+}
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""A GiB for cached tokens; threads as the operating system places them, since an actor shares its cores."""
+
+
+def check_vllm(model: ModelConfig) -> None:
+    """Raise ModelError when vLLM is not installed here, or has no implementation of the model."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ModelError("model.engine=vllm needs vLLM: install the extra stic-ray[vllm].")
+    os.environ.update(ENVIRONMENT | dict(os.environ))
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
+
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    architectures = config.architectures or []
+    if not set(architectures) & set(ModelRegistry.get_supported_archs()):
+        raise ModelError(
+            f"model.path='{model.path}' is a {' or '.join(architectures) or config.model_type}, which vLLM does not "
+            "have; use model.engine=transformers."
+        )
+
+
+class VllmEngine(TransformersCounter):
+    """A model in vLLM's processes. Threads may share it."""
+
+    def __init__(self, model: ModelConfig, actors: ActorsConfig, *, adapter: Path | None = None) -> None:
+        """Load the model, and the adapter onto it. Raises ModelError."""
+        check_vllm(model)
+        super().__init__(model)
+        self.name = str(adapter) if adapter else model.path
+        self.revision = fingerprint(model)
+        self.end_ids = end_token_ids(self.processor, _generation_config(model))
+        self.image_token_id = image_token_id(self.processor)
+        self._numbers = itertools.count()
+        self._adapter: Any = None
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
+        others = set(multiprocessing.active_children())
+        with _explained(model, adapter), tempfile.TemporaryDirectory(prefix="stic_ray_vllm_") as scratch:
+            self._llm: Any = self._wait(_start(engine_arguments(model, actors, adapter, Path(scratch))))
+            self.process_ids = [child.pid for child in multiprocessing.active_children() if child not in others]
+            self._watchdog = _end_with_us(self.process_ids)
+            self.generate([Request("What is this?", Image.new("RGB", (64, 64)))], Sampling(1))  # loads what is left
+            if adapter is not None:
+                self._wait(self._add_adapter(adapter))
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
+        """Answer every request, together with those of other threads.
+
+        Raises EngineError when one of these requests is refused, and EngineLost when vLLM has died.
+        """
+        prompts = [make_prompt(self.processor, request) for request in requests]
+        return self._wait(self._answer_all(prompts, [request.seed for request in requests], sampling))
+
+    def close(self) -> None:
+        """End vLLM's processes; the end of this process does the same."""
+        self._llm.shutdown()
+        self._wait(_end_tasks())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._watchdog.communicate()
+
+    async def _answer_all(
+        self, prompts: Sequence[dict[str, Any]], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Answer]:
+        """Answer all prompts; when one fails the others of this call are given up, those of other calls go on."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._answer(prompt, seed, sampling))
+                    for prompt, seed in zip(prompts, seeds, strict=True)
+                ]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _answer(self, prompt: dict[str, Any], seed: int, sampling: Sampling) -> Answer:
+        output = await self._run(
+            prompt,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_new_tokens,
+            seed=seed,
+            stop_token_ids=self.end_ids,
+        )
+        num_image_tokens = output.prompt_token_ids.count(self.image_token_id)
+        num_added_tokens = len(output.prompt_token_ids) - len(prompt["prompt_token_ids"])
+        ids = output.outputs[0].token_ids
+        return read_answer(self.processor, ids, self.end_ids, num_image_tokens, num_added_tokens)
+
+    async def _run(self, prompt: dict[str, Any], **settings: Any) -> Any:
+        """Return vLLM's output for a prompt."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.exceptions import VLLMError  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+        from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
+
+        params = SamplingParams(**settings, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        number = str(next(self._numbers))
+        try:
+            outputs = [o async for o in self._llm.generate(prompt, params, number, lora_request=self._adapter)]
+        except EngineDeadError as error:
+            raise EngineLost("vLLM's processes have died; their last messages are in the actor's log.") from error
+        except (VLLMError, ValueError) as error:
+            raise EngineError(f"vLLM gave no answer: {' '.join(str(error).split())}") from error
+        if outputs[-1].outputs[0].finish_reason not in ("stop", "length"):
+            raise EngineError(f"vLLM gave up a request: {outputs[-1].outputs[0].finish_reason}")
+        return outputs[-1]
+
+    async def _add_adapter(self, adapter: Path) -> None:
+        """Apply the adapter to all requests. Raises ModelError when the model then says what it said without."""
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        probe = make_prompt(self.processor, Request("Describe in detail what can be seen, and where.", image=None))
+        before = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        self._adapter = LoRARequest("adapter", 1, str(adapter))
+        after = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        if before.prompt_logprobs == after.prompt_logprobs:
+            raise ModelError(f"The adapter '{adapter}' changes nothing.")
+
+    def _wait(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def _start(arguments: dict[str, Any]) -> Any:
+    """Start vLLM's processes, in the loop that will talk to them."""
+    from vllm import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
+    from vllm.usage.usage_lib import UsageContext  # pyright: ignore[reportMissingImports]
+    from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
+
+    # The context chooses defaults for throughput, as vLLM's own offline `LLM` has them.
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+
+
+async def _end_tasks() -> None:
+    """End what vLLM left running in this loop."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def make_prompt(processor: Any, request: Request) -> dict[str, Any]:
+    """Return a request as vLLM takes it: token ids with one placeholder for the image, and the image."""
+    question = [{"role": "user", "content": request.prompt}]
+    text = render(processor, question, with_image=request.image is not None, add_generation_prompt=True)
+    prompt: dict[str, Any] = {"prompt_token_ids": processor.tokenizer(text, add_special_tokens=False)["input_ids"]}
+    return prompt if request.image is None else prompt | {"multi_modal_data": {"image": request.image}}
+
+
+def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | None, scratch: Path) -> dict[str, Any]:
+    """Return what vLLM is started with.
+
+    A checkpoint without the Hub's names of weights is linked into `scratch` with them. Raises ModelError.
+    """
+    on_gpu = actors.num_gpus > 0
+    if not on_gpu:
+        os.environ.update(CPU_ENVIRONMENT | dict(os.environ))
+    path = Path(model.path)
+    if path.is_dir() and not has_hub_names(path):
+        link_with_hub_names(path, scratch)
+        path = scratch
+    arguments = {
+        "model": str(path) if path.is_dir() else model.path,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "load_format": "safetensors",
+        "dtype": str(choose_dtype(model, on_gpu=on_gpu)).removeprefix("torch."),
+        "tensor_parallel_size": max(1, int(actors.num_gpus)),
+        "distributed_executor_backend": "mp" if actors.num_gpus > 1 else None,
+        "gpu_memory_utilization": actors.gpu_memory_share * min(1.0, actors.num_gpus or 1.0),
+        "max_model_len": actors.max_length_tokens,
+        "max_num_seqs": actors.batch_size,
+        "enforce_eager": not on_gpu,
+        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+    }
+    if adapter is not None:
+        rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        room = next((size for size in LORA_RANKS if size >= rank), None)
+        if room is None:
+            raise ModelError(f"The adapter '{adapter}' has rank {rank}, vLLM takes up to {LORA_RANKS[-1]}.")
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+    return arguments
+
+
+def _generation_config(model: ModelConfig) -> GenerationConfig:
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
+    except OSError:  # the checkpoint has no such file
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model.path, **where))
+
+
+def _end_with_us(process_ids: Sequence[int | None]) -> subprocess.Popen[bytes]:
+    """Start a shell that kills these processes when ours is gone, however it ended.
+
+    They would outlive a killed actor and keep the GPU's memory. The shell waits for the end of its input, which the
+    operating system brings about.
+    """
+    command = ["sh", "-c", 'read -r _; kill -9 "$@" 2>/dev/null', "sh", *map(str, process_ids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+
+@contextmanager
+def _explained(model: ModelConfig, adapter: Path | None) -> Iterator[None]:
+    """Turn what vLLM raises while it starts into one line."""
+    what = f"model.path='{model.path}'" + (f" with the adapter '{adapter}'" if adapter else "")
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise ModelError(f"vLLM cannot load {what}: {' '.join(str(error).split())[:300]}") from error
