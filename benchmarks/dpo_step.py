@@ -22,20 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    MistralConfig,
-    TrainerCallback,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from random_llava import SIDES_PX, save_random_llava
+from transformers import TrainerCallback
 from trl.trainer.dpo_config import DPOConfig as TRLDPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -43,11 +31,9 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
-from stic_ray.engines.loading import load_processor
 from stic_ray.method.images import encode_png
 from stic_ray.stages.training.batches import REFERENCE_LOGPS, PreferenceCollator
 from stic_ray.stages.training.setup import make_dpo_trainer, model_of
-from stic_ray.toyworld.model import CHAT_TEMPLATE, WEIGHTS
 
 PROMISE = 1.8
 SIDES = ("trl", "shared_prefix", "shared_prefix_and_stored_reference")
@@ -57,7 +43,7 @@ _WARMUP_STEPS = 2
 def main() -> None:
     """Measure and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("small", "7b"), default="small", help="7b: LLaVA-1.6's, needs a GPU")
+    parser.add_argument("--size", choices=SIDES_PX, default="small", help="7b: LLaVA-1.6's, needs a GPU")
     parser.add_argument("--gpu", action="store_true", help="run on the first GPU, in bfloat16")
     parser.add_argument("--pairs-per-step", type=int, default=4)
     parser.add_argument("--num-steps", type=int, default=20, help="timed, after two that are not")
@@ -73,7 +59,7 @@ def main() -> None:
     if options.quick:
         options.num_steps = 6
     with tempfile.TemporaryDirectory() as folder:
-        make_model(options.size, Path(folder) / "model", options.gpu)
+        save_random_llava(options.size, Path(folder) / "model", on_gpu=options.gpu)
         measured = {}
         for side in SIDES:
             measured[side] = run_in_process(options, side, folder)
@@ -88,10 +74,7 @@ def main() -> None:
         "max_abs_logp_diff": ours["max_abs_logp_diff"],
         "prefix_share": ours["prefix_share"],
         **facts,
-        **{
-            side: {name: each[name] for name in ("pairs_per_s", "peak_gib", "losses")}
-            for side, each in measured.items()
-        },
+        **{side: {name: each[name] for name in ("pairs_per_s", "peak_gib")} for side, each in measured.items()},
     }
     print(json.dumps(result))
 
@@ -218,7 +201,7 @@ class Clock(TrainerCallback):
 def write_pairs(options: argparse.Namespace, folder: Path) -> Path:
     """Write a shard of pairs with pictures of noise, and answers of random words."""
     generator = np.random.default_rng(0)
-    side_px = 672 if options.size == "7b" else 224
+    side_px = SIDES_PX[options.size]
     words = ("a", "red", "blue", "green", "circle", "square", "at", "the", "top", "left", "one", "small")
     rows = []
     for _ in range(options.pairs_per_step * 4):
@@ -237,67 +220,6 @@ def write_pairs(options: argparse.Namespace, folder: Path) -> Path:
     run = RunDir.of(str(folder))
     run.write_shard("pairs", 0, table_of(rows, PAIRS), PAIRS)
     return Path(run.shards("pairs")[0].path)
-
-
-def make_model(size: str, folder: Path, on_gpu: bool) -> None:
-    """Save a LLaVA with random weights and the toy world's tokenizer: 7b is LLaVA-1.6's, small has 256 image tokens."""
-    tokenizer = load_processor(build_config({"name": "x", "model": {"path": str(WEIGHTS)}}).model).tokenizer
-    vocabulary = tokenizer.get_vocab()
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    shared = {"patch_size": 14, "vision_feature_select_strategy": "default", "chat_template": CHAT_TEMPLATE}
-    processor: Any
-    model: Any
-    torch.set_default_dtype(torch.bfloat16 if on_gpu else torch.float32)
-    with torch.device("cuda" if on_gpu else "cpu"):
-        if size == "7b":
-            vision = CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-                projection_dim=768,
-            )
-            text = MistralConfig(vocab_size=32064, sliding_window=None, max_position_embeddings=32768, **ends)
-            model = LlavaNextForConditionalGeneration(
-                LlavaNextConfig(vision_config=vision, text_config=text, image_token_index=vocabulary["<image>"])
-            )
-            images: Any = LlavaNextImageProcessorPil(
-                size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
-            )
-            processor = LlavaNextProcessor(images, tokenizer, num_additional_image_tokens=1, **shared)
-        else:
-            vision = CLIPVisionConfig(
-                hidden_size=256,
-                intermediate_size=768,
-                num_hidden_layers=4,
-                num_attention_heads=8,
-                image_size=224,
-                patch_size=14,
-                projection_dim=256,
-            )
-            text = LlamaConfig(
-                vocab_size=len(vocabulary),
-                hidden_size=256,
-                intermediate_size=768,
-                num_hidden_layers=4,
-                num_attention_heads=8,
-                **ends,
-            )
-            model = LlavaForConditionalGeneration(
-                LlavaConfig(
-                    vision_config=vision,
-                    text_config=text,
-                    image_token_index=vocabulary["<image>"],
-                    image_seq_length=256,
-                )
-            )
-            images = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
-            processor = LlavaProcessor(images, tokenizer, num_additional_image_tokens=1, **shared)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 if __name__ == "__main__":

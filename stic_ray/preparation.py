@@ -85,6 +85,11 @@ def check_before_work(stages: Collection[str], config: RunConfig) -> None:
     load_prompts(config.prompts)
     if config.model.engine == "fake" and {"dpo", "sft"} & set(stages):
         raise ConfigError("model.engine=fake cannot be trained; use --stages pool,preferences with it.")
+    if config.preferences.reference_logps and config.model.engine != "transformers" and "preferences" in stages:
+        raise ConfigError(
+            f"preferences.reference_logps=true needs model.engine=transformers, which scores answers; "
+            f"model.engine={config.model.engine} does not."
+        )
     for name, stage in (("dpo", config.dpo), ("sft", config.sft)):
         if name in stages:
             accumulation_steps(stage.global_batch, config.workers)

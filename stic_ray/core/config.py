@@ -94,6 +94,9 @@ class PreferencesConfig(Section):
     max_new_tokens: Count = 1024
     allow_truncated: bool = False
     """Keep pairs with an answer that was cut off at `max_new_tokens`."""
+    reference_logps: bool = False
+    """Store the log-probabilities of both answers under the model that gave them: training then needs no pass of its
+    reference model, which pays where pairs are trained on more than once."""
 
 
 class TuningConfig(Section):

@@ -115,6 +115,8 @@ PAIRS = _schema(
     _column("num_sequence_tokens", pa.int64(), "image, prompt and the longer answer, as trained on"),
     _column("chosen_finish_reason", pa.string(), "`stop`, or `length` at the token limit"),
     _column("rejected_finish_reason", pa.string(), "`stop`, or `length` at the token limit"),
+    _column("reference_chosen_logp", pa.float64(), "log p of `chosen` under the model that answered", nullable=True),
+    _column("reference_rejected_logp", pa.float64(), "log p of `rejected`, likewise; null if not asked", nullable=True),
     _column("model", pa.string(), "path or hub id of the model that answered"),
     _column("model_revision", pa.string(), "revision of a hub id, or a hash of the weights' index"),
     _column("seed", pa.int64(), "the run's seed"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -45,6 +45,16 @@ class Answer:
     """By how many tokens the image made the prompt longer than its text with a placeholder."""
 
 
+@dataclass(frozen=True)
+class AnsweredPair:
+    """Two answers to one question about an image, to be scored."""
+
+    image: Image.Image
+    prompt: str
+    chosen: str
+    rejected: str
+
+
 class TokenCounter(Protocol):
     """Knows how long a conversation is, without the weights of a model."""
 
@@ -67,4 +77,16 @@ class Engine(TokenCounter, Protocol):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request, in order."""
+        ...
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """An engine that can also say how likely given answers are."""
+
+    def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
+        """Return log p of the chosen and the rejected answer of each pair, summed over the tokens of training.
+
+        Raises ModelError for a model that it cannot do this for.
+        """
         ...

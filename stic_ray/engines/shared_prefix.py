@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from stic_ray.engines.rendering import Message, render, turn_end
+from stic_ray.core.errors import ModelError
+from stic_ray.engines.rendering import render, turn_end
 
 PADDING, PROMPT, CHOSEN, REJECTED = range(4)
 """What a position belongs to."""
@@ -46,13 +47,14 @@ def why_not(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def split_pair(processor: ProcessorMixin, prompt: Sequence[Message], answer: Sequence[Message]) -> tuple[str, str]:
+def split_pair(processor: ProcessorMixin, prompt: str, answer: str) -> tuple[str, str]:
     """Return the rendered prompt, up to where the answer begins, and the answer with what ends its turn."""
-    end = turn_end(processor)
-    opening = render(processor, prompt, with_image=True, add_generation_prompt=True)
-    closed = [{**message, "content": message["content"] + end} for message in answer]
-    whole = render(processor, [*prompt, *closed], with_image=True, add_generation_prompt=False)
-    assert whole.startswith(opening), f"the chat template changes the prompt when it is answered: {opening!r}"
+    asked = [{"role": "user", "content": prompt}]
+    said = [{"role": "assistant", "content": answer + turn_end(processor)}]
+    opening = render(processor, asked, with_image=True, add_generation_prompt=True)
+    whole = render(processor, [*asked, *said], with_image=True, add_generation_prompt=False)
+    if not whole.startswith(opening):
+        raise ModelError("The chat template changes a question once it is answered; use workers.share_prefix=false.")
     return opening, whole.removeprefix(opening)
 
 

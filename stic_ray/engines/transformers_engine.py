@@ -11,10 +11,12 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.core.errors import ModelError
+from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, plan_batches
 from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, load_model, load_processor
 from stic_ray.engines.rendering import end_token_ids, read_answer, render
+from stic_ray.engines.shared_prefix import Batch, make_batch, score, split_pair, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,50 @@ class TransformersEngine(TransformersCounter):
                 answers.update(zip(batch, found, strict=True))
                 waiting = [i for i in waiting if i not in answers]
         return [answers[i] for i in range(len(requests))]
+
+    def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
+        """Return log p of the chosen and the rejected answer of each pair, summed over the tokens that training sees.
+
+        Raises ModelError for a model that cannot share the prompt between answers.
+        """
+        reason = why_not(self.model.config)
+        if reason is not None:
+            raise ModelError(f"preferences.reference_logps=true: '{self.name}' cannot be scored: {reason}.")
+        split = [
+            [split_pair(self.processor, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
+            for pair in pairs
+        ]
+        lengths = [
+            self._num_tokens(chosen[0] + chosen[1] + rejected[1]) + self._guess_added_tokens(pair.image)
+            for pair, (chosen, rejected) in zip(pairs, split, strict=True)
+        ]
+        scores: dict[int, tuple[float, float]] = {}
+        while len(scores) < len(pairs):
+            waiting = [number for number in range(len(pairs)) if number not in scores]
+            plan = plan_batches([lengths[number] for number in waiting], [""] * len(waiting), self.limits)
+            rows = [waiting[place] for place in plan[0]]
+            batch = make_batch(
+                self.processor,
+                [pairs[row].image for row in rows],
+                [split[row][0][0] for row in rows],
+                [(split[row][0][1], split[row][1][1]) for row in rows],
+            )
+            try:
+                found = self._score(batch)
+            except OUT_OF_MEMORY as error:
+                self._shrink(len(rows), max(lengths[row] for row in rows), error)
+                continue
+            scores.update(zip(rows, found, strict=True))
+        return [scores[number] for number in range(len(pairs))]
+
+    def _score(self, batch: Batch) -> list[tuple[float, float]]:
+        moved = {
+            name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in batch.items()
+        }
+        with self._busy:
+            chosen, rejected = score(self.model, moved)
+        return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
     def _shrink(self, num_rows: int, length: int, error: Exception) -> None:
         """Keep to half of a batch from now on. Raises `error` when it was a single row."""

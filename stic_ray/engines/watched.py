@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from stic_ray.core.errors import EngineError, EngineLost, UserError
-from stic_ray.engines.base import Answer, Engine, Request, Sampling
+from stic_ray.engines.base import Answer, AnsweredPair, Engine, Request, Sampling, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +84,16 @@ class WatchedEngine:
         """
         if not requests:
             return []
-        with self._call(len(requests)):
-            try:
-                answers = self._generate_what_fits(requests, sampling)
-            except UserError:
-                raise
-            except EngineLost as error:
-                logger.error("ending this process, its engine is lost: %s", error)
-                os._exit(1)
-            except Exception as error:
-                raise EngineError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-        return answers
+        with self._call(len(requests)), _named_errors():
+            return self._generate_what_fits(requests, sampling)
+
+    def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
+        """Return log p of the chosen and the rejected answer of each pair; raises and ends as `generate` does."""
+        if not pairs:
+            return []
+        assert isinstance(self._engine, Scorer), f"{type(self._engine).__name__} cannot score; checked before work"
+        with self._call(2 * len(pairs)), _named_errors():
+            return self._engine.score_pairs(pairs)
 
     def take_work(self) -> Work:
         """Return what was done since the last time this was asked."""
@@ -158,6 +157,20 @@ class WatchedEngine:
         oldest_s = next(iter(self._running.values()))
         left_s = max(oldest_s + self._timeout_s - time.monotonic(), 0.001)
         faulthandler.dump_traceback_later(left_s, exit=True, file=sys.__stderr__ or sys.stderr)
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Leave UserError as it came, raise EngineError for what else goes wrong, end the process of a lost engine."""
+    try:
+        yield
+    except UserError:
+        raise
+    except EngineLost as error:
+        logger.error("ending this process, its engine is lost: %s", error)
+        os._exit(1)
+    except Exception as error:
+        raise EngineError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, row_counts
 from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, Reason
 from stic_ray.core.storage import Location
-from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import ImageRejected, decode_for_storage
 from stic_ray.method.preferences import (
@@ -103,7 +103,19 @@ class PairMaker:
         prepared = [self._prepare(row) for row in rows]
         requests = [r for p in prepared if isinstance(p, _Candidate) for r in self._requests(p)]
         answers = iter(self.engine.generate(requests, self.sampling))
-        return [p if isinstance(p, Rejection) else self._finish(p, next(answers), next(answers)) for p in prepared]
+        pairs = [p if isinstance(p, Rejection) else self._finish(p, next(answers), next(answers)) for p in prepared]
+        if self.config.preferences.reference_logps:
+            self._score([(c, p) for c, p in zip(prepared, pairs, strict=True) if isinstance(p, dict)])
+        return pairs
+
+    def _score(self, made: list[tuple[Any, dict[str, Any]]]) -> None:
+        """Add the log-probabilities of both answers to the pairs."""
+        asked = [
+            AnsweredPair(each.clean, *(pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")))
+            for each, pair in made
+        ]
+        for (_, pair), (chosen, rejected) in zip(made, self.engine.score_pairs(asked), strict=True):
+            pair |= {"reference_chosen_logp": chosen, "reference_rejected_logp": rejected}
 
     def _prepare(self, row: dict[str, Any]) -> _Candidate | Rejection:
         if row["encoded"] is None:
@@ -152,6 +164,8 @@ class PairMaker:
             "pixel_change": candidate.pixel_change,
             "num_image_tokens": chosen.num_image_tokens,
             "num_sequence_tokens": length,
+            "reference_chosen_logp": None,
+            "reference_rejected_logp": None,
             "model": self.engine.name,
             "model_revision": self.engine.revision,
             "seed": self.config.seed,

@@ -30,11 +30,9 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 
 
 def texts(processor: Any) -> tuple[list[str], list[tuple[str, str]]]:
-    asked = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    said = [[[{"role": "assistant", "content": answer}] for answer in pair] for pair in ANSWERS]
     split = [
         [shared_prefix.split_pair(processor, prompt, answer) for answer in pair]
-        for prompt, pair in zip(asked, said, strict=True)
+        for prompt, pair in zip(PROMPTS, ANSWERS, strict=True)
     ]
     return [chosen[0] for chosen, _ in split], [(chosen[1], rejected[1]) for chosen, rejected in split]
 

@@ -35,8 +35,15 @@ class PreferenceCollator(DataCollatorForVisionPreference):
         """Return input_ids, masks and pixel values of the chosen, then of the rejected sequences."""
         end = turn_end(self.processor)
         closed = [
-            {**e, **{side: [{**m, "content": m["content"] + end} for m in e[side]] for side in ("chosen", "rejected")}}
-            for e in examples
+            {
+                "image": example["image"],
+                "prompt": example["prompt"],
+                **{
+                    side: [{**m, "content": m["content"] + end} for m in example[side]]
+                    for side in ("chosen", "rejected")
+                },
+            }
+            for example in examples
         ]
         batch = super().torch_call(closed)
         check_image_tokens(batch["input_ids"], image_token_id(self.processor), [True] * 2 * len(examples))
@@ -52,7 +59,10 @@ class SharedPrefixCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what `shared_prefix.make_batch` does, and REFERENCE_LOGPS of shape (B,) where all rows have them."""
         split = [
-            [split_pair(self.processor, example["prompt"], example[side]) for side in ("chosen", "rejected")]
+            [
+                split_pair(self.processor, example["prompt"][0]["content"], example[side][0]["content"])
+                for side in ("chosen", "rejected")
+            ]
             for example in examples
         ]
         prompts = [chosen[0] for chosen, _ in split]

@@ -12,6 +12,8 @@ from datasets import Dataset, Image, concatenate_datasets, load_dataset
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.randomness import random_for
+from stic_ray.engines.loading import fingerprint
+from stic_ray.stages.training.batches import REFERENCE_LOGPS
 
 _GREY = (128, 128, 128)
 
@@ -30,8 +32,17 @@ def read_rows(files: Sequence[Path], columns: list[str], folder: Path) -> Datase
 
 
 def read_pairs(config: RunConfig, files: Sequence[Path], folder: Path) -> Dataset:
-    """Return the pairs that stage `dpo` trains on, with the pictures that `dpo.image` asks for."""
-    pairs = read_rows(files, ["position", "image", "prompt", "chosen", "rejected"], folder)
+    """Return the pairs that stage `dpo` trains on, with the pictures that `dpo.image` asks for.
+
+    They keep REFERENCE_LOGPS where all of them carry those of the model, and the pictures, that training begins with.
+    """
+    columns = ["position", "image", "prompt", "chosen", "rejected", "model_revision", *REFERENCE_LOGPS]
+    pairs = read_rows(files, columns, folder)
+    is_of_this_model = set(pairs.unique("model_revision")) == {fingerprint(config.model)}
+    is_complete = not any(pairs.data.column(name).null_count for name in REFERENCE_LOGPS)
+    if not (is_of_this_model and is_complete and config.dpo.image == "own"):
+        pairs = pairs.remove_columns([*REFERENCE_LOGPS])
+    pairs = pairs.remove_columns("model_revision")
     if config.dpo.num_images is not None:
         pairs = pairs.select(np.flatnonzero(np.asarray(pairs["position"][:]) < config.dpo.num_images))
     pairs = pairs.remove_columns("position")
@@ -50,7 +61,7 @@ def as_conversations(pairs: Dataset) -> Dataset:
     return pairs.map(
         lambda prompt, chosen: {"messages": prompt + chosen},
         input_columns=["prompt", "chosen"],
-        remove_columns=["prompt", "chosen", "rejected"],
+        remove_columns=[name for name in pairs.column_names if name != "image"],
     )
 
 

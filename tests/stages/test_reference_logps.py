@@ -1,0 +1,72 @@
+"""Log-probabilities that are stored with the pairs, and used in the place of the reference model's pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import ConfigError
+from stic_ray.core.rundir import RunDir
+from stic_ray.core.schemas import PAIRS, table_of
+from stic_ray.method.prompts import load_prompts
+from stic_ray.preparation import check_before_work
+from stic_ray.stages.preferences import PairMaker
+from stic_ray.stages.training.batches import REFERENCE_LOGPS
+from stic_ray.stages.training.setup import make_dpo_trainer, model_of
+from tests.stages.builders import draw_pictures, fake_config
+from tests.stages.test_training_batches import config_for
+
+LN_2 = 0.6931472
+
+
+def make_pairs(config: RunConfig, pictures: Path) -> list[dict[str, Any]]:
+    window = [
+        {"image_id": f"{number}", "position": number, "path": path.name, "encoded": path.read_bytes()}
+        for number, path in enumerate(sorted(pictures.glob("*.jpg")))
+    ]
+    return PairMaker(config, load_prompts(None))(window)["pairs"]
+
+
+def asking_for_logps(model: Path, **sections: dict[str, Any]) -> RunConfig:
+    preferences = {"reference_logps": True, "allow_truncated": True, "max_new_tokens": 24}
+    return config_for(model, preferences=preferences, actors={"batch_size": 3}, **sections)
+
+
+def test_they_are_what_training_would_work_out(tmp_path: Path, tiny_llava: Path) -> None:
+    """Under its own reference's log-probabilities the untrained policy has a DPO part of ln 2."""
+    config = asking_for_logps(tiny_llava)
+    pairs = make_pairs(config, draw_pictures(tmp_path / "pictures", 5))
+    assert len(pairs) > 1 and len({pair[name] for pair in pairs for name in REFERENCE_LOGPS}) == 2 * len(pairs)
+    run = RunDir.of(str(tmp_path / "run"))
+    run.write_shard("pairs", 0, table_of(pairs, PAIRS), PAIRS)
+    trainer: Any = make_dpo_trainer(config, [Path(run.shards("pairs")[0].path)], tmp_path / "out")
+    batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+    with torch.no_grad():
+        expected = trainer._reference_logps(batch)
+        trainer._reference_logps = None  # is not asked again
+        trainer._compute_loss(model_of(trainer).eval(), dict(batch), False)
+    stored = torch.stack([batch[name] for name in REFERENCE_LOGPS])
+    torch.testing.assert_close(stored, torch.stack(expected), atol=1e-4, rtol=1e-6)
+    assert trainer._metrics["eval"]["loss/dpo"][-1] == pytest.approx(LN_2, abs=1e-5)
+
+
+@pytest.mark.parametrize("why", ["of another model", "of other pictures", "missing in one pair"])
+def test_they_are_left_alone_where_they_do_not_hold(why: str, tmp_path: Path, tiny_llava: Path) -> None:
+    config = asking_for_logps(tiny_llava, dpo={"image": "shuffled" if why == "of other pictures" else "own"})
+    pairs = make_pairs(config, draw_pictures(tmp_path / "pictures", 4))
+    if why == "of another model":
+        pairs = [{**pair, "model_revision": "other"} for pair in pairs]
+    if why == "missing in one pair":
+        pairs[1] = {**pairs[1], REFERENCE_LOGPS[1]: None}
+    run = RunDir.of(str(tmp_path / "run"))
+    run.write_shard("pairs", 0, table_of(pairs, PAIRS), PAIRS)
+    trainer: Any = make_dpo_trainer(config, [Path(run.shards("pairs")[0].path)], tmp_path / "out")
+    assert not set(REFERENCE_LOGPS) & set(trainer.train_dataset.column_names)
+
+
+def test_an_engine_that_cannot_score_is_told_before_work(tmp_path: Path) -> None:
+    config = fake_config(tmp_path, draw_pictures(tmp_path / "pictures", 2), preferences={"reference_logps": True})
+    with pytest.raises(ConfigError, match=r"needs model\.engine=transformers.*model\.engine=fake does not"):
+        check_before_work(["pool", "preferences"], config)
