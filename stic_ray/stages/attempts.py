@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import ATTEMPTS_FAMILY, RunDir
@@ -24,7 +25,7 @@ class Attempts:
         """Begin an attempt at shard `number`: what the last one was working on has died."""
         self._output = output
         self._number = number
-        before = output.read_json(attempts_name(number)) or {"working_on": [], "deaths": {}}
+        before = _read(output, attempts_name(number)) or {"working_on": [], "deaths": {}}
         self.deaths = Counter[str](before["deaths"])
         """By part."""
         self.deaths.update(before["working_on"])
@@ -62,6 +63,13 @@ class Attempts:
         self._output.write_text(attempts_name(self._number), json.dumps(state))
 
 
+def _read(output: RunDir, name: str) -> Any:
+    try:
+        return output.read_json(name)
+    except ValueError:  # a machine that lost power may leave an empty file
+        return None
+
+
 def attempts_name(number: int) -> str:
     """Return the file name of the attempts at a shard."""
     return f"{ATTEMPTS_FAMILY}-{number:06d}.json"
@@ -74,7 +82,7 @@ def loading(output: RunDir, actor: str, num_tries: int) -> Iterator[None]:
     Raises StageError where it has died `num_tries` times.
     """
     name = f"{ATTEMPTS_FAMILY}-{actor}.json"
-    num_deaths = output.read_json(name) or 0
+    num_deaths = _read(output, name) or 0
     if num_deaths >= num_tries:
         raise StageError(
             f"an actor died {num_deaths} times while it loaded the model. A likely cause is too little memory; "

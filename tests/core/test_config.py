@@ -94,6 +94,11 @@ def test_a_wrong_value_is_refused_with_its_key(key: str, text: str) -> None:
     assert key in refusal(f"{key}={text}")
 
 
+def test_fewer_actors_at_most_than_at_least_are_refused() -> None:
+    with pytest.raises(ConfigError, match="min_actors=3 is more than num_actors=2"):
+        apply_overrides(recipe("demo"), ["actors.num_actors=2", "actors.min_actors=3"])
+
+
 def test_a_word_that_is_not_allowed_is_refused_with_those_that_are() -> None:
     message = refusal("tuning.method=qlora")
     assert "qlora" in message

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
-from stic_ray.core.errors import ModelError
+from stic_ray.core.errors import EngineError, ModelError
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import check_engine, open_engine
 
@@ -59,6 +59,8 @@ def test_the_revision_is_that_of_the_script(tmp_path: Path) -> None:
     again = open_engine(fake(tmp_path, "# a comment\ndefault: a"), ActorsConfig()).revision
     assert revisions[0] != revisions[1]
     assert revisions[0] == again
+    trouble = "default: a\nseconds_per_batch: 1\nfaults: [{happens: kill}]"
+    assert open_engine(fake(tmp_path, trouble), ActorsConfig()).revision == revisions[0], "it says the same"
 
 
 @pytest.mark.parametrize("script", ["rules: [", "defualt: x", "- a\n- b", "rules:\n- prompt: x\n", "default: 3"])
@@ -67,6 +69,21 @@ def test_a_wrong_script_is_refused_in_one_line(script: str, tmp_path: Path) -> N
     with pytest.raises(ModelError, match=model.path) as caught:
         check_engine(model)
     assert "\n" not in str(caught.value)
+
+
+def test_faults_happen_to_the_prompt_and_the_size_they_name_only(tmp_path: Path) -> None:
+    model = fake(
+        tmp_path, "faults: [{prompt: bad, size: 30x20, happens: raise}]\njournal: " + str(tmp_path / "journal")
+    )
+    small = Image.new("RGB", (3, 2))
+    assert len(answers(model, [Request("bad", small), Request("bad", None), Request("good", RED)])) == 3
+    with pytest.raises(EngineError, match="the script raises at 30x20"):
+        answers(model, [Request("good", small), Request("so bad", RED)])
+    assert (tmp_path / "journal").read_text() == "3\n"
+
+
+def test_looking_at_a_deadly_script_is_safe(tmp_path: Path) -> None:
+    check_engine(fake(tmp_path, "dies_while_loading: true"))
 
 
 def test_a_missing_script_is_refused_with_its_setting(tmp_path: Path) -> None:
