@@ -202,6 +202,7 @@ def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | N
     arguments = {
         "model": str(path) if path.is_dir() else model.path,
         "revision": model.revision,
+        "tokenizer_revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
         "load_format": "safetensors",
         "dtype": str(choose_dtype(model, on_gpu=on_gpu)).removeprefix("torch."),
