@@ -33,7 +33,7 @@ from stic_ray.method.preferences import AnswerText, pair_row, plan_pair
 from stic_ray.method.prompts import load_prompts
 
 PROMISE = 0.8
-SCRIPT = "rules: [{prompt: step, answer: A long answer with seed {seed}.}]\ndefault: A picture of {size}, {seed}."
+SCRIPT = "rules: [{prompt: step, answer: 'A long answer with seed {seed}.'}]\ndefault: A picture of {size}, {seed}."
 SHARED_FILES = 256
 """So many different pictures stand for all images: the page cache of both sides holds them."""
 

@@ -52,6 +52,7 @@ def fake_config(folder: Path, script: str, *, shard_size: int, **actors: Any) ->
 def make_preferences(config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Run the stage `preferences` over the index that is there, and return the figures of its manifest."""
     os.environ.update(cluster.process_environment(config))
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for other people's work, and no baseline's
     from stic_ray.stages.preferences import build_preferences
 
     with cluster.connected(config):

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--num-actors", type=int, default=32)
     parser.add_argument("--num-images", type=int, default=65536)
     parser.add_argument("--shard-size", type=int, default=128)
+    parser.add_argument("--windows-in-flight", type=int, default=4)
     parser.add_argument("--side-px", type=int, default=64)
     parser.add_argument("--quick", action="store_true", help="32,768 images")
     options = parser.parse_args()
@@ -39,6 +40,7 @@ def main() -> None:
         pictures = draw_pictures(Path(folder, "pictures"), 64, options.side_px)
         write_index(run, pictures, num_images, options.shard_size)
         actors = {"num_actors": options.num_actors, "num_cpus": 0.1, "batch_size": BATCH_SIZE}
+        actors |= {"windows_in_flight": options.windows_in_flight}
         config = fake_config(Path(folder), SCRIPT, shard_size=options.shard_size, **actors)
         stage = make_preferences(config, run)
     steady = stage["steady"]

@@ -56,7 +56,7 @@ def llava16_7b() -> RunConfig:
         infusion=InfusionConfig(source="instructions.json", num_rows=5000, temperature=0.2, max_new_tokens=1024),
         sft=SFTConfig(learning_rate=2e-5, global_batch=32),
         evaluation=EvaluationConfig(benchmarks=("benchmark.jsonl",)),
-        actors=ActorsConfig(num_actors=8, num_gpus=1, num_cpus=4, batch_size=16),
+        actors=ActorsConfig(num_actors=8, num_gpus=1, num_cpus=4, batch_size=16, timeout_s=1800),
         workers=WorkersConfig(num_workers=4, num_gpus=1, num_cpus=4, zero_stage=2, gradient_checkpointing=True),
     )
 

@@ -71,8 +71,8 @@ class RunDir:
         return self.location.uri
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file atomically."""
-        (self.location / name).write(text.encode())
+        """Write a text file atomically. Raises OSError with its path."""
+        _write(self.location / name, text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file atomically; numbers that JSON does not know (infinite, not a number) become null."""
@@ -101,7 +101,7 @@ class RunDir:
         return [(int(name[1]), name[0]) for name in names if name]
 
     def write_shard(self, family: str, number: int, table: pa.Table, schema: pa.Schema) -> None:
-        """Write one shard, checked against its schema, whole or not at all."""
+        """Write one shard, checked against its schema, whole or not at all. Raises OSError with its path."""
         sink = pa.BufferOutputStream()
         # Images do not repeat: a dictionary of them is one giant page that every reader must hold.
         pq.write_table(
@@ -112,7 +112,7 @@ class RunDir:
             use_dictionary=False,
             write_batch_size=16,
         )
-        (self.location / shard_name(family, number)).write(sink.getvalue())
+        _write(self.location / shard_name(family, number), sink.getvalue())
 
     def read_table(self, family: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
         """Read all shards of a family, in order, or the given columns of them."""
@@ -164,6 +164,13 @@ def read_shard(shard: Location, schema: pa.Schema) -> pa.Table:
     """Read the columns of `schema` from one shard and check them."""
     with shard.filesystem.open_input_file(shard.path) as stream:
         return check(pq.read_table(stream, columns=schema.names), schema)
+
+
+def _write(file: Location, content: bytes | pa.Buffer) -> None:
+    try:
+        file.write(content)
+    except OSError as error:  # pyarrow says "No space left on device", and not where
+        raise OSError(f"'{file.uri}': {error}") from error
 
 
 def _num_rows(shard: Location) -> int:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from stic_ray.core.errors import EngineError, EngineLost, UserError
 from stic_ray.engines.base import Answer, Engine, Request, Sampling
@@ -37,10 +37,10 @@ class Work:
     """Generated tokens."""
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+        return Work(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __sub__(self, other: "Work") -> "Work":
-        return Work(*(mine - its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+        return Work(*(mine - its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def utilisation(self) -> float:

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import ATTEMPTS_FAMILY, RunDir
@@ -22,9 +23,9 @@ class Attempts:
 
     def __init__(self, output: RunDir, number: int) -> None:
         """Begin an attempt at shard `number`: what the last one was working on has died."""
-        self._file = output.location / attempts_name(number)
+        self._output = output
         self._number = number
-        before = output.read_json(attempts_name(number)) or {"working_on": [], "deaths": {}}
+        before = _read(output, attempts_name(number)) or {"working_on": [], "deaths": {}}
         self.deaths = Counter[str](before["deaths"])
         """By part."""
         self.deaths.update(before["working_on"])
@@ -49,7 +50,7 @@ class Attempts:
     def handling(self, what: str) -> Iterator[None]:
         """Work on something other than images, as reading the shard. Raises StageError when it keeps being deadly."""
         if self.deaths[what] >= _MAX_DEATHS_ELSEWHERE:
-            self._file.delete()  # a rerun tries again
+            (self._output.location / attempts_name(self._number)).delete()  # a rerun tries again
             raise StageError(
                 f"{self.deaths[what]} actors died while {what} shard {self._number}. A likely cause is too little "
                 f"memory for pool.shard_size images."
@@ -59,7 +60,14 @@ class Attempts:
 
     def _write(self) -> None:
         state = {"working_on": sorted(self._working_on), "deaths": dict(self.deaths)}
-        self._file.write(json.dumps(state).encode())
+        self._output.write_text(attempts_name(self._number), json.dumps(state))
+
+
+def _read(output: RunDir, name: str) -> Any:
+    try:
+        return output.read_json(name)
+    except ValueError:  # a machine that lost power may leave an empty file
+        return None
 
 
 def attempts_name(number: int) -> str:
@@ -74,13 +82,13 @@ def loading(output: RunDir, actor: str, num_tries: int) -> Iterator[None]:
     Raises StageError where it has died `num_tries` times.
     """
     name = f"{ATTEMPTS_FAMILY}-{actor}.json"
-    num_deaths = output.read_json(name) or 0
+    num_deaths = _read(output, name) or 0
     if num_deaths >= num_tries:
         raise StageError(
             f"an actor died {num_deaths} times while it loaded the model. A likely cause is too little memory; "
             f"Ray's logs say what ended it."
         )
-    (output.location / name).write(str(num_deaths + 1).encode())
+    output.write_text(name, str(num_deaths + 1))
     try:
         yield
     finally:

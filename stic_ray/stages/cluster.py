@@ -23,6 +23,8 @@ def process_environment(config: RunConfig) -> dict[str, str]:
     """Return the environment that driver and workers share: no telemetry, no progress bars among the log lines."""
     environment = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # A driver that was killed would keep its share of the cluster for three minutes.
+        "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "20",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "TOKENIZERS_PARALLELISM": "false",

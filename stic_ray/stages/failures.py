@@ -10,12 +10,12 @@ from stic_ray.core.errors import StageError, UserError
 def explain(stage: str, error: BaseException) -> Exception:
     """Return the error that a task or actor raised as the user's own, or as a StageError with stage and cause.
 
-    Ray hands the remote traceback over as text, with the exception that came first on its first unindented line.
+    Ray hands the remote traceback over as text, with each exception of the chain on an unindented line.
     """
     lines = str(error).splitlines()
     raised = [match for line in lines if (match := re.match(r"([\w.]+(?:Error|Exception)): (.+)", line))]
-    ours = (match for match in raised if match[1].startswith("stic_ray."))  # says more than what it was raised from
-    first = next(ours, None) or next((match for match in raised if not match[1].startswith("ray.")), None)
+    ours = [match for match in raised if match[1].startswith("stic_ray.")]  # the last one was raised from the others
+    first = ours[-1] if ours else next((match for match in raised if not match[1].startswith("ray.")), None)
     if first is None:
         last = next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
         return StageError(f"{stage} stopped: {last}")

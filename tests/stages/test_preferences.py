@@ -3,13 +3,8 @@
 import io
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from datasets import Dataset, load_dataset
 from PIL import Image
@@ -22,14 +17,11 @@ from tests.stages.builders import (
     TELLING,
     draw_pictures,
     fake_config,
-    fake_script,
     pairs_of,
     rejected_of,
     run_stages,
     white_picture,
 )
-
-JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -172,43 +164,3 @@ def test_a_model_that_an_actor_cannot_load_is_the_users_error(tmp_path: Path) ->
     run_stages(fake_config(tmp_path, tmp_path / "pictures"), tmp_path / "run", "pool")
     with pytest.raises(ModelError, match="nowhere.yaml"):
         build_preferences(config, RunDir.of(str(tmp_path / "run")))
-
-
-def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path) -> None:
-    """kill -9 hits driver and actors while shards are being made; the rerun gives the pairs of a quiet run."""
-    pictures = draw_pictures(tmp_path / "pictures", 24)
-    script = fake_script(tmp_path, f"{TELLING}\nseconds_per_batch: 0.3\n")
-    command = [sys.executable, str(JOB), "--stages", "pool,preferences"]
-    for setting in (
-        f"pool.source={pictures}",
-        "pool.shard_size=2",
-        "model.engine=fake",
-        f"model.path={script}",
-        "actors.num_actors=2",
-        "actors.batch_size=2",
-        "seed=3",
-    ):
-        command += ["--set", setting]
-    victim = subprocess.Popen(
-        [*command, "--run", str(tmp_path / "killed")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    killed = RunDir.of(str(tmp_path / "killed")) / "preferences"
-    while len(killed.shards("pairs")) < 3:
-        assert victim.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
-    assert killed.manifest is None and len(killed.shards("pairs")) < 12
-
-    for name in ("killed", "quiet"):
-        subprocess.run([*command, "--run", str(tmp_path / name)], check=True, capture_output=True, timeout=200)
-
-    tables = [pairs_of(RunDir.of(str(tmp_path / name))) for name in ("killed", "quiet")]
-    assert tables[0].num_rows == 24
-    assert tables[0].equals(tables[1])
-    leftovers = [name for name in os.listdir(tmp_path / "killed" / "preferences") if name.startswith(".")]
-    assert all(".tmp" in name for name in leftovers)
-    assert isinstance(tables[0], pa.Table)

@@ -128,6 +128,11 @@ def test_a_window_that_was_interrupted_once_is_done_whole(tmp_path: Path) -> Non
     assert sorted(worker.windows) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
+def test_an_account_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
+    (tmp_path / attempts_name(0)).write_bytes(b"")
+    assert do(Asker(tmp_path), tmp_path) == (list(range(10)), {})
+
+
 def test_a_window_that_killed_twice_is_done_image_by_image(tmp_path: Path) -> None:
     died(tmp_path, "4-8", _4_8=1)
     worker = Asker(tmp_path)
