@@ -27,6 +27,7 @@ from stic_ray.core.overrides import build_config
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX, PAIRS
+from stic_ray.core.weight_names import use_hub_names
 from stic_ray.engines.base import Request
 from stic_ray.engines.loading import load_processor
 from stic_ray.method.images import decode_for_storage
@@ -53,6 +54,7 @@ def write_model(folder: Path) -> Path:
     model: Any = LlavaForConditionalGeneration(config)
     model.generation_config = GenerationConfig.from_pretrained(WEIGHTS)
     model.save_pretrained(folder)
+    use_hub_names(folder)
     processor: Any = AutoProcessor.from_pretrained(WEIGHTS)
     processor.image_processor.size = {"shortest_edge": SIDE_PX}
     processor.image_processor.crop_size = {"height": SIDE_PX, "width": SIDE_PX}
@@ -84,7 +86,7 @@ def time_bare_call(config: RunConfig, requests: Sequence[Request]) -> dict[str, 
     vllm = importlib.import_module("vllm")
 
     began_s = time.perf_counter()
-    llm = vllm.LLM(**vllm_engine.engine_arguments(config.model, config.actors, None, Path()))
+    llm = vllm.LLM(**vllm_engine.engine_arguments(config.model, config.actors, None, Path(os.devnull)))
     processor = load_processor(config.model)
     drawn = {"temperature": config.preferences.temperature, "top_p": config.preferences.top_p}
     params = [
@@ -119,6 +121,7 @@ class TimedPairMaker(preferences.PairMaker):
 def time_stage(config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Run the stage, and return the answers in the order of the requests."""
     os.environ.update(cluster.process_environment(config))
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for other people's work, and no baseline's
     preferences.PairMaker = TimedPairMaker
     with cluster.connected(config):
         began_s = time.time()

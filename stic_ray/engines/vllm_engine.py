@@ -202,6 +202,7 @@ def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | N
     arguments = {
         "model": str(path) if path.is_dir() else model.path,
         "revision": model.revision,
+        "tokenizer_revision": model.revision,
         "trust_remote_code": model.trust_remote_code,
         "load_format": "safetensors",
         "dtype": str(choose_dtype(model, on_gpu=on_gpu)).removeprefix("torch."),
@@ -211,6 +212,8 @@ def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | N
         "max_model_len": actors.max_length_tokens,
         "max_num_seqs": actors.batch_size,
         "enforce_eager": not on_gpu,
+        # vLLM 0.32 rewinds the generator of a seed after a part of a prompt, which torch's CPU generators cannot do.
+        "enable_chunked_prefill": on_gpu,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
         "enable_prefix_caching": True,
         "disable_log_stats": True,

@@ -51,6 +51,13 @@ def test_a_seed_decides_whatever_else_is_in_the_batch(vllm_engine: VllmEngine) -
     assert vllm_engine.generate(others, SAMPLED) != together
 
 
+def test_seeds_hold_when_prompts_do_not_fit_into_one_step(vllm_engine: VllmEngine) -> None:
+    """vLLM would answer the first part of a prompt and take the draw back, which it cannot do on a CPU."""
+    long = [Request("Where is it? " * 150, request.image, request.seed) for request in PICTURES[:12]]
+    together = vllm_engine.generate(long, SAMPLED)
+    assert vllm_engine.generate(long[-2:], SAMPLED) == together[-2:]
+
+
 def in_threads(engine: VllmEngine, parts: Sequence[Sequence[Request]]) -> list[list[Answer] | Exception]:
     """What each part of the requests gives when all are asked at the same time."""
     results: list[list[Answer] | Exception] = [[] for _ in parts]

@@ -1,0 +1,52 @@
+"""What vLLM is started with follows from the configuration; tests/vllm has the engine itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stic_ray.core.config import ActorsConfig, ModelConfig
+from stic_ray.core.errors import ModelError
+from stic_ray.core.weight_names import has_hub_names
+from stic_ray.engines.vllm_engine import engine_arguments
+from tests.engines.conftest import Checkpoints
+
+
+def arguments(path: Path, scratch: Path, adapter: Path | None = None, **actors: Any) -> dict[str, Any]:
+    return engine_arguments(ModelConfig(path=str(path)), ActorsConfig(**actors), adapter, scratch)
+
+
+def test_whole_gpus_share_a_model(tiny_llava: Path, tmp_path: Path) -> None:
+    found = arguments(tiny_llava, tmp_path, num_gpus=2, gpu_memory_share=0.5, max_length_tokens=512, batch_size=8)
+    assert (found["tensor_parallel_size"], found["distributed_executor_backend"]) == (2, "mp")
+    assert (found["gpu_memory_utilization"], found["max_model_len"], found["max_num_seqs"]) == (0.5, 512, 8)
+    assert (found["dtype"], found["enforce_eager"]) == ("bfloat16", False)
+
+
+def test_actors_that_share_a_gpu_share_its_memory(tiny_llava: Path, tmp_path: Path) -> None:
+    found = arguments(tiny_llava, tmp_path, num_gpus=0.5)
+    assert (found["tensor_parallel_size"], found["gpu_memory_utilization"]) == (1, 0.45)
+
+
+def test_a_cpu_computes_as_it_can(tiny_llava: Path, tmp_path: Path) -> None:
+    found = arguments(tiny_llava, tmp_path)
+    assert (found["dtype"], found["enforce_eager"], found["enable_chunked_prefill"]) == ("float32", True, False)
+    assert (found["model"], list(tmp_path.iterdir())) == (str(tiny_llava), [])
+
+
+def test_a_checkpoint_without_the_names_of_the_hub_is_linked(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    found = arguments(checkpoint("llava"), tmp_path)
+    assert found["model"] == str(tmp_path) and has_hub_names(tmp_path)
+
+
+@pytest.mark.parametrize(("rank", "room"), [(4, 8), (16, 16), (20, 32), (128, 128)])
+def test_an_adapter_finds_room(rank: int, room: int, tiny_llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    assert arguments(tiny_llava, tmp_path, tmp_path)["max_lora_rank"] == room
+
+
+def test_an_adapter_that_is_too_large_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 600}))
+    with pytest.raises(ModelError, match="rank 600, vLLM takes up to 512"):
+        arguments(tiny_llava, tmp_path, tmp_path)
