@@ -21,6 +21,8 @@ from stic_ray.core.schemas import REJECTED, check
 from stic_ray.core.storage import Location
 
 MANIFEST = "manifest.json"
+STARTED = "started.json"
+"""What a stage was begun with; replaced by its manifest."""
 REJECTED_FAMILY = "rejected"
 
 
