@@ -84,9 +84,9 @@ class Location:
         """The folder that a file is in."""
         return self.at(self.path.rsplit("/", 1)[0])
 
-    def resolve(self, path: str) -> "Location":
-        """Return the location that a path or URI means to a reader in this folder."""
-        return Location.of(path) if path.startswith("/") or "://" in path else self / path
+    def address_of(self, path: str) -> str:
+        """Return what a path or URI means to a reader in this folder: relative ones are below it."""
+        return path if path.startswith("/") or "://" in path else (self / path).uri
 
     @property
     def is_local(self) -> bool:

@@ -30,6 +30,7 @@ _IMAGE_NAMES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif"
 """Members of a tar that are images; others (.json, .txt, .cls) belong to one."""
 _ARROW_FILE = b"ARROW1\0\0"
 _BUFFER_BYTES = 4 * 2**20
+_TAR_BLOCK_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ def _in_tar(file: Location, max_bytes: int) -> Iterator[Found]:
             content = archive.extractfile(member)
             assert content is not None, "a regular file has content"
             yield Found(file.uri, content.read(), offset=member.offset_data)
+    with file.open() as whole:  # cut off between two members, a tar reads as one that is shorter
+        if whole.read_at(_TAR_BLOCK_BYTES, max(whole.size() - _TAR_BLOCK_BYTES, 0)).strip(b"\0"):
+            raise tarfile.ReadError("ends without the mark of its end, as a file that was cut off does")
 
 
 def _in_arrow(file: Location, column: str, max_bytes: int) -> Iterator[Found]:
@@ -206,7 +210,7 @@ def _values(
     folder = file.folder
     for start in range(0, len(values), 2 * NUM_THREADS):
         some = [image_value(value) for value in values[start : start + 2 * NUM_THREADS]]
-        addressed = read_all([(folder.resolve(v).uri, None) for v in some if isinstance(v, str)], max_bytes)
+        addressed = read_all([(folder.address_of(v), None) for v in some if isinstance(v, str)], max_bytes)
         for row, value in enumerate(some, start=first_row + start):
             if isinstance(value, str):
                 yield next(addressed)

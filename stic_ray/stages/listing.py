@@ -153,7 +153,7 @@ def _listed(source: Location) -> Iterator[pa.Table]:
     folder = source.folder
     with source.open() as stream, io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8") as text:
         lines = (line.strip() for line in text)
-        uris = (folder.resolve(line).uri for line in lines if line and not line.startswith("#"))
+        uris = (folder.address_of(line) for line in lines if line and not line.startswith("#"))
         while some := list(islice(uris, _ROWS_PER_SHARD)):
             unknown = pa.nulls(len(some), pa.int64())
             yield pa.table([pa.array(some, pa.string()), unknown, unknown], schema=LISTING)
