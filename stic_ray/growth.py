@@ -20,7 +20,7 @@ def takes_in_more(config: RunConfig, run: RunDir) -> bool:
         return False
     if (pool / BUILDING).location.is_folder():
         return True  # begun, and stopped before its end
-    change = _change_of(config.pool.source, pool)
+    change = _change_of(config.pool.source, pool, manifest["num_listing_shards"])
     if change.num_changed or change.num_gone:
         logger.warning(
             "pool: of the source's files %d have changed and %d are gone; the index stays as it is, and images that "
@@ -41,14 +41,14 @@ def takes_in_more(config: RunConfig, run: RunDir) -> bool:
     return False
 
 
-def _change_of(source: str, pool: RunDir) -> Change:
+def _change_of(source: str, pool: RunDir, num_shards: int) -> Change:
     """Compare a source with the pool's listing; one that cannot be listed any more leaves the pool as it is.
 
     The names are listed in a process of their own, so that the driver never holds those of a whole pool.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         try:
-            return process.submit(compare, source, pool).result()
+            return process.submit(compare, source, pool, num_shards).result()
         except (SourceError, OSError) as error:
             logger.warning("pool: the source cannot be compared with the index, which stays as it is: %s", error)
             return Change()

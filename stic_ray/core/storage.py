@@ -111,17 +111,20 @@ class Location:
         return self.info().type == fs.FileType.Directory
 
     def files(self, *, recursive: bool = False) -> list[fs.FileInfo]:
-        """List what is below and no folder, ordered by path; an absent folder has none.
+        """List what is below and no folder, ordered by path. Raises SourceError as `below`."""
+        return [info for info in self.below(recursive=recursive) if info.type != fs.FileType.Directory]
+
+    def below(self, *, recursive: bool = False) -> list[fs.FileInfo]:
+        """List files and folders below, ordered by path; an absent folder has none.
 
         Raises SourceError for a name that is not UTF-8.
         """
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
         try:
-            found = self.filesystem.get_file_info(selector)
+            return sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
         except UnicodeDecodeError as error:
             name = error.object.decode("utf-8", "backslashreplace")
             raise SourceError(f"A file below '{self.uri}' has a name that is not UTF-8, rename it: {name}") from error
-        return sorted((f for f in found if f.type != fs.FileType.Directory), key=lambda f: f.path)
 
     def open(self) -> pa.NativeFile:
         """Open the file for reading at any place. Raises OSError when it cannot be, as a pipe or a broken link."""

@@ -116,9 +116,9 @@ def read_parts(output: RunDir) -> list[Part] | None:
     return None if parts is None else [Part(**part) for part in parts]
 
 
-def compare(uri: str, known: RunDir) -> Change:
-    """Say how a source differs from the listing in `known`."""
-    tables = [read_shard(shard, LISTING) for shard in known.shards(FAMILY)]
+def compare(uri: str, known: RunDir, num_shards: int) -> Change:
+    """Say how a source differs from the first shards of the listing in `known`."""
+    tables = [read_shard(shard, LISTING) for shard in known.shards(FAMILY)[:num_shards]]
     listed = pa.concat_tables([LISTING.empty_table(), *tables]).combine_chunks()
     num_new = num_changed = num_same = 0
     for table in entries(uri):
@@ -134,9 +134,9 @@ def compare(uri: str, known: RunDir) -> Change:
 
 def _walk(folder: Location) -> Iterator[pa.Table]:
     """List the files of a folder, then each of its folders with all below it, several at a time."""
-    found = folder.filesystem.get_file_info(fs.FileSelector(folder.path))
-    yield _table(folder, folder.files())
-    inner = sorted(info.path for info in found if info.type == fs.FileType.Directory)
+    found = folder.below()
+    yield _table(folder, [info for info in found if info.type != fs.FileType.Directory])
+    inner = [info.path for info in found if info.type == fs.FileType.Directory]
     with ThreadPoolExecutor(8) as threads:
         for start in range(0, len(inner), 64):  # bounds what is held
             below = threads.map(lambda path: folder.at(path).files(recursive=True), inner[start : start + 64])

@@ -160,11 +160,11 @@ def test_the_listing_is_cut_by_files_and_bytes(tmp_path: Path, monkeypatch: pyte
 def test_a_source_is_compared_with_its_listing(tmp_path: Path) -> None:
     source, known = as_files(tmp_path / "source", PICTURES), RunDir.of(str(tmp_path / "known"))
     write_listing(str(source), "image", known, known)
-    assert compare(str(source), known).num_new == 0
+    assert compare(str(source), known, 1).num_new == 0
     as_files(source, tiny_pictures(2, first=50), first=50)
     (source / "0000.png").unlink()
     shutil.copy(source / "0002.png", source / "0004.png")
-    change = compare(str(source), known)
+    change = compare(str(source), known, 1)
     assert (change.num_new, change.num_changed, change.num_gone) == (2, 1, 1)
     new = RunDir.of(str(tmp_path / "new"))
     assert write_listing(str(source), "image", new, known) == [Part(1, 0, 2)], "only what is new, behind what is known"
