@@ -65,6 +65,9 @@ class PoolConfig(Section):
     or URIs, or a folder that `datasets` saved; local, s3:// or gs://."""
     image_column: str = "image"
     """Column of Parquet and Arrow files: bytes, a path or URI, or a struct with `bytes` or `path`."""
+    copy_compressed: bool = False
+    """Copy images of compressed tables into the run while they are indexed: later each is read by itself and not with
+    its row group, for the pool's bytes once more."""
     shard_size: Count = 256
     """Images per shard, the unit of work and of loss."""
     min_side_px: Count = 8

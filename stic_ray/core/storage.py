@@ -4,6 +4,8 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -143,21 +145,27 @@ class Location:
             return stream.read_at(num_bytes, offset)
 
     def write(self, content: bytes | pa.Buffer) -> None:
-        """Write the whole file at once: a reader sees the old content or the new, never a part.
+        """Write the whole file at once: a reader sees the old content or the new, never a part."""
+        with self.writing() as stream:
+            stream.write(content)
+
+    @contextmanager
+    def writing(self) -> Iterator[pa.NativeFile]:
+        """Open the file for writing; it is there, whole, when the block ends, and as before when it raises.
 
         Where the store can rename, a temporary file is moved into place; object stores publish a file when it
-        is closed, which is the same promise.
+        is closed, which is the same promise for what is written at once.
         """
         parent = self.path.rsplit("/", 1)[0]
         if self.filesystem.type_name in _STORES_WITHOUT_RENAME:
             with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(content)
+                yield stream
             return
         self.filesystem.create_dir(parent, recursive=True)
         temporary = f"{parent}/.{self.name}.{uuid.uuid4().hex}.tmp"
         try:
             with self.filesystem.open_output_stream(temporary) as stream:
-                stream.write(content)
+                yield stream
             self.filesystem.move(temporary, self.path)
         except BaseException:
             if self.filesystem.get_file_info(temporary).type == fs.FileType.File:

@@ -8,9 +8,8 @@ in the source and append it.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,18 +17,15 @@ import pyarrow as pa
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, row_counts, shard_name
-from stic_ray.core.schemas import REJECTED, table_of
+from stic_ray.core.schemas import REJECTED
 from stic_ray.core.storage import Location
-from stic_ray.method.images import ImageLimits, ImageRejected, image_id, inspect
 from stic_ray.stages import listing
-from stic_ray.stages.containers import images_in
-from stic_ray.stages.listing import BUILDING, LISTING, Part
+from stic_ray.stages.listing import BUILDING
 from stic_ray.stages.near_duplicates import reject_near_duplicates
-from stic_ray.stages.ordering import ORDERED, SCAN, count_rows, order_images, write_index
-from stic_ray.stages.shards import ShardJob, ShardTask, Tables, run_shards
+from stic_ray.stages.ordering import ORDERED, count_rows, order_images, write_index
+from stic_ray.stages.scanning import scan_parts
 from stic_ray.stages.tasks import map_tasks
 
-_PART = pa.schema([(name, pa.int64()) for name in Part.__dataclass_fields__])
 _FILES_PER_TASK = 64
 
 
@@ -76,7 +72,7 @@ def build_pool(config: RunConfig, run: RunDir) -> dict[str, Any]:
             "pool", listing.write_listing, [(config.pool.source, config.pool.image_column, building, output)]
         )
     scan = building / "scan"
-    _scan(config, parts, building, scan)
+    scan_parts(config.pool, parts, building, output, scan)
     indexed = [output.location / shard_name("index", number) for number in range(first_shard)]
     ordered = building / ORDERED
     buckets = order_images(config.seed, scan, indexed, ordered)
@@ -104,47 +100,6 @@ def build_pool(config: RunConfig, run: RunDir) -> dict[str, Any]:
     extents = [*before["extents"], *([extent] if num_new else [])]
     num_shards = {"num_rejected_shards": rejected.num_shards, "num_listing_shards": len(output.shards(listing.FAMILY))}
     return {**accounts, "extents": extents, **num_shards}
-
-
-def _scan(config: RunConfig, parts: Sequence[Part], building: RunDir, scan: RunDir) -> None:
-    """Scan the parts that were not scanned yet, each by a task."""
-    limits, pool = ImageLimits.of(config.pool), config.pool
-    job = ShardJob(
-        stage="pool",
-        output=scan,
-        families={REJECTED_FAMILY: REJECTED, "scan": SCAN},
-        load=lambda task: pa.Table.from_pylist([dict(task.payload)], schema=_PART),
-        make_worker=lambda: partial(
-            _scan_part,
-            building=building,
-            column=pool.image_column,
-            limits=limits,
-            with_hash=pool.near_duplicate_bits is not None,
-        ),
-    )
-    run_shards(job, [ShardTask(number, asdict(part)) for number, part in enumerate(parts)], actors=None)
-
-
-def _scan_part(part: pa.Table, building: RunDir, column: str, limits: ImageLimits, with_hash: bool) -> Tables:
-    """Read the images of a part one after the other and say what they are, or why they cannot be used."""
-    [given] = part.to_pylist()
-    shard = read_shard(building.location / shard_name(listing.FAMILY, given["shard"]), LISTING)
-    files = shard.slice(given["start"], given["stop"] - given["start"])
-    pairs = zip(files["uri"].to_pylist(), files["num_bytes"].to_pylist(), strict=True)
-    accepted, rejected = [], []
-    for image in images_in(pairs, column, limits.max_bytes, given["piece"], given["num_pieces"]):
-        encoded = image.encoded
-        identity = {"image_id": image_id(encoded if isinstance(encoded, bytes) else b""), "path": image.path}
-        try:
-            if isinstance(encoded, ImageRejected):
-                raise encoded
-            facts = inspect(encoded, limits, with_hash=with_hash)
-        except ImageRejected as error:
-            rejected.append({**identity, "reason": error.reason, "message": error.message})
-            continue
-        place = {"row": image.row, "offset": image.offset, "num_bytes": len(encoded)}
-        accepted.append({**identity, **vars(facts), **place})
-    return {REJECTED_FAMILY: table_of(rejected, REJECTED), "scan": table_of(accepted, SCAN)}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,11 @@ from PIL import Image
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX
+from stic_ray.method.images import image_id
+from stic_ray.stages.fetch import fetch_indexed
 from tests.method.pictures import animated, header_of_png
 from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of, rejected_of, run_stages
+from tests.stages.sources import as_parquet, tiny_pictures
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -199,3 +202,15 @@ def test_near_duplicates_of_earlier_pictures_are_rejected(tmp_path: Path) -> Non
     run_stages(fake_config(tmp_path, pictures, pool=settings), tmp_path / "run", "pool")
     assert [row["image_id"] for row in index_of(run)] == kept, "what the index has is earlier than all that is new"
     assert [Path(r["path"]).name for r in rejected_of(run, "pool") if r["image_id"] not in near] == ["late.png"]
+
+
+def test_images_of_a_compressed_table_can_be_copied_to_be_read_by_themselves(tmp_path: Path) -> None:
+    pictures = tiny_pictures(12)
+    source = as_parquet(tmp_path / "source", pictures)
+    run = run_stages(fake_config(tmp_path, source, TELLING, pool={"copy_compressed": True}), tmp_path / "run", "pool")
+    shutil.rmtree(source.parent)
+    rows = index_of(run)
+    assert {image_id(image) for image in fetch_indexed(rows, "image") if isinstance(image, bytes)} == {
+        image_id(picture) for picture in pictures
+    }
+    assert sorted(row["row"] for row in rows) == list(range(12)), "where they came from is still told"
