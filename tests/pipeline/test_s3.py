@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
@@ -39,7 +39,7 @@ def endpoint() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        fs.S3FileSystem(allow_bucket_creation=True).create_dir("pictures")
+        boto3.client("s3").create_bucket(Bucket="pictures")
         yield f"{host}:{port}"
     server.stop()
 
