@@ -16,8 +16,9 @@ import yaml
 from stic_ray.core.config import RunConfig, is_toy, sources_of
 from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest
 from stic_ray.core.provenance import git_commit, package_versions
-from stic_ray.core.rundir import MANIFEST, RunDir, digest
+from stic_ray.core.rundir import MANIFEST, STARTED, RunDir, digest
 from stic_ray.core.storage import Location
+from stic_ray.growth import takes_in_more
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,11 @@ STAGES = (
 )
 EVALUATION = STAGES[-1]
 REPORT = "report"
-STARTED = "started.json"
-"""What a stage was begun with; replaced by its manifest."""
 STAGE_NAMES = (*(stage.name for stage in STAGES), REPORT)
+GROWING = {"pool", "preferences"}
+"""Stages that go on behind what they have when the source has grown; nothing that was finished is made again."""
+GROWN_FROM = "grown_from"
+"""In the manifest of a stage that has grown: the hashes of its manifests before."""
 _PAIRS = "dpo.pairs"
 """Name under which the pairs of another run are recorded as an input."""
 
@@ -93,10 +96,14 @@ def run_pipeline(config: RunConfig, run: RunDir, stages: Sequence[str], facts: d
     """
     check_stage_names(stages)
     needed = _with_inputs(stages, config)
-    unfinished = [stage for stage in STAGES if stage.name in needed and not _is_done(stage, config, run)]
-    todo = [stage for stage in unfinished if stage.name in stages]
+    done = {stage.name for stage in STAGES if stage.name in needed and _is_done(stage, config, run)}
+    if "pool" in done & set(stages) and takes_in_more(config, run):
+        done -= GROWING
+    for name in (stage.name for stage in STAGES if stage.name in done):
+        logger.info("%s: already done, skipped", name)
+    todo = [stage for stage in STAGES if stage.name in stages and stage.name not in done]
     if todo:
-        _check_inputs(todo, config, run)
+        _check_inputs(todo, done, config, run)
         _run(todo, config, run, facts)
     if REPORT in stages and not _report_is_current(run):
         from stic_ray.report.write import write_report  # matplotlib is for the report only
@@ -151,8 +158,10 @@ def _run_stage(stage: Stage, function: StageFunction, config: RunConfig, resolve
     began_s = time.monotonic()
     accounts = function(resolved, run, stage.trained)
     seconds = round(time.monotonic() - began_s, 3)
-    config_hash = digest(settings["config"])
-    output.write_manifest({"stage": stage.name, "seconds": seconds, **accounts, **settings, "config_hash": config_hash})
+    made = {"stage": stage.name, "seconds": seconds, **accounts, **settings, "config_hash": digest(settings["config"])}
+    if smaller := output.manifest:
+        made[GROWN_FROM] = [*smaller.get(GROWN_FROM, []), digest(smaller)]
+    output.write_manifest(made)
     (output.location / STARTED).delete()
     counts = [accounts[f"num_rows_{what}"] for what in ("in", "written", "rejected")]
     logger.info("%s: done in %.1f s, %d rows in, %d written, %d rejected", stage.name, seconds, *counts)
@@ -209,13 +218,13 @@ def _is_done(stage: Stage, config: RunConfig, run: RunDir) -> bool:
             f"{sources[1]}: {way_out}"
         )
     changed = [name for name in now if now[name] != before[name]]
+    if manifest and all(before[name] in _earlier_states(name, config, run) for name in changed):
+        return not changed or stage.name not in GROWING  # training stays with the rows that it was begun with
     if changed:
         raise RunError(
             f"Stage {stage.name} of '{run.uri}' was {how} from another {changed[0]} than the one that is there now: "
             f"{way_out}"
         )
-    if manifest:
-        logger.info("%s: already done, skipped", stage.name)
     return manifest is not None
 
 
@@ -236,17 +245,25 @@ def _report_is_current(run: RunDir) -> bool:
 
 
 def _input_hashes(stage: Stage, config: RunConfig, run: RunDir) -> dict[str, str]:
-    manifests = {name: (run / name).manifest for name in inputs_of(stage, config)}
-    if stage.name == "dpo" and config.dpo.pairs:
-        manifests[_PAIRS] = RunDir.of(config.dpo.pairs).manifest
-    return {name: digest(manifest) for name, manifest in manifests.items()}
+    names = (*inputs_of(stage, config), *((_PAIRS,) if stage.name == "dpo" and config.dpo.pairs else ()))
+    return {name: digest(_place_of(name, config, run).manifest) for name in names}
 
 
-def _check_inputs(todo: Sequence[Stage], config: RunConfig, run: RunDir) -> None:
-    coming = {stage.name for stage in todo}
+def _place_of(name: str, config: RunConfig, run: RunDir) -> RunDir:
+    """Return the folder of an input: a stage of the run, or the pairs of another run."""
+    return RunDir.of(config.dpo.pairs) if name == _PAIRS and config.dpo.pairs else run / name
+
+
+def _earlier_states(name: str, config: RunConfig, run: RunDir) -> list[str]:
+    """Return the hashes of the manifests that an input had before it grew."""
+    return (_place_of(name, config, run).manifest or {}).get(GROWN_FROM, [])
+
+
+def _check_inputs(todo: Sequence[Stage], done: Collection[str], config: RunConfig, run: RunDir) -> None:
+    ready = {stage.name for stage in todo} | set(done)
     for stage in todo:
         for name in inputs_of(stage, config):
-            if name not in coming and (run / name).manifest is None:
+            if name not in ready:
                 raise RunError(f"Stage {stage.name} needs stage {name}, which '{run.uri}' does not have; run it first.")
 
 

@@ -62,15 +62,22 @@ class PoolConfig(Section):
     """Which images are taken, and how the pool is cut."""
 
     source: Annotated[str, Field(min_length=1)] = TOYWORLD
-    """Folder of images (searched recursively), or Parquet file or folder with image bytes."""
+    """Folder (searched recursively; images, Parquet and tar files in any mixture), one such file, a .txt list of paths
+    or URIs, or a folder that `datasets` saved; local, s3:// or gs://."""
     image_column: str = "image"
-    """Column of a Parquet source: binary, or a struct with `bytes`."""
+    """Column of Parquet and Arrow files: bytes, a path or URI, or a struct with `bytes` or `path`."""
+    copy_compressed: bool = False
+    """Copy images of compressed tables into the run while they are indexed: later each is read by itself and not with
+    its row group, for the pool's bytes once more."""
     shard_size: Count = 256
     """Images per shard, the unit of work and of loss."""
     min_side_px: Count = 8
     max_image_pixels: Count = 100_000_000
     """Larger images are rejected from their header, before anything is decoded."""
     max_aspect_ratio: Annotated[float, Field(ge=1.0)] = 20.0
+    near_duplicate_bits: Annotated[int, Field(ge=0, le=6)] | None = None
+    """Reject an image whose 64-bit perceptual hash differs in at most so many bits from that of an image earlier in
+    the order; 4 is a usual value. When unset, only equal bytes are duplicates."""
 
 
 class PreferencesConfig(Section):

@@ -22,6 +22,8 @@ from stic_ray.core.schemas import REJECTED, check
 from stic_ray.core.storage import Location
 
 MANIFEST = "manifest.json"
+STARTED = "started.json"
+"""What a stage was begun with; replaced by its manifest."""
 REJECTED_FAMILY = "rejected"
 ATTEMPTS_FAMILY = "attempts"
 """Of small files that are there only while a shard is being made."""

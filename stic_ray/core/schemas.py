@@ -38,9 +38,11 @@ class Reason(StrEnum):
     UNSUPPORTED_FORMAT = "unsupported_format"
     UNDECODABLE_IMAGE = "undecodable_image"
     TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_MANY_BYTES = "too_many_bytes"
     TOO_SMALL = "too_small"
     ASPECT_RATIO = "aspect_ratio"
     DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
     CORRUPTION_CHANGED_NOTHING = "corruption_changed_nothing"
     EMPTY_ANSWER = "empty_answer"
     IDENTICAL_ANSWERS = "identical_answers"
@@ -83,12 +85,14 @@ INDEX = _schema(
     _column("image_id", pa.string(), "128-bit BLAKE2b of the encoded bytes, in hex: stable under renaming"),
     _column("position", pa.int64(), "place in the pool's order, from 0; the pool of size N is position < N"),
     _column("path", pa.string(), "path or URI of the file that holds the image"),
-    _column("row", pa.int64(), "row in a Parquet file; null for a file that is the image", nullable=True),
+    _column("row", pa.int64(), "row in a Parquet or Arrow file; null for others", nullable=True),
+    _column("offset", pa.int64(), "first byte in a file that holds it as it is (tar, Arrow, Parquet)", nullable=True),
     _column("width_px", pa.int32(), "after the EXIF orientation"),
     _column("height_px", pa.int32(), "after the EXIF orientation"),
     _column("format", pa.string(), "as its content says: JPEG, PNG, WEBP, GIF, BMP, TIFF"),
     _column("mode", pa.string(), "Pillow's name of the pixel layout before conversion to RGB"),
     _column("num_bytes", pa.int64(), "size of the encoded image"),
+    _column("perceptual_hash", pa.int64(), "64-bit pHash; null unless near-duplicates are rejected", nullable=True),
 )
 
 REJECTED = _schema(

@@ -4,8 +4,12 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -13,6 +17,17 @@ from pyarrow import fs
 from stic_ray.core.errors import SourceError
 
 _STORES_WITHOUT_RENAME = ("s3", "gcs", "abfs")
+_BUCKET_SCHEMES = ("s3", "gs", "gcs")
+"""In their addresses the bucket stands where others have a host."""
+_SAFE = "/:=+,@!$&'()*;~"
+"""Characters beside letters, digits and ._- that may stand in the path of a URI as they are."""
+_LOCAL = fs.LocalFileSystem()
+
+
+@lru_cache(maxsize=64)
+def _of_bucket(root: str) -> fs.FileSystem:
+    """Open the store of a bucket once per process: each opening asks the environment, and may ask for the region."""
+    return fs.FileSystem.from_uri(root)[0]
 
 
 @dataclass(frozen=True)
@@ -27,25 +42,53 @@ class Location:
     def of(uri: str) -> "Location":
         """Open a local path (relative ones against the working directory) or an s3://, gs://, hdfs:// URI.
 
-        Raises SourceError for a scheme that pyarrow does not know.
+        Options of a URI (`s3://bucket/images?endpoint_override=...`) hold for every address derived from it.
+        Credentials come from the environment. Raises SourceError for a scheme that pyarrow does not know, and for
+        credentials in a URI, which would end up in the files of the run.
         """
         if "://" not in uri:
             path = os.path.abspath(os.path.expanduser(uri))
-            return Location(fs.LocalFileSystem(), path, path)
+            return Location(_LOCAL, path, path)
+        scheme, _, rest = uri.partition("://")
+        address, mark, query = rest.partition("?")
+        if "@" in address.split("/", 1)[0]:
+            raise SourceError(
+                f"'{scheme}://...@{address.split('@', 1)[1]}' holds credentials, which would be written into the run; "
+                "set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for one)."
+            )
+        address = quote(address.rstrip("/"), safe=_SAFE + "%") if scheme != "file" else address
+        options = mark + query
         try:
-            filesystem, path = fs.FileSystem.from_uri(uri)
+            if scheme in _BUCKET_SCHEMES:
+                bucket = address.split("/", 1)[0]
+                filesystem, path = _of_bucket(f"{scheme}://{bucket}{options}"), unquote(address)
+            else:
+                filesystem, path = fs.FileSystem.from_uri(f"{scheme}://{address}{options}")
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
             raise SourceError(f"Cannot open '{uri}': {str(error).splitlines()[0]}") from error
-        return Location(filesystem, path, path if uri.startswith("file://") else uri.rstrip("/"))
+        return Location(filesystem, path, path if scheme == "file" else f"{scheme}://{address}{options}")
 
     def __truediv__(self, name: str) -> "Location":
         """Return the location of `name` below this one."""
-        return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", f"{self.uri.rstrip('/')}/{name}")
+        return self.at(f"{self.path.rstrip('/')}/{name}")
 
     def at(self, path: str) -> "Location":
         """Return the location of another path of the same file system."""
-        scheme, separator, _ = self.uri.partition("://")
-        return Location(self.filesystem, path, f"{scheme}://{path}" if separator else path)
+        scheme, separator, rest = self.uri.partition("://")
+        if not separator:
+            return Location(self.filesystem, path, path)
+        address, mark, query = rest.partition("?")
+        host = "" if scheme in _BUCKET_SCHEMES else address.split("/", 1)[0]
+        return Location(self.filesystem, path, f"{scheme}://{host}{quote(path, safe=_SAFE)}{mark}{query}")
+
+    @property
+    def folder(self) -> "Location":
+        """The folder that a file is in."""
+        return self.at(self.path.rsplit("/", 1)[0])
+
+    def address_of(self, path: str) -> str:
+        """Return what a path or URI means to a reader in this folder: relative ones are below it."""
+        return path if path.startswith("/") or "://" in path else (self / path).uri
 
     @property
     def is_local(self) -> bool:
@@ -70,41 +113,59 @@ class Location:
         return self.info().type == fs.FileType.Directory
 
     def files(self, *, recursive: bool = False) -> list[fs.FileInfo]:
-        """List what is below and no folder, ordered by path; an absent folder has none.
+        """List what is below and no folder, ordered by path. Raises SourceError as `below`."""
+        return [info for info in self.below(recursive=recursive) if info.type != fs.FileType.Directory]
+
+    def below(self, *, recursive: bool = False) -> list[fs.FileInfo]:
+        """List files and folders below, ordered by path; an absent folder has none.
 
         Raises SourceError for a name that is not UTF-8.
         """
         selector = fs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
         try:
-            found = self.filesystem.get_file_info(selector)
+            return sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
         except UnicodeDecodeError as error:
             name = error.object.decode("utf-8", "backslashreplace")
             raise SourceError(f"A file below '{self.uri}' has a name that is not UTF-8, rename it: {name}") from error
-        return sorted((f for f in found if f.type != fs.FileType.Directory), key=lambda f: f.path)
 
-    def read(self) -> bytes:
-        """Return the content. Raises OSError when it cannot be read, as a pipe or a broken link cannot."""
+    def open(self) -> pa.NativeFile:
+        """Open the file for reading at any place. Raises OSError when it cannot be, as a pipe or a broken link."""
         if self.is_local and not os.path.isfile(self.path):
             raise FileNotFoundError(f"'{self.path}' is no regular file, or is gone")
-        with self.filesystem.open_input_file(self.path) as stream:
+        return self.filesystem.open_input_file(self.path)
+
+    def read(self) -> bytes:
+        """Return the content. Raises OSError as `open` does."""
+        with self.open() as stream:
             return stream.read()
 
+    def read_range(self, offset: int, num_bytes: int) -> bytes:
+        """Return a part of the content, fewer bytes where the file ends. Raises OSError as `open` does."""
+        with self.open() as stream:
+            return stream.read_at(num_bytes, offset)
+
     def write(self, content: bytes | pa.Buffer) -> None:
-        """Write the whole file at once: a reader sees the old content or the new, never a part.
+        """Write the whole file at once: a reader sees the old content or the new, never a part."""
+        with self.writing() as stream:
+            stream.write(content)
+
+    @contextmanager
+    def writing(self) -> Iterator[pa.NativeFile]:
+        """Open the file for writing; it is there, whole, when the block ends, and as before when it raises.
 
         Where the store can rename, a temporary file is moved into place; object stores publish a file when it
-        is closed, which is the same promise.
+        is closed, which is the same promise for what is written at once.
         """
         parent = self.path.rsplit("/", 1)[0]
         if self.filesystem.type_name in _STORES_WITHOUT_RENAME:
             with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(content)
+                yield stream
             return
         self.filesystem.create_dir(parent, recursive=True)
         temporary = f"{parent}/.{self.name}.{uuid.uuid4().hex}.tmp"
         try:
             with self.filesystem.open_output_stream(temporary) as stream:
-                stream.write(content)
+                yield stream
             self.filesystem.move(temporary, self.path)
         except BaseException:
             if self.filesystem.get_file_info(temporary).type == fs.FileType.File:

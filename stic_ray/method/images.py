@@ -33,6 +33,11 @@ class ImageLimits:
     max_pixels: int
     max_aspect_ratio: float
 
+    @property
+    def max_bytes(self) -> int:
+        """No image within `max_pixels` is larger: 8 bytes a pixel, as 16-bit RGBA without compression has."""
+        return 8 * self.max_pixels + 2**20
+
     @staticmethod
     def of(pool: PoolConfig) -> "ImageLimits":
         """Return the limits that a pool's settings say; they hold for every image that a user brings."""
@@ -47,6 +52,8 @@ class ImageFacts:
     height_px: int
     format: str
     mode: str
+    perceptual_hash: int | None = None
+    """64 bits as a signed number, as a table holds them."""
 
 
 def image_id(encoded: bytes) -> str:
@@ -54,10 +61,11 @@ def image_id(encoded: bytes) -> str:
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
-def inspect(encoded: bytes, limits: ImageLimits) -> ImageFacts:
+def inspect(encoded: bytes, limits: ImageLimits, *, with_hash: bool = False) -> ImageFacts:
     """Check that an image can be used, decoding it whole, and return its facts.
 
-    Raises ImageRejected. Size limits are applied to the header, before a decompression bomb is unpacked.
+    With `with_hash` they include the 64-bit perceptual hash (pHash) of the picture as a viewer sees it. Raises
+    ImageRejected. Size limits are applied to the header, before a decompression bomb is unpacked.
     """
     with _open(encoded) as image:
         _check_limits(*image.size, limits)
@@ -66,7 +74,8 @@ def inspect(encoded: bytes, limits: ImageLimits) -> ImageFacts:
         width, height = image.size  # of a TIFF, Pillow has turned it upright by now
         if _orientation(image) in _TRANSPOSED:
             width, height = height, width
-        return ImageFacts(width, height, _format_name(image), mode)
+        hashed = _perceptual_hash(_upright_rgb(image)) if with_hash else None
+        return ImageFacts(width, height, _format_name(image), mode, hashed)
 
 
 def decode(encoded: bytes, limits: ImageLimits | None = None) -> Image.Image:
@@ -187,6 +196,12 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
         low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) * 255 if high > low else np.zeros_like(values)
     return Image.fromarray(np.round(scaled).astype(np.uint8))
+
+
+def _perceptual_hash(picture: Image.Image) -> int:
+    import imagehash  # brings scipy's transforms: only for pools that ask for it
+
+    return int(np.packbits(imagehash.phash(picture).hash).view(">i8")[0])
 
 
 def _one_line(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from stic_ray.method.preferences import (
 )
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetch_indexed, with_images
+from stic_ray.stages.pool import index_shards
 from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
 from stic_ray.stages.windows import Rows
 
@@ -37,13 +38,9 @@ def build_preferences(config: RunConfig, run: RunDir) -> dict[str, Any]:
     Raises SourceError when not one pair is left.
     """
     pool, output = run / "pool", run / "preferences"
-    shard_size = config.pool.shard_size
-    num_images = min(config.preferences.num_images or 2**62, pool.num_rows(["index"]))
-    tasks = [
-        ShardTask(number, {"index": shard.uri, "num_rows": min(shard_size, num_images - number * shard_size)})
-        for number, shard in enumerate(pool.shards("index"))
-        if number * shard_size < num_images
-    ]
+    shards = index_shards(pool, config.pool.shard_size, config.preferences.num_images)
+    num_images = sum(shard.num_rows for shard in shards)
+    tasks = [ShardTask(s.number, {"index": s.location.uri, "num_rows": s.num_rows}) for s in shards]
     job = ShardJob(
         stage="preferences",
         output=output,

@@ -2,6 +2,7 @@
 
 import io
 import random
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from stic_ray.method.images import (
     inspect,
 )
 from tests.method.pictures import (
+    EXIF_ORIENTATION,
     FORMATS,
     HEIGHT,
     MODES,
@@ -197,6 +199,33 @@ def test_the_pixel_limit_is_applied_before_anything_is_decoded(image_format: str
     encoded = encode(photo(), image_format)
     cut = encoded[: len(encoded) // 2]
     assert reason_of(cut, TIGHT) is Reason.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_pixel_limit_holds_for_animations(image_format: str) -> None:
+    assert reason_of(animated(image_format), TIGHT) is Reason.TOO_MANY_PIXELS
+
+
+def test_an_animation_that_promises_too_much_is_refused_by_its_header() -> None:
+    """A screen of 12,000 x 12,000 px around a small first frame."""
+    encoded = bytearray(animated("GIF"))
+    encoded[6:10] = struct.pack("<HH", 12_000, 12_000)
+    assert reason_of(bytes(encoded)) is Reason.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_the_perceptual_hash_is_that_of_the_picture_as_it_is_seen(image_format: str) -> None:
+    """It survives another size and encoding, and sees an upright picture whatever the file's orientation."""
+    plain = inspect(encode(photo(), "PNG"), LIMITS, with_hash=True).perceptual_hash
+    other = inspect(encode(photo().resize((192, 144)), image_format), LIMITS, with_hash=True).perceptual_hash
+    stranger = inspect(encode(photo(seed=3), "PNG"), LIMITS, with_hash=True).perceptual_hash
+    assert plain is not None and other is not None and stranger is not None
+    assert ((plain ^ other) % 2**64).bit_count() <= 4
+    assert ((plain ^ stranger) % 2**64).bit_count() > 8
+    turned = Image.Exif()
+    turned[EXIF_ORIENTATION] = 6
+    lying = encode(photo().transpose(Image.Transpose.ROTATE_90), "PNG", exif=turned)
+    assert inspect(lying, LIMITS, with_hash=True).perceptual_hash == plain
 
 
 def may_be_rejected(function: Callable[[bytes], Any], encoded: bytes) -> Any:

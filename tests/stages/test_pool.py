@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,11 @@ from PIL import Image
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX
+from stic_ray.method.images import image_id
+from stic_ray.stages.fetch import fetch_indexed
+from tests.method.pictures import animated, header_of_png
 from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of, rejected_of, run_stages
+from tests.stages.sources import as_parquet, tiny_pictures
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -40,6 +45,12 @@ def test_every_file_is_indexed_or_rejected_with_its_reason(tmp_path: Path) -> No
     Image.new("RGB", (400, 10)).save(pictures / "long.png")
     Image.new("RGB", (2, 2)).save(pictures / "dot.png")
     Image.new("RGB", (300, 300)).save(pictures / "big.png")
+    (pictures / "bomb.png").write_bytes(header_of_png(100_000, 100_000))
+    Image.new("RGB", (30_000, 10)).save(pictures / "ribbon.png")
+    picture.save(pictures / "really_png.jpg", "PNG")
+    Image.new("I;16", (40, 40), 32896).save(nested / "deep.png")
+    (nested / "animated.gif").write_bytes(animated("GIF"))
+    picture.convert("P").save(nested / "see_through.png", transparency=0)
 
     run = run_stages(fake_config(tmp_path, pictures, pool={"max_image_pixels": 64 * 64 + 1}), tmp_path / "run", "pool")
 
@@ -47,15 +58,19 @@ def test_every_file_is_indexed_or_rejected_with_its_reason(tmp_path: Path) -> No
     assert reasons == {
         "again.jpg": "duplicate",
         "big.png": "too_many_pixels",
+        "bomb.png": "too_many_pixels",
         "cut.jpg": "undecodable_image",
         "dot.png": "too_small",
         "empty.jpg": "empty_file",
         "long.png": "aspect_ratio",
+        "ribbon.png": "too_many_pixels",
         "text.jpg": "unsupported_format",
     }
     rows = {Path(row["path"]).name: row for row in index_of(run)}
     assert len(rows) + len(reasons) == len([f for f in pictures.rglob("*") if f.is_file()])
     assert (rows["turned.jpg"]["width_px"], rows["turned.jpg"]["height_px"]) == (20, 30)
+    assert rows["really_png.jpg"]["format"] == "PNG"
+    assert (rows["deep.png"]["mode"], rows["see_through.png"]["mode"]) == ("I;16", "P")
     assert {row["format"] for row in rows.values()} == {"JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"}
     manifest = (run / "pool").manifest
     assert manifest is not None
@@ -159,3 +174,43 @@ def test_other_files_beside_parquet_are_accounted_for(tmp_path: Path) -> None:
     reasons = {Path(row["path"]).name: row["reason"] for row in rejected_of(run, "pool")}
     assert reasons == {"_SUCCESS": "empty_file", "more.parquet": "duplicate"}
     assert len(index_of(run)) == 3
+
+
+def test_near_duplicates_of_earlier_pictures_are_rejected(tmp_path: Path) -> None:
+    """Ten pictures, each again at another size and quality: of a pair, the one that is first in the order stays."""
+    pictures = draw_pictures(tmp_path / "pictures", 10)
+    for path in sorted(pictures.iterdir()):
+        Image.open(path).resize((96, 96)).save(pictures / f"again{path.name}", quality=80)
+    settings = {"near_duplicate_bits": 4}
+    everything = run_stages(fake_config(tmp_path, pictures), tmp_path / "all", "pool")
+    run = run_stages(fake_config(tmp_path, pictures, pool=settings), tmp_path / "run", "pool")
+
+    rank = {row["image_id"]: row["position"] for row in index_of(everything)}
+    kept = [row["image_id"] for row in index_of(run)]
+    near = {row["image_id"]: row for row in rejected_of(run, "pool")}
+    assert len(kept) + len(near) == 20 and len(near) >= 10
+    assert kept == sorted(kept, key=rank.__getitem__)
+    assert {row["reason"] for row in near.values()} == {"near_duplicate"}
+    for identity, row in near.items():
+        told = re.fullmatch(r"(\d) of 64 bits from image (\w+), which comes earlier", row["message"])
+        assert told is not None and int(told[1]) <= 4 and rank[told[2]] < rank[identity]
+
+    first = kept[0]
+    Image.open(next(r["path"] for r in index_of(run) if r["image_id"] == first)).resize((80, 80)).save(
+        pictures / "late.png"
+    )
+    run_stages(fake_config(tmp_path, pictures, pool=settings), tmp_path / "run", "pool")
+    assert [row["image_id"] for row in index_of(run)] == kept, "what the index has is earlier than all that is new"
+    assert [Path(r["path"]).name for r in rejected_of(run, "pool") if r["image_id"] not in near] == ["late.png"]
+
+
+def test_images_of_a_compressed_table_can_be_copied_to_be_read_by_themselves(tmp_path: Path) -> None:
+    pictures = tiny_pictures(12)
+    source = as_parquet(tmp_path / "source", pictures)
+    run = run_stages(fake_config(tmp_path, source, TELLING, pool={"copy_compressed": True}), tmp_path / "run", "pool")
+    shutil.rmtree(source.parent)
+    rows = index_of(run)
+    assert {image_id(image) for image in fetch_indexed(rows, "image") if isinstance(image, bytes)} == {
+        image_id(picture) for picture in pictures
+    }
+    assert sorted(row["row"] for row in rows) == list(range(12)), "where they came from is still told"

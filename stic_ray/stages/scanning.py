@@ -1,0 +1,67 @@
+"""Reading every image of a source once: its id, whether it can be used, and where its bytes are found again."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from stic_ray.core.config import PoolConfig
+from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, shard_name
+from stic_ray.core.schemas import REJECTED, table_of
+from stic_ray.core.storage import Location
+from stic_ray.method.images import ImageLimits, ImageRejected, image_id, inspect
+from stic_ray.stages.containers import Found, images_in
+from stic_ray.stages.listing import FAMILY, LISTING, Part
+from stic_ray.stages.ordering import SCAN
+from stic_ray.stages.shards import ShardJob, ShardTask, Tables, run_shards
+
+_PART = pa.schema([(name, pa.int64()) for name in Part.__dataclass_fields__])
+
+
+def scan_parts(pool: PoolConfig, parts: Sequence[Part], listing: RunDir, output: RunDir, scan: RunDir) -> None:
+    """Scan the parts that were not scanned yet, each by a task, to `scan`; copies of images go to `output`."""
+    job = ShardJob(
+        stage="pool",
+        output=scan,
+        families={REJECTED_FAMILY: REJECTED, "scan": SCAN},
+        load=lambda task: pa.Table.from_pylist([dict(task.payload)], schema=_PART),
+        make_worker=lambda: partial(_scan_part, pool=pool, listing=listing, output=output),
+    )
+    run_shards(job, [ShardTask(number, asdict(part)) for number, part in enumerate(parts)], actors=None)
+
+
+def _scan_part(part: pa.Table, pool: PoolConfig, listing: RunDir, output: RunDir) -> Tables:
+    """Read the images of a part one after the other and say what they are, or why they cannot be used."""
+    [given] = [Part(**row) for row in part.to_pylist()]
+    shard = read_shard(listing.location / shard_name(FAMILY, given.shard), LISTING)
+    files = shard.slice(given.start, given.stop - given.start)
+    sized = zip(files["uri"].to_pylist(), files["num_bytes"].to_pylist(), strict=True)
+    copies = output.location / f"images-{given.shard:06d}-{given.start:06d}-{given.piece:06d}.bin"
+    limits, with_hash = ImageLimits.of(pool), pool.near_duplicate_bits is not None
+    accepted, rejected = [], []
+    with copies.writing() if pool.copy_compressed else nullcontext() as stream:
+        for image in images_in(sized, pool.image_column, limits.max_bytes, given.piece, given.num_pieces):
+            encoded = image.encoded
+            identity = {"image_id": image_id(encoded if isinstance(encoded, bytes) else b""), "path": image.path}
+            try:
+                if isinstance(encoded, ImageRejected):
+                    raise encoded
+                facts = inspect(encoded, limits, with_hash=with_hash)
+            except ImageRejected as error:
+                rejected.append({**identity, "reason": error.reason, "message": error.message})
+                continue
+            place = _place_of(image, encoded, copies, stream)
+            accepted.append({**identity, **vars(facts), **place, "num_bytes": len(encoded)})
+    return {REJECTED_FAMILY: table_of(rejected, REJECTED), "scan": table_of(accepted, SCAN)}
+
+
+def _place_of(image: Found, encoded: bytes, copies: Location, stream: pa.NativeFile | None) -> dict[str, Any]:
+    """Return where the bytes are found again; with a stream, those that lie compressed in a table are copied to it."""
+    if stream is None or image.row is None or image.offset is not None:
+        return {"path": image.path, "row": image.row, "offset": image.offset}
+    offset = stream.tell()
+    stream.write(encoded)
+    return {"path": copies.uri, "row": image.row, "offset": offset}

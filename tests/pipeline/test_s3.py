@@ -1,0 +1,108 @@
+"""The command line against a real S3 server on loopback: images, tables and the run directory are objects."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from stic_ray.core.errors import SourceError
+from stic_ray.core.rundir import RunDir
+from stic_ray.core.schemas import INDEX
+from stic_ray.core.storage import Location
+from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
+from tests.stages.sources import as_parquet, as_tar, tiny_pictures
+
+JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
+BUCKET = "s3://pictures"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """A server with an empty bucket; address and credentials are in the environment and nowhere else."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="pictures")
+        yield f"{host}:{port}"
+    server.stop()
+
+
+def test_addresses_of_objects_survive_odd_names_and_options(endpoint: str) -> None:
+    folder = Location.of(f"{BUCKET}/odd names?endpoint_override={endpoint}&scheme=http&region=us-east-1")
+    for name in ("a b.png", "50%41.png", "x#y?z.png", "ü.png"):
+        (folder / name).write(name.encode())
+    listed = [folder.at(file.path) for file in folder.files()]
+    assert len(listed) == 4
+    for file in listed:
+        again = Location.of(file.uri)  # as an index row carries it to another machine
+        assert again.read() == file.name.encode()
+        assert "endpoint_override" in file.uri
+    assert listed[0].folder.uri == folder.uri
+
+
+def test_credentials_in_an_address_are_refused() -> None:
+    with pytest.raises(SourceError, match="'s3://...@bucket/images' holds credentials.*environment") as caught:
+        Location.of("s3://key:secret@bucket/images")
+    assert "secret@" not in str(caught.value)
+
+
+def command_for(folder: Path, run: str) -> list[str]:
+    script = fake_script(folder, f"{TELLING}\nseconds_per_batch: 0.2\n")
+    command = [sys.executable, str(JOB), "--stages", "pool,preferences", "--run", run]
+    for setting in (
+        f"pool.source={BUCKET}/source",
+        "pool.shard_size=4",
+        "model.engine=fake",
+        f"model.path={script}",
+        "actors.num_actors=1",
+        "actors.batch_size=4",
+    ):
+        command += ["--set", setting]
+    return command
+
+
+def test_a_run_on_s3_is_finished_after_a_kill(endpoint: str, tmp_path: Path) -> None:
+    source = draw_pictures(tmp_path / "source", 20)
+    as_tar(source, tiny_pictures(8))
+    as_parquet(source / "deep folder", tiny_pictures(8, first=8), compression="none")
+    as_parquet(source / "deep folder", tiny_pictures(8, first=16), name="b.parquet")
+    (Location.of(BUCKET) / "source").upload_folder(source)
+
+    command = command_for(tmp_path, f"{BUCKET}/runs/killed")
+    killed = RunDir.of(f"{BUCKET}/runs/killed")
+    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while len((killed / "preferences").shards("pairs")) < 2:
+        assert victim.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert (killed / "preferences").manifest is None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    index = (killed / "pool").read_table("index", INDEX)
+    assert index["position"].to_pylist() == list(range(44))
+    assert all(path.startswith(f"{BUCKET}/source/") for path in index["path"].to_pylist())
+    pairs = pairs_of(killed)
+    assert pairs["image_id"].to_pylist() == index["image_id"].to_pylist()
+    manifests = [(killed / stage).manifest or {} for stage in ("pool", "preferences")]
+    assert [manifest["num_rows_written"] for manifest in manifests] == [44, 44]
+    left = {file.base_name for file in (killed / "pool").location.files(recursive=True)}
+    assert not [name for name in left if name.startswith(("scan", "ordered", "parts", "."))]
