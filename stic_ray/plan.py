@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from stic_ray.core.config import RunConfig, accumulation_steps, sources_of
+from stic_ray.core.config import RunConfig, sources_of
+from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.rundir import RunDir
 from stic_ray.pipeline import REPORT, STAGES, check_stage_names, inputs_of
 

@@ -4,8 +4,9 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from stic_ray.core.config import TOYWORLD, RunConfig, accumulation_steps, is_toy, sources_of
+from stic_ray.core.config import TOYWORLD, RunConfig, is_toy, sources_of
 from stic_ray.core.errors import ConfigError, SourceError, nearest
+from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 from stic_ray.engines.opening import check_engine

@@ -30,6 +30,8 @@ def pair(**changes: Any) -> dict[str, Any]:
         "num_chosen_tokens": 4,
         "num_rejected_tokens": 7,
         "num_sequence_tokens": 40,
+        "reference_chosen_logp": None,
+        "reference_rejected_logp": None,
         "chosen_finish_reason": "stop",
         "rejected_finish_reason": "stop",
         "model": "/models/tiny",

@@ -7,9 +7,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from stic_ray.core.config import RunConfig, WorkersConfig, accumulation_steps
+from stic_ray.core.config import RunConfig, WorkersConfig
 from stic_ray.core.errors import ConfigError, UserError, nearest
 from stic_ray.core.overrides import apply_overrides, load_config
+from stic_ray.core.resources import accumulation_steps
 from stic_ray.recipes import RECIPES, recipe
 
 

@@ -28,7 +28,7 @@ def test_a_good_row_passes_and_keeps_its_values() -> None:
     assert table_of([], PAIRS).num_rows == 0
 
 
-OPTIONAL = {"corruption", "pixel_change"}
+OPTIONAL = {"corruption", "pixel_change", "reference_chosen_logp", "reference_rejected_logp"}
 
 
 @pytest.mark.parametrize("column", [name for name in PAIRS.names if name not in OPTIONAL])

@@ -122,7 +122,7 @@ def test_a_learning_rate_that_explodes_stops_with_one_line(tmp_path: Path, tiny_
 
 
 def test_an_impossible_global_batch_is_refused_with_the_numbers(tiny_llava: Path) -> None:
-    from stic_ray.core.config import accumulation_steps
+    from stic_ray.core.resources import accumulation_steps
 
     config = config_for(tiny_llava, workers={"num_workers": 3, "micro_batch": 2})
     with pytest.raises(ConfigError, match=r"global_batch=8 is not divisible by .*=3 x .*=2 = 6"):

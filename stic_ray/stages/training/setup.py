@@ -21,8 +21,8 @@ from stic_ray.core.config import (
     RunConfig,
     TuningConfig,
     WorkersConfig,
-    accumulation_steps,
 )
+from stic_ray.core.resources import accumulation_steps
 from stic_ray.engines.loading import choose_dtype, is_adapter, load_model, load_processor, parts_of
 from stic_ray.engines.shared_prefix import why_not
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator

@@ -49,7 +49,8 @@ class RegularisedDPOTrainer(DPOTrainer):
     def _logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed log-probabilities of chosen and rejected answers, each of shape (B,)."""
         if "segments" in inputs:
-            arguments = model_inputs(inputs, self.accelerator.unwrap_model(model).config)
+            config = cast(Any, self.accelerator.unwrap_model(model)).config
+            arguments = model_inputs(inputs, config)
             outputs = model(**arguments, labels=labels_of(inputs, IGNORED), use_cache=False, fused_lm_head=True)
             return sum_by_answer(outputs.log_probs, inputs)
         arguments = {name: value for name, value in inputs.items() if name != "completion_mask"}

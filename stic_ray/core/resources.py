@@ -1,0 +1,78 @@
+"""With what a run is computed: the processes that generate, and those that train. No result depends on it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stic_ray.core.errors import ConfigError
+from stic_ray.core.section import Count, NotNegative, Positive, Section
+
+
+class ActorsConfig(Section):
+    """Processes that own a model and generate."""
+
+    num_actors: Count = 1
+    """At most so many at once."""
+    min_actors: Count | None = None
+    """Begin with so many and add others as machines come; `num_actors` when unset."""
+    num_cpus: Annotated[float, Field(ge=0.0)] = 1.0
+    """CPUs per actor."""
+    num_gpus: Annotated[float, Field(ge=0.0)] = 0.0
+    """GPUs per actor; the vllm engine cuts a model over two or more (tensor parallelism)."""
+    gpu_memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of an actor's GPU that the vllm engine takes at its start, for weights and cached tokens."""
+    max_length_tokens: Count | None = None
+    """Image, question and answer together in the vllm engine; the model's own limit when unset."""
+    batch_size: Count = 16
+    """Requests per forward pass, halved by an actor that runs out of memory; and images per window, the part of a
+    shard that is decoded at a time."""
+    batch_tokens: Count | None = None
+    """Tokens per forward pass: requests times the longest of them, image, padding and the answer's limit included."""
+    merge_adapter: bool = False
+    """Merge adapters into the weights before generating: faster, but in bfloat16 small updates are rounded away."""
+    windows_in_flight: Count = 2
+    """Windows that an actor works on at once: one is decoded while another is answered. An engine that batches
+    continuously is kept full by more of them."""
+    timeout_s: Positive | None = None
+    """Seconds that the answers of a window may take before the actor counts as hanging and is ended; no limit when
+    unset."""
+    max_retries: Count = 2
+    """Deaths of an actor over the same window until its images are tried one by one, and over the same image alone
+    until that one is rejected."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "ActorsConfig":
+        if self.min_actors is not None and self.min_actors > self.num_actors:
+            raise ValueError(f"min_actors={self.min_actors} is more than num_actors={self.num_actors}")
+        return self
+
+
+class WorkersConfig(Section):
+    """Processes that train together."""
+
+    num_workers: Count = 1
+    num_cpus: Annotated[float, Field(ge=0.0)] = 1.0
+    """CPUs per worker."""
+    num_gpus: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """GPUs per worker."""
+    micro_batch: Count = 1
+    """Rows per worker and forward pass; gradient accumulation follows from the global batch."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage; 0 is plain data parallelism without DeepSpeed."""
+    gradient_checkpointing: bool = False
+    share_prefix: bool = True
+    """Encode image and prompt once for both answers of a pair, where the model family allows it: same loss, sooner."""
+    save_every_steps: Count = 200
+    max_failures: NotNegative = 3
+    """How often training restarts from its last checkpoint after losing a worker."""
+
+
+def accumulation_steps(global_batch: int, workers: WorkersConfig) -> int:
+    """Return how many forward passes make one optimiser step. Raises ConfigError when that is no whole number."""
+    at_once = workers.num_workers * workers.micro_batch
+    if global_batch % at_once:
+        raise ConfigError(
+            f"global_batch={global_batch} is not divisible by workers.num_workers={workers.num_workers} x "
+            f"workers.micro_batch={workers.micro_batch} = {at_once}; change one of the three."
+        )
+    return global_batch // at_once
