@@ -14,16 +14,17 @@ def explain(stage: str, error: BaseException) -> Exception:
     """
     lines = str(error).splitlines()
     raised = [match for line in lines if (match := re.match(r"([\w.]+(?:Error|Exception)): (.+)", line))]
-    ours = [match for match in raised if match[1].startswith("stic_ray.")]  # the last one was raised from the others
-    first = ours[-1] if ours else next((match for match in raised if not match[1].startswith("ray.")), None)
-    if first is None:
+    ours = [match for match in raised if match[1].startswith("stic_ray.")]
+    theirs = [match for match in raised if not match[1].startswith("ray.")]
+    told = (ours or theirs)[-1:]  # raised from those before it, and says more
+    if not told:
         last = next((line.strip() for line in reversed(lines) if line.strip()), type(error).__name__)
         return StageError(f"{stage} stopped: {last}")
-    name, message = first[1].rsplit(".", 1)[-1], first[2].strip()
-    kind = getattr(errors if first[1].startswith("stic_ray.") else builtins, name, None)
+    where, message = told[0][1], told[0][2].strip()
+    name = where.rsplit(".", 1)[-1]
+    kind = getattr(errors if where.startswith("stic_ray.") else builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, UserError):
         return kind(message)
     if isinstance(kind, type) and issubclass(kind, OSError):
         return StageError(f"{stage} could not read or write: {message}. Mend this and run the same command again.")
-    told = message if kind is StageError else f"{name}: {message}"
-    return StageError(f"{stage} stopped: {told}")
+    return StageError(f"{stage} stopped: {message if kind is StageError else f'{name}: {message}'}")

@@ -24,7 +24,7 @@ def test_figures_are_those_of_the_whole_and_of_the_second_half(caplog: pytest.Lo
     assert figures["num_rows"] == 14 and figures["steady"]["num_rows"] == 6
     assert figures["utilisation"] == figures["steady"]["utilisation"] == 0.75
     assert figures["requests_per_call"] == 4.0 and figures["requests_in_flight"] == 4.0
-    assert 0 < figures["seconds_to_first_shard"] <= figures["seconds"]
+    assert 0 <= figures["seconds_to_first_shard"] <= figures["seconds"]
     [line] = [record.message for record in caplog.records]
     assert line.startswith("preferences: 4/4 shards, 14 rows, ")
     assert line.endswith("4.0 requests a call, 4.0 in flight per actor, actors 75% busy, 0 s left")
@@ -68,6 +68,8 @@ def test_ray_exports_what_an_actor_records() -> None:
     actor = Actor.remote()
     ray.get(actor.record.remote())
     port = ray.nodes()[0]["MetricsExportPort"]
+    if port <= 0:
+        pytest.skip("recorded, but not exported: that takes the agent of ray[default]")
     deadline = time.monotonic() + 60
     found: dict[str, float] = {}
     while len(found) < 5 and time.monotonic() < deadline:
