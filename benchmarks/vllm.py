@@ -1,6 +1,6 @@
 """The stage `preferences` with the vllm engine, end to end through Ray, against one bare `LLM.generate` call.
 
-Both answer the same requests, with the same seeds, on a random LLaVA of about 27 million parameters; the bare call is
+Both answer the same requests, with the same seeds, on a random LLaVA of about 6 million parameters; the bare call is
 given pictures and token ids that are ready, while the stage fetches, decodes and corrupts pictures, renders prompts,
 judges pairs and writes Parquet. Both are timed from the moment their engine has answered a first request to the last
 answer, or to the end of the stage; `ratio_with_start_up` has the seconds before that too. vLLM computes on `--threads`
@@ -40,7 +40,7 @@ PROMISE = 0.95
 SIDE_PX = 128
 READY = "ready"
 READY = "ready"
-HIDDEN_SIZE, NUM_LAYERS, HEAD_SIZE = 512, 8, 64
+HIDDEN_SIZE, NUM_LAYERS, HEAD_SIZE = 256, 4, 64
 
 
 def write_model(folder: Path) -> Path:
