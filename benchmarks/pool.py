@@ -1,9 +1,9 @@
 """Building the pool's index: memory of the driver and time per image, from 10^4 to 10^6 images.
 
 Writes Parquet files of tiny PNGs (8 px, each of another colour), builds the index of each pool in a process of its
-own, and reads the peak memory (VmHWM) that this process, the driver, had above what it has once Ray is connected. The
-promise is that a hundred times the images take no more than 1.25 times the driver's memory, and that the time per
-image does not grow. With --near-duplicates the pools are checked for near-duplicates, too.
+own, and reads the peak memory (VmHWM) of that process, the driver, and what it had once Ray was connected. The promise
+is that a hundred times the images take no more than 1.25 times the driver's memory; the ratio of the times per image
+is printed beside it. With --near-duplicates the pools are checked for near-duplicates, too.
 
     python benchmarks/pool.py --quick
 """

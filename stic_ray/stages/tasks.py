@@ -1,7 +1,7 @@
 """Small work on the cluster: a function over items, each a Ray task that leaves files and returns little."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -15,7 +15,7 @@ def map_tasks(what: str, function: Callable[..., Any], arguments: Sequence[tuple
 
     Calls may be made again when a worker dies. Raises UserError as a task raised it, StageError for anything else.
     """
-    task = ray.remote(function)
+    task = cast(Any, ray.remote(function))  # Ray types functions of a known number of arguments only
     results: dict[int, Any] = {}
     running: dict[Any, int] = {}
     try:
