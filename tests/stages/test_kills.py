@@ -71,6 +71,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster
     cluster.shutdown()
+    shutil.rmtree(temporary)
 
 
 def start(command: list[str], run: Path) -> subprocess.Popen[bytes]:
