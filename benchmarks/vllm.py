@@ -159,12 +159,14 @@ def main() -> None:
                 "name": "benchmark",
                 "model": {"engine": "vllm", "path": str(write_model(Path(folder, "model")))},
                 "preferences": {"temperature": 0.7, "max_new_tokens": options.max_new_tokens, "allow_truncated": True},
+                "pool": {"shard_size": options.batch_size},
                 "actors": {"num_cpus": options.threads, "batch_size": options.batch_size},
             }
         )
         run = RunDir.of(f"{folder}/run")
         write_index(run, draw_pictures(Path(folder, "pictures"), num_images, 256), num_images, options.batch_size)
         bare = time_bare_call(config, requests_of(config, run, load_prompts(config.prompts)))
+        print(f"bare call: {2 * num_images / bare['seconds']:.1f} requests/s", flush=True)
         stage = time_stage(config, run)
     num_equal = sum(a == b for a, b in zip(bare.pop("texts"), stage.pop("texts"), strict=True))
     start_up = {name: figures["seconds"] + figures["seconds_to_start"] for name, figures in (("b", bare), ("s", stage))}
