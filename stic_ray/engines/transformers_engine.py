@@ -24,11 +24,13 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class TransformersCounter:
-    """A model's processor in this process."""
+    """A model's processor in this process. Threads may share it."""
 
     def __init__(self, model: ModelConfig) -> None:
         """Load the processor. Raises ModelError."""
         self.processor: Any = load_processor(model)
+        # A tokenizer keeps its padding as state, and refuses to have it changed while another thread uses it.
+        self._tokenizing = threading.RLock()
         self._added_by_size: dict[tuple[int, int], int] = {}
 
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
@@ -41,13 +43,14 @@ class TransformersCounter:
             return []
         question = [{"role": "user", "content": "?"}]
         text = render(self.processor, question, with_image=True, add_generation_prompt=True)
-        inputs = self.processor(
-            images=[[image] for image in images],
-            text=[text] * len(images),
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
+        with self._tokenizing:
+            inputs = self.processor(
+                images=[[image] for image in images],
+                text=[text] * len(images),
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=False,
+            )
         return [num_tokens - self._num_tokens(text) for num_tokens in inputs["attention_mask"].sum(1).tolist()]
 
     def _guess_added_tokens(self, image: Image.Image | None) -> int:
@@ -63,7 +66,8 @@ class TransformersCounter:
         return self._added_by_size[image.size]
 
     def _num_tokens(self, text: str) -> int:
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        with self._tokenizing:
+            return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class TransformersEngine(TransformersCounter):
@@ -129,12 +133,13 @@ class TransformersEngine(TransformersCounter):
             waiting = [number for number in range(len(pairs)) if number not in scores]
             plan = plan_batches([lengths[number] for number in waiting], [""] * len(waiting), self.limits)
             rows = [waiting[place] for place in plan[0]]
-            batch = make_batch(
-                self.processor,
-                [pairs[row].image for row in rows],
-                [split[row][0][0] for row in rows],
-                [(split[row][0][1], split[row][1][1]) for row in rows],
-            )
+            with self._tokenizing:
+                batch = make_batch(
+                    self.processor,
+                    [pairs[row].image for row in rows],
+                    [split[row][0][0] for row in rows],
+                    [(split[row][0][1], split[row][1][1]) for row in rows],
+                )
             try:
                 found = self._score(batch)
             except OUT_OF_MEMORY as error:
@@ -167,14 +172,15 @@ class TransformersEngine(TransformersCounter):
     @torch.inference_mode()
     def _generate_batch(self, requests: Sequence[Request], texts: Sequence[str], sampling: Sampling) -> list[Answer]:
         images = [[request.image] for request in requests if request.image is not None] or None
-        inputs = self.processor(
-            images=images,
-            text=list(texts),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
+        with self._tokenizing:
+            inputs = self.processor(
+                images=images,
+                text=list(texts),
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+                add_special_tokens=False,
+            )
         num_prompt_tokens = inputs["attention_mask"].sum(1).tolist()
         num_image_tokens = (inputs["input_ids"] == image_token_id(self.processor)).sum(1).tolist()
         with self._busy:
@@ -190,12 +196,13 @@ class TransformersEngine(TransformersCounter):
                 logits_processor=_processors([request.seed for request in requests], sampling, self.device),
             )
             new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        return [
-            read_answer(self.processor, ids, self.end_ids, num_image, num_prompt - self._num_tokens(text))
-            for ids, num_image, num_prompt, text in zip(
-                new_ids, num_image_tokens, num_prompt_tokens, texts, strict=True
-            )
-        ]
+        with self._tokenizing:
+            return [
+                read_answer(self.processor, ids, self.end_ids, num_image, num_prompt - self._num_tokens(text))
+                for ids, num_image, num_prompt, text in zip(
+                    new_ids, num_image_tokens, num_prompt_tokens, texts, strict=True
+                )
+            ]
 
 
 class SeededNoise(LogitsProcessor):

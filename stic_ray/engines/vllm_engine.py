@@ -89,7 +89,8 @@ class VllmEngine(TransformersCounter):
 
         Raises EngineError when one of these requests is refused, and EngineLost when vLLM has died.
         """
-        prompts = [make_prompt(self.processor, request) for request in requests]
+        with self._tokenizing:
+            prompts = [make_prompt(self.processor, request) for request in requests]
         return self._wait(self._answer_all(prompts, [request.seed for request in requests], sampling))
 
     def close(self) -> None:
@@ -125,7 +126,8 @@ class VllmEngine(TransformersCounter):
         num_image_tokens = output.prompt_token_ids.count(self.image_token_id)
         num_added_tokens = len(output.prompt_token_ids) - len(prompt["prompt_token_ids"])
         ids = output.outputs[0].token_ids
-        return read_answer(self.processor, ids, self.end_ids, num_image_tokens, num_added_tokens)
+        with self._tokenizing:
+            return read_answer(self.processor, ids, self.end_ids, num_image_tokens, num_added_tokens)
 
     async def _run(self, prompt: dict[str, Any], **settings: Any) -> Any:
         """Return vLLM's output for a prompt."""

@@ -253,11 +253,14 @@ def test_the_requests_of_one_image_share_a_batch(
 
 
 def test_threads_share_an_engine(own_engine: TransformersEngine) -> None:
+    """Counting tokens and padding them go on at the same time, which a tokenizer refuses where it is not guarded."""
     requests = mixed_requests()
     expected = own_engine.generate(requests, SAMPLED)
     with ThreadPoolExecutor(4) as pool:
+        counting = [pool.submit(own_engine.count_added_tokens, [scene(1)] * 3) for _ in range(60)]
         for answers in pool.map(lambda _: own_engine.generate(requests, SAMPLED), range(8)):
             assert answers == expected
+    assert {tuple(each.result()) for each in counting} == {tuple(own_engine.count_added_tokens([scene(1)] * 3))}
 
 
 @pytest.mark.parametrize("family", [*EMBEDDED, *NEED_TORCHVISION])
