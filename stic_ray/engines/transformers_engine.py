@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.core.errors import ModelError
+from stic_ray.core.errors import EngineLost, ModelError
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, plan_batches
 from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, load_model, load_processor
@@ -90,7 +90,8 @@ class TransformersEngine(TransformersCounter):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request, in batches that depend on the requests alone (`batching.plan_batches`).
 
-        A batch that does not fit the memory is halved, and the smaller size kept.
+        A batch that does not fit the memory is halved, and the smaller size kept. Raises EngineLost when the GPU has
+        failed.
         """
         answers: dict[int, Answer] = {}
         texts = [self._render(request) for request in requests]
@@ -108,6 +109,8 @@ class TransformersEngine(TransformersCounter):
                 except OUT_OF_MEMORY as error:
                     self._shrink(len(batch), max(lengths[i] for i in batch), error)
                     continue
+                except torch.AcceleratorError as error:  # every later call on this GPU would fail too
+                    raise EngineLost(str(error).splitlines()[0]) from error
                 answers.update(zip(batch, found, strict=True))
                 waiting = [i for i in waiting if i not in answers]
         return [answers[i] for i in range(len(requests))]
