@@ -119,7 +119,7 @@ class TimedPairMaker(preferences.PairMaker):
 
 
 def time_stage(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Run the stage, and return the answers in the order of the requests."""
+    """Run the stage; the texts have their places among the requests, a pair that was rejected has none."""
     os.environ.update(cluster.process_environment(config))
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 is for other people's work, and no baseline's
     preferences.PairMaker = TimedPairMaker
@@ -127,10 +127,10 @@ def time_stage(config: RunConfig, run: RunDir) -> dict[str, Any]:
         began_s = time.time()
         accounts = preferences.build_preferences(config, run)
         ended_s = time.time()
-    assert not accounts["num_rows_rejected"], accounts
     ready_s = float(Path(config.model.path, READY).read_text(encoding="utf-8"))
     rows = (run / "preferences").read_table("pairs", PAIRS).to_pylist()
-    texts = [row[column][0]["content"] for row in rows for column in ("chosen", "rejected")]
+    places = {"chosen": 0, "rejected": 1}
+    texts = {2 * row["position"] + places[side]: row[side][0]["content"] for row in rows for side in places}
     return {
         "seconds": ended_s - ready_s,
         "seconds_to_start": ready_s - began_s,
@@ -168,7 +168,8 @@ def main() -> None:
         bare = time_bare_call(config, requests_of(config, run, load_prompts(config.prompts)))
         print(f"bare call: {2 * num_images / bare['seconds']:.1f} requests/s", flush=True)
         stage = time_stage(config, run)
-    num_equal = sum(a == b for a, b in zip(bare.pop("texts"), stage.pop("texts"), strict=True))
+    said, kept = bare.pop("texts"), stage.pop("texts")
+    num_equal = sum(said[place] == text for place, text in kept.items())
     start_up = {name: figures["seconds"] + figures["seconds_to_start"] for name, figures in (("b", bare), ("s", stage))}
     result = {
         "name": "vllm",
@@ -177,6 +178,7 @@ def main() -> None:
         "ratio_with_start_up": start_up["b"] / start_up["s"],
         "num_images": num_images,
         "num_requests": 2 * num_images,
+        "num_answers_in_pairs": len(kept),
         "num_equal_answers": num_equal,
         "batch_size": options.batch_size,
         "threads": options.threads,
