@@ -290,9 +290,9 @@ def test_what_is_asked_twice_of_a_picture_is_generated_once(tmp_path: Path, monk
     for benchmark in (pictures / "beside.jsonl", tmp_path / "in_table.parquet"):
         shard = load_questions(ShardTask(0, {"rows": read_benchmark(str(benchmark))}))
         engine.requests.clear()
-        tables = Examinee(config, load_prompts(None), "base", None)(shard)
+        rows_of = Examinee(config, load_prompts(None), "base", None)(shard.to_pylist())
         num_generated.append(len(engine.requests))
-        found = tables["predictions-base"].to_pylist()
+        found = rows_of["predictions-base"]
         assert len(found) == 2 * shard.num_rows
         for row in found:
             assert engine.requests[int(row["response"].split()[1])][0] == row["prompt"]
