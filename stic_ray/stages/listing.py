@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -21,6 +21,9 @@ from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.storage import Location
 from stic_ray.stages.containers import check_column, kind_of
+
+pc: Any = pyarrow.compute
+"""Its functions are made when it is imported, which type checkers cannot see."""
 
 LISTING = pa.schema([("uri", pa.string()), ("num_bytes", pa.int64()), ("mtime_ns", pa.int64())])
 """A file of the source; size and time are unknown (null) where a list of paths names it."""

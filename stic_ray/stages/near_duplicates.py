@@ -5,9 +5,11 @@ keeps all that it had. Each mask of `method.near_duplicates` is a task that hold
 60 bytes per image; the buckets then take out what was found.
 """
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, shard_name
@@ -16,6 +18,9 @@ from stic_ray.core.storage import Location
 from stic_ray.method.near_duplicates import NUM_BITS, Array, block_masks, earlier_neighbours
 from stic_ray.stages.ordering import ORDERED, SCAN, Bucket, count_rows
 from stic_ray.stages.tasks import map_tasks
+
+pc: Any = pyarrow.compute
+"""Its functions are made when it is imported, which type checkers cannot see."""
 
 _HASHED = pa.schema([("image_id", pa.string()), ("perceptual_hash", pa.int64())])
 _CLOSE = pa.schema([("rank", pa.int64()), ("close_to", pa.string()), ("distance", pa.int64())])

@@ -8,10 +8,11 @@ the bucket. No process holds more than a bucket or a group of parts, and the dri
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from stic_ray.core.randomness import seed_for
@@ -19,6 +20,9 @@ from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, shard_name
 from stic_ray.core.schemas import INDEX, REJECTED, Reason, table_of
 from stic_ray.core.storage import Location
 from stic_ray.stages.tasks import map_tasks
+
+pc: Any = pyarrow.compute
+"""Its functions are made when it is imported, which type checkers cannot see."""
 
 SCAN = pa.schema([field for field in INDEX if field.name != "position"], metadata=INDEX.metadata)
 """An image of the source that can be used."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import ray
+import ray.exceptions
 
 from stic_ray.core.errors import StageError, UserError
 
