@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.schemas import INDEX
+from stic_ray.core.schemas import INDEX, REJECTED, Reason
 from stic_ray.core.storage import Location
 from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
 from tests.stages.sources import as_parquet, as_tar, tiny_pictures
@@ -100,9 +100,11 @@ def test_a_run_on_s3_is_finished_after_a_kill(endpoint: str, tmp_path: Path) -> 
     index = (killed / "pool").read_table("index", INDEX)
     assert index["position"].to_pylist() == list(range(44))
     assert all(path.startswith(f"{BUCKET}/source/") for path in index["path"].to_pylist())
-    pairs = pairs_of(killed)
-    assert pairs["image_id"].to_pylist() == index["image_id"].to_pylist()
-    manifests = [(killed / stage).manifest or {} for stage in ("pool", "preferences")]
-    assert [manifest["num_rows_written"] for manifest in manifests] == [44, 44]
+    rejected = (killed / "preferences").read_table("rejected", REJECTED)
+    assert set(rejected["reason"].to_pylist()) <= {Reason.CORRUPTION_CHANGED_NOTHING}, "of the tiniest pictures"
+    made = [*pairs_of(killed)["image_id"].to_pylist(), *rejected["image_id"].to_pylist()]
+    assert sorted(made) == sorted(index["image_id"].to_pylist()), "none lost, none doubled"
+    manifest = (killed / "preferences").manifest or {}
+    assert (manifest["num_rows_in"], manifest["num_rows_rejected"]) == (44, rejected.num_rows)
     left = {file.base_name for file in (killed / "pool").location.files(recursive=True)}
     assert not [name for name in left if name.startswith(("scan", "ordered", "parts", "."))]
