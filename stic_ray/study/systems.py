@@ -5,6 +5,7 @@ A system is a way of getting an answer: a model of a variant, in a mode. The exp
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,27 +60,39 @@ def write_systems(home: RunDir, folder: Path, command: str) -> None:
     if record is None:
         raise RunError(f"No study at '{home.uri}': make it with jobs/scaling_study.py first.")
     results = read_results(record, home)
+    compared = _size_to_compare(results, len(record.seeds))
     table = {
         "command": command,
         "seeds": list(record.seeds),
         "sizes": list(record.sizes),
         "num_scenes": record.base.toyworld.num_scenes,
         "confidence": record.base.evaluation.confidence,
-        "systems": {name: _system(name, results, record.base.evaluation) for name in SYSTEMS},
+        "systems": {name: _system(name, results, record.base.evaluation, compared) for name in SYSTEMS},
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "toyworld.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     _plot(table, folder / "toyworld.png")
 
 
-def _system(name: str, results: Sequence[Result], config: EvaluationConfig) -> dict[str, Any]:
-    """Return the measures of a system at the largest size, and at every size."""
+def _system(name: str, results: Sequence[Result], config: EvaluationConfig, compared: int) -> dict[str, Any]:
+    """Return the measures of a system at the size at which systems are compared, and at every size."""
     variant, _, _ = SYSTEMS[name]
+    if variant == BASE:
+        return {"size": None, **_measures(name, 0, results, config), "by_size": {}}
     sizes = sorted({result.run.size for result in results if result.run.variant == variant and result.scores})
-    if not sizes:
-        raise RunError(f"The study has no finished run of variant '{variant}', which system '{name}' needs.")
     by_size = {str(size): _measures(name, size, results, config) for size in sizes}
-    return {"size": sizes[-1] or None, **by_size[str(sizes[-1])], "by_size": by_size if sizes[-1] else {}}
+    return {"size": compared, **by_size[str(compared)], "by_size": by_size}
+
+
+def _size_to_compare(results: Sequence[Result], num_seeds: int) -> int:
+    """Return the largest size that every system has with every seed. Raises RunError when there is none."""
+    variants = sorted({variant for variant, _, _ in SYSTEMS.values()} - {BASE})
+    done = {each: Counter(r.run.size for r in results if r.run.variant == each and r.scores) for each in variants}
+    complete = set.intersection(*({size for size, n in done[each].items() if n == num_seeds} for each in variants))
+    if not complete:
+        told = "; ".join(f"{each}: {dict(sorted(done[each].items())) or 'none'}" for each in variants)
+        raise RunError(f"No size is finished by all systems with all {num_seeds} seeds. Finished runs by size: {told}.")
+    return max(complete)
 
 
 def _measures(name: str, size: int, results: Sequence[Result], config: EvaluationConfig) -> dict[str, Any]:

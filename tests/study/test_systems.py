@@ -45,9 +45,18 @@ def test_every_system_has_means_intervals_and_spread_at_the_largest_size(tmp_pat
         assert picture.width > 1000
 
 
+def test_systems_are_compared_where_all_of_them_have_all_seeds(tmp_path: Path) -> None:
+    late = {f"{name}-n16000-seed1": ("not_run", "") for name in ("shuffled_images", "sft_more")}
+    home = made_study(tmp_path, variants=VARIANTS, outcomes=late)
+    write_systems(home, tmp_path / "out", "command")
+    found = json.loads((tmp_path / "out" / "toyworld.json").read_text())["systems"]
+    assert {found[name]["size"] for name in found} == {4000, None}
+    assert (found["stic_stage1"]["seeds"], found["shuffled_images"]["by_size"]["16000"]["seeds"]) == ([0, 1], [0])
+
+
 def test_a_missing_variant_is_named(tmp_path: Path) -> None:
     home = made_study(tmp_path, variants={"stic": {}})
-    with pytest.raises(RunError, match="no finished run of variant 'text_only_dpo'"):
+    with pytest.raises(RunError, match="No size is finished by all systems with all 2 seeds.*text_only_dpo: none"):
         write_systems(home, tmp_path / "out", "command")
 
 
