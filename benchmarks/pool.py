@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--build", nargs=2, metavar=("SOURCE", "RUN"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.build:
-        print(json.dumps(build(*options.build, options.near_duplicates)))
+        source_folder, run_folder = options.build
+        print(json.dumps(build(source_folder, run_folder, options.near_duplicates)))
         return
     sizes = [int(size) for size in (options.sizes or "10000,100000,1000000").split(",")]
     pools = []
