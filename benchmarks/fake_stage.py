@@ -12,6 +12,7 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX, table_of
+from stic_ray.method.images import image_id
 from stic_ray.stages import cluster
 
 
@@ -29,17 +30,29 @@ def draw_pictures(folder: Path, number: int, side_px: int) -> list[Path]:
 
 
 def write_index(run: RunDir, pictures: Sequence[Path], num_images: int, shard_size: int) -> None:
-    """Write the index of so many images, which share the given files."""
+    """Write the index of so many images, which share the given files, as a finished stage `pool` leaves it."""
     side_px = Image.open(pictures[0]).width
-    facts = {"row": None, "width_px": side_px, "height_px": side_px, "format": "JPEG", "mode": "RGB"}
-    sizes = [path.stat().st_size for path in pictures]
+    facts = {
+        "row": None,
+        "offset": None,
+        "perceptual_hash": None,
+        "width_px": side_px,
+        "height_px": side_px,
+        "format": "JPEG",
+        "mode": "RGB",
+    }
+    contents = [path.read_bytes() for path in pictures]
     for number, start in enumerate(range(0, num_images, shard_size)):
         rows: list[dict[str, Any]] = []
         for position in range(start, min(start + shard_size, num_images)):
             file = position % len(pictures)
-            rows.append({"image_id": f"{position:032x}", "position": position, "path": str(pictures[file]), **facts})
-            rows[-1]["num_bytes"] = sizes[file]
+            rows.append(
+                {"image_id": image_id(contents[file]), "position": position, "path": str(pictures[file]), **facts}
+            )
+            rows[-1]["num_bytes"] = len(contents[file])
         (run / "pool").write_shard("index", number, table_of(rows, INDEX), INDEX)
+    extent = {"first_shard": 0, "first_position": 0, "num_rows": num_images}
+    (run / "pool").write_manifest({"stage": "pool", "num_rows_written": num_images, "extents": [extent]})
 
 
 def fake_config(folder: Path, script: str, *, shard_size: int, **actors: Any) -> RunConfig:
