@@ -2,16 +2,16 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.core.errors import EngineLost, ModelError
+from stic_ray.core.errors import EngineError, EngineLost, ModelError
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, plan_batches
 from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, load_model, load_processor
@@ -19,6 +19,8 @@ from stic_ray.engines.rendering import end_token_ids, read_answer, render
 from stic_ray.engines.shared_prefix import Batch, make_batch, score, split_pair, why_not
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
@@ -93,27 +95,20 @@ class TransformersEngine(TransformersCounter):
         A batch that does not fit the memory is halved, and the smaller size kept. Raises EngineLost when the GPU has
         failed.
         """
-        answers: dict[int, Answer] = {}
         texts = [self._render(request) for request in requests]
         lengths = [
             self._num_tokens(text) + self._guess_added_tokens(request.image) + sampling.max_new_tokens
             for text, request in zip(texts, requests, strict=True)
         ]
+
+        def answer(rows: list[int]) -> list[Answer]:
+            return self._generate_batch([requests[row] for row in rows], [texts[row] for row in rows], sampling)
+
+        answers: dict[int, Answer] = {}
         for with_image in (True, False):  # processors take images for every text of a batch, or for none
-            waiting = [i for i, request in enumerate(requests) if (request.image is not None) == with_image]
-            while waiting:
-                plan = plan_batches([lengths[i] for i in waiting], [requests[i].image_id for i in waiting], self.limits)
-                batch = [waiting[place] for place in plan[0]]
-                try:
-                    found = self._generate_batch([requests[i] for i in batch], [texts[i] for i in batch], sampling)
-                except OUT_OF_MEMORY as error:
-                    self._shrink(len(batch), max(lengths[i] for i in batch), error)
-                    continue
-                except torch.AcceleratorError as error:  # every later call on this GPU would fail too
-                    raise EngineLost(str(error).splitlines()[0]) from error
-                answers.update(zip(batch, found, strict=True))
-                waiting = [i for i in waiting if i not in answers]
-        return [answers[i] for i in range(len(requests))]
+            rows = [row for row, request in enumerate(requests) if (request.image is not None) == with_image]
+            answers |= self._in_batches(rows, lengths, [request.image_id for request in requests], answer)
+        return [answers[row] for row in range(len(requests))]
 
     def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
         """Return log p of the chosen and the rejected answer of each pair, summed over the tokens that training sees.
@@ -131,11 +126,8 @@ class TransformersEngine(TransformersCounter):
             self._num_tokens(chosen[0] + chosen[1] + rejected[1]) + self._guess_added_tokens(pair.image)
             for pair, (chosen, rejected) in zip(pairs, split, strict=True)
         ]
-        scores: dict[int, tuple[float, float]] = {}
-        while len(scores) < len(pairs):
-            waiting = [number for number in range(len(pairs)) if number not in scores]
-            plan = plan_batches([lengths[number] for number in waiting], [""] * len(waiting), self.limits)
-            rows = [waiting[place] for place in plan[0]]
+
+        def score_rows(rows: list[int]) -> list[tuple[float, float]]:
             with self._tokenizing:
                 batch = make_batch(
                     self.processor,
@@ -143,13 +135,34 @@ class TransformersEngine(TransformersCounter):
                     [split[row][0][0] for row in rows],
                     [(split[row][0][1], split[row][1][1]) for row in rows],
                 )
+            return self._score(batch)
+
+        scores = self._in_batches(range(len(pairs)), lengths, [""] * len(pairs), score_rows)
+        return [scores[row] for row in range(len(pairs))]
+
+    def _in_batches(
+        self,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        groups: Sequence[str],
+        work: Callable[[list[int]], Sequence[Result]],
+    ) -> dict[int, Result]:
+        """Return what `work` gives for each of `rows`, called with as many of them at a time as the memory takes."""
+        results: dict[int, Result] = {}
+        waiting = list(rows)
+        while waiting:
+            plan = plan_batches([lengths[row] for row in waiting], [groups[row] for row in waiting], self.limits)
+            batch = [waiting[place] for place in plan[0]]
             try:
-                found = self._score(batch)
+                found = work(batch)
             except OUT_OF_MEMORY as error:
-                self._shrink(len(rows), max(lengths[row] for row in rows), error)
+                self._shrink(len(batch), max(lengths[row] for row in batch), error)
                 continue
-            scores.update(zip(rows, found, strict=True))
-        return [scores[number] for number in range(len(pairs))]
+            except torch.AcceleratorError as error:  # every later call on this GPU would fail too
+                raise EngineLost(str(error).splitlines()[0]) from error
+            results.update(zip(batch, found, strict=True))
+            waiting = [row for row in waiting if row not in results]
+        return results
 
     def _score(self, batch: Batch) -> list[tuple[float, float]]:
         moved = {
@@ -161,9 +174,9 @@ class TransformersEngine(TransformersCounter):
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
     def _shrink(self, num_rows: int, length: int, error: Exception) -> None:
-        """Keep to half of a batch from now on. Raises `error` when it was a single row."""
+        """Keep to half of a batch from now on. Raises EngineError when it was a single row."""
         if num_rows == 1:
-            raise error
+            raise EngineError(f"out of memory with a single request of about {length} tokens: {error}") from error
         torch.cuda.empty_cache()
         self.limits = self.limits.halved(num_rows, length)
         logger.warning("out of memory with %d requests of %d tokens, going on with half of them", num_rows, length)

@@ -62,6 +62,7 @@ class Windows:
         self._room = _Room()
         self._has_answered = False
         self._num_failures_in_a_row = 0
+        self._broken: StageError | None = None
 
     def do(self, shard: pa.Table, attempts: Attempts) -> Tables:
         """Return the output tables of a shard, by family, in the order of its rows.
@@ -93,6 +94,8 @@ class Windows:
             except EngineError as error:
                 logger.warning("the engine failed on %d images, trying them one by one: %s", len(rows), error)
         with self._room.alone():
+            if self._broken:  # found out by the window before
+                raise self._broken
             return self._one_by_one(rows, images, attempts)
 
     def _one_by_one(self, rows: list[dict[str, Any]], images: Sequence[str], attempts: Attempts) -> Rows:
@@ -120,9 +123,10 @@ class Windows:
             self._num_failures_in_a_row += 1
             limit = _NUM_FAILURES_OF_A_BROKEN_ENGINE
             if self._num_failures_in_a_row >= (limit if self._has_answered else max(2, min(limit, num_rows))):
-                raise StageError(
+                self._broken = StageError(
                     f"the engine fails on every image, {self._num_failures_in_a_row} one after another: {error}"
-                ) from error
+                )
+                raise self._broken from error
             return self._worker.reject(row, Rejection(Reason.ENGINE_FAILED, str(error)))
 
     def _answered(self, rows: list[dict[str, Any]]) -> Rows:
