@@ -33,7 +33,8 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.method.images import encode_png
 from stic_ray.stages.training.batches import REFERENCE_LOGPS, PreferenceCollator
-from stic_ray.stages.training.setup import make_dpo_trainer, model_of
+from stic_ray.stages.training.setup import make_dpo_trainer
+from stic_ray.stages.training.tuning import model_of
 
 PROMISE = 1.8
 SIDES = ("trl", "shared_prefix", "shared_prefix_and_stored_reference")

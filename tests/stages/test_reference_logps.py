@@ -14,7 +14,8 @@ from stic_ray.method.prompts import load_prompts
 from stic_ray.preparation import check_before_work
 from stic_ray.stages.preferences import PairMaker
 from stic_ray.stages.training.batches import REFERENCE_LOGPS
-from stic_ray.stages.training.setup import make_dpo_trainer, model_of
+from stic_ray.stages.training.setup import make_dpo_trainer
+from stic_ray.stages.training.tuning import model_of
 from tests.stages.builders import draw_pictures, fake_config
 from tests.stages.test_training_batches import config_for
 

@@ -17,7 +17,8 @@ from stic_ray.core.schemas import INFUSED, PAIRS, table_of
 from stic_ray.engines.loading import image_token_id, load_processor
 from stic_ray.engines.shared_prefix import CHOSEN, PROMPT, REJECTED
 from stic_ray.stages.training.batches import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
-from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer, model_of
+from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
+from stic_ray.stages.training.tuning import model_of
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 from tests import tiny_models
 

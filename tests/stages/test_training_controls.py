@@ -15,7 +15,8 @@ from stic_ray.engines.loading import load_processor
 from stic_ray.pipeline import stages_needed
 from stic_ray.stages.training.batches import AnswersOnlyCollator
 from stic_ray.stages.training.launch import train_dpo
-from stic_ray.stages.training.setup import make_dpo_trainer, model_of
+from stic_ray.stages.training.setup import make_dpo_trainer
+from stic_ray.stages.training.tuning import model_of
 from tests.stages.builders import draw_pictures, run_stages
 from tests.stages.test_training_batches import config_for, picture, write_pairs
 from tests.stages.test_training_data import write_positions

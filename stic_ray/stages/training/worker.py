@@ -29,8 +29,10 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 from stic_ray.core.weight_names import use_hub_names
 from stic_ray.engines.loading import is_adapter
+from stic_ray.stages.training.arguments import start_deepspeed
 from stic_ray.stages.training.saved import check_changed
-from stic_ray.stages.training.setup import describe_parts, make_dpo_trainer, make_sft_trainer, start_deepspeed
+from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
+from stic_ray.stages.training.tuning import describe_parts
 
 
 def train_worker(settings: dict[str, Any]) -> None:

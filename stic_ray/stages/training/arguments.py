@@ -1,0 +1,73 @@
+"""What transformers' trainers and DeepSpeed are told."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stic_ray.core.config import OptimisationConfig, RunConfig, WorkersConfig
+from stic_ray.core.resources import accumulation_steps
+from stic_ray.engines.loading import choose_dtype
+
+
+def start_deepspeed(workers: WorkersConfig) -> None:
+    """Bring up DeepSpeed's own communication, which ZeRO-3 needs before a model is built."""
+    if workers.zero_stage == 0:
+        return
+    import deepspeed
+    import deepspeed.ops
+
+    if workers.num_gpus == 0:
+        # The shared-memory operator would be compiled on first use (39 s); plain gloo gives the same results.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if workers.num_gpus else "gloo", verbose=False)
+
+
+def training_arguments(config: RunConfig, stage: OptimisationConfig, folder: Path, num_rows: int) -> dict[str, Any]:
+    """Return the settings of a stage that trains on so many rows, under the names of transformers."""
+    workers = config.workers
+    num_steps = stage.num_steps or -(-num_rows // stage.global_batch) * stage.num_epochs
+    on_gpu = workers.num_gpus > 0
+    return {
+        "output_dir": str(folder),
+        "seed": config.seed,
+        "num_train_epochs": stage.num_epochs,
+        "max_steps": stage.num_steps or -1,
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "cosine",
+        # The first warm-up step has a learning rate of 0, so a run of one step must not be all warm-up.
+        "warmup_steps": min(int(stage.warmup_share * num_steps), num_steps - 1),
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "per_device_train_batch_size": workers.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(stage.global_batch, workers),
+        "gradient_checkpointing": workers.gradient_checkpointing,
+        "max_length": None,  # TRL would cut through image tokens; lengths were bounded when the rows were written
+        "bf16": on_gpu and choose_dtype(config.model, on_gpu=True) is torch.bfloat16,
+        "use_cpu": not on_gpu,
+        "dataloader_num_workers": 4 if on_gpu else 0,
+        "save_steps": workers.save_every_steps,
+        "save_total_limit": 1,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "deepspeed": _deepspeed(workers) if workers.zero_stage else None,
+    }
+
+
+def _deepspeed(workers: WorkersConfig) -> dict[str, Any]:
+    return {
+        "zero_optimization": {
+            "stage": workers.zero_stage,
+            "overlap_comm": workers.num_gpus > 0,
+            "contiguous_gradients": True,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "bf16": {"enabled": "auto"},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
