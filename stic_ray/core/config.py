@@ -113,6 +113,9 @@ class OptimisationConfig(Section):
     max_grad_norm: Positive = 1.0
     max_length_tokens: Count = 4096
     """Image, prompt and answer together; longer rows are rejected when they are written, never cut."""
+    num_held_out: NotNegative = 64
+    """Rows that are not trained on but evaluated along the way: the first so many of those with 1 in 16 hashes of the
+    id, so a pool that has grown holds out the same, and a small one at most about a sixteenth."""
 
 
 class DPOConfig(OptimisationConfig):

@@ -62,6 +62,13 @@ class WorkersConfig(Section):
     gradient_checkpointing: bool = False
     share_prefix: bool = True
     """Encode image and prompt once for both answers of a pair, where the model family allows it: same loss, sooner."""
+    num_loaders: NotNegative | None = None
+    """Processes per worker that read, decode and collate ahead of it; when unset 4 with a GPU, and none without."""
+    evaluate_every_steps: Count | None = None
+    """Optimiser steps between two evaluations on the held-out rows; when unset a quarter of all. The last step always
+    has one."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl. TensorBoard's files are in the run; the others are extras."""
     save_every_steps: Count = 200
     max_failures: NotNegative = 3
     """How often training restarts from its last checkpoint after losing a worker."""

@@ -21,6 +21,7 @@ from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
 from stic_ray.stages.training.tuning import model_of
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 from tests import tiny_models
+from tests.stages.builders import conversations_in, pairs_in
 
 EMBEDDED = ("llava", "llava_next", "idefics3")
 
@@ -85,7 +86,7 @@ def test_the_loss_in_trl_is_the_formula(objective: str, share_prefix: bool, tmp_
         dpo={"objective": objective, "alpha": 0.01, "beta": 0.3},
         workers={"share_prefix": share_prefix},
     )
-    trainer: Any = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 4)], tmp_path / "out")
+    trainer: Any = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "pairs", 4)), tmp_path / "out")
     model: Any = model_of(trainer).eval()
     rows = [dict(trainer.train_dataset[i]) for i in range(4)]
     trained_on = trainer.data_collator([dict(row) for row in rows])
@@ -135,7 +136,7 @@ def test_sharing_the_prefix_trains_on_the_same_tokens_with_the_same_losses(famil
     for share_prefix in (True, False):
         config = config_for(model, workers={"share_prefix": share_prefix}, dpo={"num_epochs": 2})
         set_seed(0)
-        trainer: Any = make_dpo_trainer(config, files, tmp_path / f"out-{share_prefix}")
+        trainer: Any = make_dpo_trainer(config, pairs_in(config, *files), tmp_path / f"out-{share_prefix}")
         batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(4)])
         if share_prefix:
             halves = [sequences(batch, segment) for segment in (CHOSEN, REJECTED)]
@@ -158,11 +159,11 @@ def sequences(batch: dict[str, torch.Tensor], segment: int) -> list[list[int]]:
 
 def test_stored_log_probabilities_take_the_place_of_the_reference(tmp_path: Path, tiny_llava: Path) -> None:
     config = config_for(tiny_llava, dpo={"alpha": 0.0, "beta": 1.0})
-    trainer: Any = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 4)], tmp_path / "out")
+    trainer: Any = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "pairs", 4)), tmp_path / "out")
     model: Any = model_of(trainer).eval()
     batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(4)])
     with torch.no_grad():
-        chosen, rejected = trainer._logps(model, batch)
+        chosen, rejected, _ = trainer._logps(model, batch)
         stored = {"reference_chosen_logp": chosen - 2.0, "reference_rejected_logp": rejected - 0.5}
         found = trainer._compute_loss(model, {**batch, **stored}, False)
     assert found.item() == pytest.approx(math.log1p(math.exp(-1.5)), rel=1e-5)
@@ -170,7 +171,7 @@ def test_stored_log_probabilities_take_the_place_of_the_reference(tmp_path: Path
 
 def test_full_fine_tuning_freezes_what_it_is_told_and_keeps_a_reference(tmp_path: Path, tiny_llava: Path) -> None:
     config = config_for(tiny_llava, tuning={"method": "full", "freeze": ["vision_tower", "projector"]})
-    trainer = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 8)], tmp_path / "out")
+    trainer = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "pairs", 8)), tmp_path / "out")
     before = {name: p.detach().clone() for name, p in model_of(trainer).named_parameters()}
     trainer.train()
     changed = {name for name, p in model_of(trainer).named_parameters() if not torch.equal(p, before[name])}
@@ -216,7 +217,7 @@ def test_a_family_trains_in_both_stages_on_mixed_rows(family: str, tmp_path: Pat
     """A step of DPO, then SFT that continues the adapter, with text-only rows among the others."""
     model = tiny_models.build(family, tmp_path / family)
     config = config_for(model, sft={"learning_rate": 0.01, "global_batch": 4})
-    trainer: Any = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 4)], tmp_path / "dpo")
+    trainer: Any = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "pairs", 4)), tmp_path / "dpo")
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     run = RunDir.of(str(tmp_path / "rows"))
@@ -234,7 +235,7 @@ def test_a_family_trains_in_both_stages_on_mixed_rows(family: str, tmp_path: Pat
     run.write_shard("rows", 0, table_of(rows, INFUSED), INFUSED)
     files = [Path(run.shards("rows")[0].path)]
 
-    sft: Any = make_sft_trainer(config, files, tmp_path / "sft", tmp_path / "adapter")
+    sft: Any = make_sft_trainer(config, conversations_in(config, *files), tmp_path / "sft", tmp_path / "adapter")
     before = {name: p.detach().clone() for name, p in model_of(sft).named_parameters() if "lora_" in name}
     sft.train()
     after = dict(model_of(sft).named_parameters())

@@ -23,10 +23,15 @@ def start_deepspeed(workers: WorkersConfig) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if workers.num_gpus else "gloo", verbose=False)
 
 
+def num_optimiser_steps(stage: OptimisationConfig, num_rows: int) -> int:
+    """Return how many steps a stage takes over so many rows."""
+    return stage.num_steps or -(-num_rows // stage.global_batch) * stage.num_epochs
+
+
 def training_arguments(config: RunConfig, stage: OptimisationConfig, folder: Path, num_rows: int) -> dict[str, Any]:
     """Return the settings of a stage that trains on so many rows, under the names of transformers."""
     workers = config.workers
-    num_steps = stage.num_steps or -(-num_rows // stage.global_batch) * stage.num_epochs
+    num_steps = num_optimiser_steps(stage, num_rows)
     on_gpu = workers.num_gpus > 0
     return {
         "output_dir": str(folder),
@@ -45,12 +50,10 @@ def training_arguments(config: RunConfig, stage: OptimisationConfig, folder: Pat
         "max_length": None,  # TRL would cut through image tokens; lengths were bounded when the rows were written
         "bf16": on_gpu and choose_dtype(config.model, on_gpu=True) is torch.bfloat16,
         "use_cpu": not on_gpu,
-        "dataloader_num_workers": 4 if on_gpu else 0,
         "save_steps": workers.save_every_steps,
         "save_total_limit": 1,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
-        "report_to": "none",
         "disable_tqdm": True,
         "deepspeed": _deepspeed(workers) if workers.zero_stage else None,
     }

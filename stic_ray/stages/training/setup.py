@@ -1,39 +1,41 @@
 """From the configuration to a TRL trainer."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset
 from trl.trainer.dpo_config import DPOConfig as TRLDPOConfig
 from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from stic_ray.core.config import OptimisationConfig, RunConfig
 from stic_ray.engines.loading import choose_dtype, is_adapter, load_model, load_processor
 from stic_ray.engines.shared_prefix import why_not
 from stic_ray.stages.training.arguments import training_arguments
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
-from stic_ray.stages.training.data import as_conversations, read_pairs, read_rows
-from stic_ray.stages.training.trainers import RegularisedDPOTrainer
+from stic_ray.stages.training.data import Conversations, read_conversations, read_pairs
+from stic_ray.stages.training.feeding import PLACEHOLDER, feed, loader_arguments
+from stic_ray.stages.training.index import Rows
+from stic_ray.stages.training.trainers import LikelihoodTrainer, RegularisedDPOTrainer
 from stic_ray.stages.training.tuning import freeze, make_adapter, model_of
 
 logger = logging.getLogger(__name__)
 
 
-def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> RegularisedDPOTrainer | SFTTrainer:
+def make_dpo_trainer(config: RunConfig, rows: Rows, folder: Path) -> RegularisedDPOTrainer | LikelihoodTrainer:
     """Return the trainer of stage `dpo`, the policy starting from the run's base model."""
     model = config.model
-    dataset = read_pairs(config, files, folder)
+    trained, held_out = read_pairs(config, rows)
     if config.dpo.objective == "sft":
-        return _make_likelihood_trainer(config, config.dpo, as_conversations(dataset), folder, None)
+        trainer = _make_likelihood_trainer(config, config.dpo, rows, folder, None)
+        feed(trainer, Conversations(trained), Conversations(held_out))
+        return trainer
     dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
     processor = load_processor(model)
     # Made before TRL's arguments, which turn ZeRO-3's partitioning of every new model on.
     adapter = make_adapter(model, config.tuning) if config.tuning.method == "lora" else None
     arguments = TRLDPOConfig(
-        **training_arguments(config, config.dpo, folder, dataset.num_rows),
+        **training_arguments(config, config.dpo, folder, rows.num_trained),
+        **loader_arguments(config, config.dpo, rows),
         disable_dropout=False,
         trust_remote_code=model.trust_remote_code,
         model_init_kwargs={"dtype": str(dtype).removeprefix("torch."), "revision": model.revision},
@@ -42,11 +44,14 @@ def make_dpo_trainer(config: RunConfig, files: Sequence[Path], folder: Path) -> 
         model=model.path,
         args=arguments,
         settings=config.dpo,
-        train_dataset=dataset,
+        train_dataset=PLACEHOLDER,
+        eval_dataset=PLACEHOLDER,
         processing_class=processor,
         data_collator=PreferenceCollator(processor=processor),
         peft_config=adapter,
     )
+    feed(trainer, trained, held_out)
+    trainer.has_reference_pass = not rows.has_reference_logps
     if config.tuning.method == "full":
         freeze(model_of(trainer), config.tuning)
     reason = _why_no_shared_prefix(config, trainer)
@@ -65,15 +70,16 @@ def _why_no_shared_prefix(config: RunConfig, trainer: RegularisedDPOTrainer) -> 
     return why_not(cast(Any, model_of(trainer)).config)
 
 
-def make_sft_trainer(config: RunConfig, files: Sequence[Path], folder: Path, start: Path | None) -> SFTTrainer:
+def make_sft_trainer(config: RunConfig, rows: Rows, folder: Path, start: Path | None) -> LikelihoodTrainer:
     """Return the trainer of stage `sft`, going on from what `dpo` left in `start`, or from the run's base model."""
-    dataset = read_rows(files, ["image", "messages"], folder)
-    return _make_likelihood_trainer(config, config.sft, dataset, folder, start)
+    trainer = _make_likelihood_trainer(config, config.sft, rows, folder, start)
+    feed(trainer, *read_conversations(config, rows))
+    return trainer
 
 
 def _make_likelihood_trainer(
-    config: RunConfig, settings: OptimisationConfig, dataset: Dataset, folder: Path, start: Path | None
-) -> SFTTrainer:
+    config: RunConfig, settings: OptimisationConfig, rows: Rows, folder: Path, start: Path | None
+) -> LikelihoodTrainer:
     """Return a trainer on the answers of `messages`, going on from an adapter, a full model, or the base model."""
     model = config.model
     dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
@@ -81,7 +87,9 @@ def _make_likelihood_trainer(
     # Made before TRL's arguments, as in make_dpo_trainer.
     adapter = make_adapter(model, config.tuning) if start is None and config.tuning.method == "lora" else None
     # Made before the model: ZeRO-3 partitions weights while they are loaded.
-    arguments = TRLSFTConfig(**training_arguments(config, settings, folder, dataset.num_rows))
+    arguments = TRLSFTConfig(
+        **training_arguments(config, settings, folder, rows.num_trained), **loader_arguments(config, settings, rows)
+    )
     if start is not None and is_adapter(start):
         weights = load_model(model, dtype=dtype, adapter=start, trainable=True)
     else:
@@ -89,10 +97,11 @@ def _make_likelihood_trainer(
         weights = load_model(origin, dtype=dtype)
         if adapter is None:
             freeze(weights, config.tuning)
-    return SFTTrainer(
+    return LikelihoodTrainer(
         model=weights,
         args=arguments,
-        train_dataset=dataset,
+        train_dataset=PLACEHOLDER,
+        eval_dataset=PLACEHOLDER,
         processing_class=processor,
         data_collator=AnswersOnlyCollator(processor=processor),
         peft_config=adapter,

@@ -7,11 +7,10 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray.train
 import torch.distributed
-from datasets import Dataset
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -45,13 +44,12 @@ def train_worker(settings: dict[str, Any]) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{stage}_"))
     try:
         start_deepspeed(config.workers)
-        files = [Location.of(uri).local_copy() for uri in settings["files"]]
         start = Location.of(settings["start"]).local_copy() if settings["start"] else None
         trainer: Trainer
         if stage == "dpo":
-            trainer = make_dpo_trainer(config, files, folder)
+            trainer = make_dpo_trainer(config, settings["rows"], folder)
         else:
-            trainer = make_sft_trainer(config, files, folder, start)
+            trainer = make_sft_trainer(config, settings["rows"], folder, start)
         facts = describe_parts(trainer)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Reporter(stage))
@@ -130,13 +128,15 @@ def _leave(
     (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same in words
     if not is_adapter(final):
         use_hub_names(final)
-    dataset = trainer.train_dataset
-    assert isinstance(dataset, Dataset), "training reads a map-style dataset"
     facts |= check_changed(final, config.model, start)
     lines = [json.dumps(entry) for entry in trainer.state.log_history if "loss" in entry]
     output.write_text("metrics.jsonl", "\n".join(lines) + "\n")
     state = trainer.state
-    facts |= {"num_steps": state.global_step, "num_rows": dataset.num_rows, "last_loss": _last_loss(state)}
+    facts |= {
+        "num_steps": state.global_step,
+        "num_rows": cast(Any, trainer.train_dataset).num_rows,
+        "last_loss": _last_loss(state),
+    }
     (output.location / "checkpoint").upload_folder(final)
     output.write_json("result.json", facts)
 
