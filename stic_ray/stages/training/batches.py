@@ -70,7 +70,7 @@ class SharedPrefixCollator:
     processor: Any
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what `shared_prefix.make_batch` does; WEIGHT and REFERENCE_LOGPS, of shape (B,), where rows have them."""
+        """Return what `shared_prefix.make_batch` does; WEIGHT and REFERENCE_LOGPS, each (B,), where rows have them."""
         split = [
             [
                 split_pair(self.processor, example["prompt"][0]["content"], example[side][0]["content"])

@@ -40,3 +40,8 @@ def loader_arguments(config: RunConfig, stage: OptimisationConfig, rows: Rows) -
 def feed(trainer: Trainer, trained: Dataset[Any], held_out: Dataset[Any]) -> None:
     """Give a trainer the rows that it was made without."""
     trainer.train_dataset, trainer.eval_dataset = trained, held_out
+
+
+def num_rows_of(dataset: Any) -> int:
+    """Return how many rows there are, without those that fill up an epoch."""
+    return dataset.num_rows

@@ -76,7 +76,9 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Locati
     result = output.read_json("result.json")
     assert result is not None, f"{stage} ended without an error and without result.json"
     (output / _ATTEMPTS).location.delete_folder()
-    return {**row_counts(num_rows, result["num_rows"], {}), "num_steps": result["num_steps"]}
+    used = result["num_rows"] + result["num_held_out"]
+    told = ("num_steps", "num_held_out", "held_out", "throughput", "warnings")
+    return {**row_counts(num_rows + rows.num_held_out, used, {}), **{name: result[name] for name in told}}
 
 
 def _explain(stage: str, error: BaseException) -> StageError:
