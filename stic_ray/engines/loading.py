@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -17,16 +17,15 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 
-from stic_ray.core.config import ModelConfig
+from stic_ray.core.config import ModelConfig, Part
 from stic_ray.core.errors import ModelError
 from stic_ray.core.rundir import digest
 from stic_ray.engines.rendering import split_answers
-
-Part = Literal["vision_tower", "projector", "language_model"]
 
 _PART_NAMES: dict[Part, tuple[str, ...]] = {
     "vision_tower": ("vision_tower", "vision_model", "visual"),
@@ -104,8 +103,9 @@ def load_model(
     adapter: Path | None = None,
     trainable: bool = False,
     merge: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Load the weights (safetensors only) on the CPU, with an adapter on top when one is given.
+    """Load the weights (safetensors only), with an adapter on top when one is given; on the CPU unless quantised.
 
     The adapter is checked to be active and equal to its file. It is applied, not merged, unless `merge` asks for it:
     that is computed in float32, and only then rounded to `dtype`, in which small updates may vanish. Raises ModelError.
@@ -117,6 +117,7 @@ def load_model(
             dtype=torch.float32 if merge else dtype,
             use_safetensors=True,
             output_loading_info=True,
+            quantization_config=quantization,
             **_hub_arguments(model),
         )
     base, report = loaded
@@ -126,10 +127,7 @@ def load_model(
     if adapter is None:
         return base
     with _explained(model, f"The adapter '{adapter}' on model.path='{model.path}'"):
-        # Training keeps the adapter in float32, where PEFT puts it: small steps vanish in bfloat16.
-        adapted = PeftModel.from_pretrained(
-            base, str(adapter), is_trainable=trainable, autocast_adapter_dtype=trainable
-        )
+        adapted = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, autocast_adapter_dtype=False)
     check_adapter_active(adapted, adapter)
     return cast(Any, adapted).merge_and_unload().to(dtype) if merge else adapted
 

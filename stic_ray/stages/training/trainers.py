@@ -1,4 +1,4 @@
-"""TRL's DPO trainer with STIC's objective."""
+"""TRL's trainers: DPO with STIC's objective, and likelihood."""
 
 from typing import Any, cast
 
@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from stic_ray.core.config import DPOConfig
 from stic_ray.engines.shared_prefix import labels_of, model_inputs, sum_by_answer
@@ -17,9 +18,14 @@ from stic_ray.method.objectives import (
     regularised_dpo,
 )
 from stic_ray.stages.training.batches import IGNORED, REFERENCE_LOGPS
+from stic_ray.stages.training.tuning import PartTrainer
 
 
-class RegularisedDPOTrainer(DPOTrainer):
+class LikelihoodTrainer(PartTrainer, SFTTrainer):
+    """TRL's trainer of likelihood."""
+
+
+class RegularisedDPOTrainer(PartTrainer, DPOTrainer):
     """Minimises `method.objectives.regularised_dpo`; data, reference model and bookkeeping are TRL's.
 
     Batches are `SharedPrefixCollator`'s, or TRL's: the B chosen sequences first and the B rejected ones behind them.

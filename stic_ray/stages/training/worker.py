@@ -19,10 +19,8 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.rundir import RunDir
@@ -30,6 +28,7 @@ from stic_ray.core.storage import Location
 from stic_ray.core.weight_names import use_hub_names
 from stic_ray.engines.loading import is_adapter
 from stic_ray.stages.training.arguments import start_deepspeed
+from stic_ray.stages.training.checkpoints import CheckpointReporter, last_checkpoint
 from stic_ray.stages.training.saved import check_changed
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
 from stic_ray.stages.training.tuning import describe_parts
@@ -41,23 +40,24 @@ def train_worker(settings: dict[str, Any]) -> None:
     stage, output = settings["stage"], RunDir.of(settings["output"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     rank = ray.train.get_context().get_world_rank()
-    set_seed(config.seed)  # a new adapter is drawn before the trainer sets its seed
     folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{stage}_"))
     try:
         start_deepspeed(config.workers)
         files = [Location.of(uri).local_copy() for uri in settings["files"]]
         start = Location.of(settings["start"]).local_copy() if settings["start"] else None
         trainer: Trainer
-        if stage == "dpo":
-            trainer = make_dpo_trainer(config, files, folder)
-        else:
-            trainer = make_sft_trainer(config, files, folder, start)
-        facts = describe_parts(trainer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Reporter(stage))
-        began_s = time.monotonic()
-        trainer.train(resume_from_checkpoint=_resume_folder(folder))
-        seconds = time.monotonic() - began_s
+        with last_checkpoint(config.workers) as resume:
+            if stage == "dpo":
+                trainer = make_dpo_trainer(config, files, folder, universal=resume.universal)
+            else:
+                trainer = make_sft_trainer(config, files, folder, start, universal=resume.universal)
+            facts = describe_parts(trainer)
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(_Progress(stage))
+            trainer.add_callback(CheckpointReporter())
+            began_s = time.monotonic()
+            trainer.train(resume_from_checkpoint=str(resume.folder) if resume.folder else None)
+            seconds = time.monotonic() - began_s
         trainer.save_model(str(folder / "final"))
         unset_hf_deepspeed_config()  # rank 0 loads models alone below, which ZeRO-3 would partition over all ranks
         torch.distributed.barrier()
@@ -68,12 +68,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _Reporter(TrainerCallback):
-    """Hands checkpoints to Ray Train, says how far training is, and stops it when the loss is no number.
-
-    Every rank reports what it wrote to its own folder, and Ray merges the folders: model and optimiser state of
-    rank 0, and each rank's random state and ZeRO shard. The stock callback races on a shared folder.
-    """
+class _Progress(TrainerCallback):
+    """Says how far training is, and stops it when the loss is no number."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -110,17 +106,6 @@ class _Reporter(TrainerCallback):
                 f"{(state.max_steps - state.global_step) * seconds_per_step:.0f} s left",
                 flush=True,
             )
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        last = get_last_checkpoint(args.output_dir)
-        checkpoint = ray.train.Checkpoint.from_directory(last) if last else None
-        ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
-
-
-def _resume_folder(folder: Path) -> str | None:
-    """Return a local copy of the last checkpoint that Ray Train holds for this attempt, if there is one."""
-    checkpoint = ray.train.get_checkpoint()
-    return checkpoint.to_directory(str(folder / "resume")) if checkpoint else None
 
 
 def _leave(
