@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -134,12 +134,11 @@ def load_model(
 
 def check_adapter_active(model: PeftModel, adapter: Path) -> None:
     """Raise ModelError unless every tensor of the adapter's file is loaded, active, and not all are zero."""
-    loaded = dict(model.named_parameters())
     name_of_adapter = model.active_adapter
+    loaded = get_peft_model_state_dict(model, adapter_name=name_of_adapter, save_embedding_layers=False)
     num_active = 0
     for key, expected in read_adapter(adapter).items():
-        name = key.replace(".weight", f".{name_of_adapter}.weight")
-        if name not in loaded or not torch.equal(loaded[name].cpu(), expected.to(loaded[name].dtype)):
+        if key not in loaded or not torch.equal(loaded[key].cpu(), expected.to(loaded[key].dtype)):
             raise ModelError(f"The adapter '{adapter}' does not fit its base model: '{key}' was not loaded.")
         num_active += bool(".lora_B." in key and expected.any())
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -151,6 +150,14 @@ def check_adapter_active(model: PeftModel, adapter: Path) -> None:
 def read_adapter(adapter: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a saved adapter."""
     return load_file(adapter / "adapter_model.safetensors")
+
+
+def parts_of_adapter(adapter: Path) -> set[Part]:
+    """Return the parts of a model that a saved adapter changes."""
+    known = {name: part for part, names in _PART_NAMES.items() for name in names}
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        words = [name.split(".") for name in file.offset_keys()]
+    return {part for names in words if (part := next((known[name] for name in names if name in known), None))}
 
 
 def is_adapter(checkpoint: Path) -> bool:

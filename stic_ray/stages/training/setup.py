@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch import nn
 from transformers import BitsAndBytesConfig
 from trl.trainer.dpo_config import DPOConfig as TRLDPOConfig
 from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
@@ -20,7 +21,14 @@ from stic_ray.stages.training.arguments import training_arguments
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
 from stic_ray.stages.training.data import as_conversations, read_pairs, read_rows
 from stic_ray.stages.training.trainers import LikelihoodTrainer, RegularisedDPOTrainer
-from stic_ray.stages.training.tuning import choose_trained, draw_adapter, make_adapter, make_quantization, model_of
+from stic_ray.stages.training.tuning import (
+    choose_trained,
+    draw_adapter,
+    hold_alike,
+    make_adapter,
+    make_quantization,
+    model_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +82,8 @@ def make_dpo_trainer(
         quantization_config=weights.quantization,
     )
     _choose_trained(trainer, config, weights)
+    if isinstance(trainer.ref_model, nn.Module) and config.workers.zero_stage == 0:
+        hold_alike(trainer.accelerator.unwrap_model(trainer.ref_model), model_of(trainer))
     reason = _why_no_shared_prefix(config, trainer)
     if reason is None:
         trainer.data_collator = SharedPrefixCollator(processor)

@@ -90,6 +90,13 @@ def choose_trained(model: nn.Module, tuning: TuningConfig, *, in_float32: bool) 
             parameter.data = parameter.data.float()
 
 
+def hold_alike(reference: nn.Module, policy: nn.Module) -> None:
+    """Hold the weights of a reference model in the number formats of the policy's, or they would begin apart."""
+    held = dict(policy.named_parameters())
+    for name, parameter in reference.named_parameters():
+        parameter.data = parameter.data.to(held[name].dtype)
+
+
 def draw_adapter(model: nn.Module, seed: int) -> None:
     """Draw a new adapter from the seed alone: loading a model takes random numbers, too, under ZeRO-3 others."""
     set_seed(seed)

@@ -53,7 +53,8 @@ def train_worker(settings: dict[str, Any]) -> None:
                 trainer = make_sft_trainer(config, files, folder, start, universal=resume.universal)
             facts = describe_parts(trainer)
             trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(_Progress(stage))
+            progress = _Progress(stage)
+            trainer.add_callback(progress)
             trainer.add_callback(CheckpointReporter())
             began_s = time.monotonic()
             trainer.train(resume_from_checkpoint=str(resume.folder) if resume.folder else None)
@@ -62,7 +63,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         unset_hf_deepspeed_config()  # rank 0 loads models alone below, which ZeRO-3 would partition over all ranks
         torch.distributed.barrier()
         if rank == 0:
-            _leave(trainer, folder / "final", output, {**facts, "seconds": seconds}, config, start)
+            facts |= {"seconds": seconds, "resumed_from_step": progress.first_step}
+            _leave(trainer, folder / "final", output, facts, config, start)
         torch.distributed.barrier()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -74,11 +76,11 @@ class _Progress(TrainerCallback):
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.began_s = time.monotonic()
-        self.first_step: int | None = None
+        self.first_step = 0
+        """Steps that were done before, by workers that are gone."""
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.first_step is None:
-            self.first_step, self.began_s = state.global_step, time.monotonic()
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.first_step, self.began_s = state.global_step, time.monotonic()
 
     def on_log(
         self,
@@ -97,7 +99,7 @@ class _Progress(TrainerCallback):
             )
         due = state.global_step == state.max_steps or state.global_step % max(1, state.max_steps // 20) == 0
         if state.is_world_process_zero and due:
-            num_steps = state.global_step - (self.first_step or 0)
+            num_steps = state.global_step - self.first_step
             seconds_per_step = (time.monotonic() - self.began_s) / max(1, num_steps)
             rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
             print(
