@@ -1,5 +1,6 @@
 """Two processes under every ZeRO stage give the losses of one process at the same global batch; no Ray."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from stic_ray.core.config import RunConfig
 from stic_ray.core.weight_names import has_hub_names, use_hub_names
 from stic_ray.engines.loading import parts_of_adapter
+from stic_ray.stages.training.checkpoints import make_universal
 from stic_ray.stages.training.saved import check_changed
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
 from stic_ray.stages.training.tuning import describe_parts, model_of
@@ -145,3 +147,26 @@ def test_what_is_saved_loads_with_the_plain_libraries(
             assert has_hub_names(final)
             _, report = AutoModelForImageTextToText.from_pretrained(final, output_loading_info=True)
             assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    base: Path, pairs: list[Path], group: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """The last of three steps is done by a single process, which the state of the optimiser was not cut for."""
+    configs = {}
+    for name in ("lora-zero3", "full-zero1"):
+        for rank in (0, 1):  # Ray Train puts the parts together so
+            shutil.copytree(
+                group[1] / f"{name}-rank{rank}" / "dpo" / "checkpoint-2", tmp_path / name, dirs_exist_ok=True
+            )
+        make_universal(tmp_path / name)
+        configs[name] = config_of(base, name, num_workers=1)
+    found = run_group(partial(resume, checkpoints=tmp_path, pairs=pairs), configs, tmp_path / "one", num_processes=1)
+    for name in configs:
+        assert found[name]["num_shards"] == 1
+        assert found[name]["losses"] == pytest.approx(group[0][name]["losses"], rel=TOLERANCE)
+
+
+def resume(config: RunConfig, folder: Path, checkpoints: Path, pairs: list[Path]) -> dict[str, Any]:
+    name = folder.name.removesuffix("-rank0")
+    return train(config, folder, pairs, resume=checkpoints / name)
