@@ -36,9 +36,9 @@ class CheckpointReporter(TrainerCallback):
         checkpoint = Checkpoint.from_directory(last)
         if state.is_world_process_zero:
             checkpoint.set_metadata({_NUM_WORKERS: args.world_size})
-        num_waiting = sum(1 for _ in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")) - 1
-        # The last one is waited for, as its folder goes with the worker; and a storage that is slower than training.
-        wait = state.global_step >= state.max_steps or num_waiting > 1
+        is_behind = len([*Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]) > 1
+        # The last one is waited for, as its folder goes with the worker, and so is a storage that is slower than we.
+        wait = state.global_step >= state.max_steps or is_behind
         ray.train.report(
             {"step": state.global_step},
             checkpoint=checkpoint,
