@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, load_dataset
 from PIL import Image
 from random_llava import SIDES_PX, save_random_llava
 from transformers import TrainerCallback
@@ -31,9 +32,12 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
+from stic_ray.core.storage import Location
 from stic_ray.method.images import encode_png
 from stic_ray.stages.training.batches import REFERENCE_LOGPS, PreferenceCollator
-from stic_ray.stages.training.setup import make_dpo_trainer, model_of
+from stic_ray.stages.training.index import index_pairs
+from stic_ray.stages.training.setup import make_dpo_trainer
+from stic_ray.stages.training.tuning import model_of
 
 PROMISE = 1.8
 SIDES = ("trl", "shared_prefix", "shared_prefix_and_stored_reference")
@@ -94,13 +98,13 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     config = configuration(options)
     pairs = write_pairs(options, options.folder / f"pairs-{options.side}")
     out = options.folder / options.side
-    trainer: Any = make_dpo_trainer(config, [pairs], out)
+    trainer: Any = make_dpo_trainer(config, index_pairs(config, [Location.of(str(pairs))]), out)
     facts = {}
     if options.side == "trl":
-        trainer = trls_trainer(trainer, config)
+        trainer = trls_trainer(trainer, config, pairs)
     elif options.side == SIDES[2]:
         facts = compare(trainer, options.pairs_per_step)
-        store_reference(trainer, options.pairs_per_step)
+        trainer.train_dataset = WithReference(trainer, options.pairs_per_step)
     clock = Clock(options.gpu)
     trainer.add_callback(clock)
     if options.gpu:
@@ -121,7 +125,12 @@ def configuration(options: argparse.Namespace) -> RunConfig:
             "name": "benchmark",
             "model": {"path": str(options.folder / "model"), "dtype": "bfloat16" if options.gpu else "float32"},
             "tuning": {"method": "full" if options.full else "lora", "lora_dropout": 0.0},
-            "dpo": {"global_batch": size, "num_steps": options.num_steps + _WARMUP_STEPS, "learning_rate": 1e-5},
+            "dpo": {
+                "global_batch": size,
+                "num_steps": options.num_steps + _WARMUP_STEPS,
+                "learning_rate": 1e-5,
+                "num_held_out": 0,
+            },
             "workers": {
                 "zero_stage": 0,
                 "micro_batch": size,
@@ -132,13 +141,16 @@ def configuration(options: argparse.Namespace) -> RunConfig:
     )
 
 
-def trls_trainer(ours: Any, config: RunConfig) -> DPOTrainer:
+def trls_trainer(ours: Any, config: RunConfig, pairs: Path) -> DPOTrainer:
     """Return TRL's trainer with the model, data and arguments of ours, and its nearest loss."""
     arguments = ours.args.to_dict()
     kept = {name: arguments[name] for name in arguments if name in TRLDPOConfig.__dataclass_fields__}
     kept |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1], "max_length": None}
     adapter = None if config.tuning.method == "full" else ours.model.peft_config["default"]
-    model, data, processor = config.model.path, ours.train_dataset, ours.processing_class
+    kept |= {"remove_unused_columns": True, "train_sampling_strategy": "random"}
+    model, processor = config.model.path, ours.processing_class
+    data = load_dataset("parquet", data_files=str(pairs), split="train", cache_dir=str(pairs.parent / "cache"))
+    assert isinstance(data, Dataset), "a split of a file is map-style"
     del ours
     return DPOTrainer(
         model=model,
@@ -156,7 +168,7 @@ def compare(trainer: Any, num_pairs: int) -> dict[str, Any]:
     shared = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     plain = trainer._prepare_inputs(PreferenceCollator(processor=trainer.processing_class)([dict(row) for row in rows]))
     with torch.no_grad():
-        found, expected = (torch.stack(trainer._logps(model_of(trainer), batch)) for batch in (shared, plain))
+        found, expected = (torch.stack(trainer._logps(model_of(trainer), batch)[:2]) for batch in (shared, plain))
     num_answer_tokens = plain["completion_mask"].sum().item()
     return {
         "max_abs_logp_diff": (found - expected).abs().max().item(),
@@ -164,17 +176,25 @@ def compare(trainer: Any, num_pairs: int) -> dict[str, Any]:
     }
 
 
-def store_reference(trainer: Any, num_pairs: int) -> None:
-    """Put the reference's log-probabilities into the pairs, as stage `preferences` does."""
-    values: dict[str, list[float]] = {name: [] for name in REFERENCE_LOGPS}
-    with torch.no_grad():
-        for start in range(0, trainer.train_dataset.num_rows, num_pairs):
-            rows = [trainer.train_dataset[start + number] for number in range(num_pairs)]
-            found = trainer._reference_logps(trainer._prepare_inputs(trainer.data_collator(rows)))
-            for name, each in zip(REFERENCE_LOGPS, found, strict=True):
-                values[name] += each.float().tolist()
-    for name in REFERENCE_LOGPS:
-        trainer.train_dataset = trainer.train_dataset.add_column(name, values[name])
+class WithReference(torch.utils.data.Dataset[dict[str, Any]]):
+    """The pairs with the reference's log-probabilities, as stage `preferences` stores them."""
+
+    def __init__(self, trainer: Any, num_pairs: int) -> None:
+        self.pairs = trainer.train_dataset
+        self.num_rows = self.pairs.num_rows
+        self.values: list[dict[str, float]] = []
+        for start in range(0, len(self.pairs), num_pairs):
+            rows = [self.pairs[start + number] for number in range(num_pairs)]
+            with torch.no_grad():
+                found = trainer._reference_logps(trainer._prepare_inputs(trainer.data_collator(rows)))[:2]
+            columns = zip(*(each.float().tolist() for each in found), strict=True)
+            self.values += [dict(zip(REFERENCE_LOGPS, each, strict=True)) for each in columns]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.pairs[index], **self.values[index]}
 
 
 class Clock(TrainerCallback):

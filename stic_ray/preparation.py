@@ -1,5 +1,6 @@
 """Before the first stage: where the sources are, and the mistakes that can be found before anything is spent."""
 
+import importlib.util
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -13,6 +14,7 @@ from stic_ray.engines.opening import check_engine
 from stic_ray.method.prompts import load_prompts
 from stic_ray.stages.benchmarks import read_benchmarks
 from stic_ray.stages.infusion import read_instructions
+from stic_ray.stages.training.tuning import check_tuning
 from stic_ray.toyworld.assets import BENCHMARKS, write_benchmarks, write_instructions, write_pool
 from stic_ray.toyworld.lessons import PROMPTS_FILE
 from stic_ray.toyworld.model import WEIGHTS
@@ -94,6 +96,8 @@ def check_before_work(stages: Collection[str], config: RunConfig) -> None:
     for name, stage in (("dpo", config.dpo), ("sft", config.sft)):
         if name in stages:
             accumulation_steps(stage.global_batch, config.workers)
+            _check_trackers(config.workers.trackers)
+            check_tuning(config.model, config.tuning)
     if "pool" in stages and not Location.of(config.pool.source).exists():
         raise SourceError(f"pool.source='{config.pool.source}' does not exist.")
     if "dpo" in stages and config.dpo.pairs:
@@ -109,6 +113,15 @@ def check_before_work(stages: Collection[str], config: RunConfig) -> None:
         read_benchmarks(config.evaluation.benchmarks)
     if not set(stages) <= {"pool"}:
         check_engine(config.model)
+
+
+def _check_trackers(trackers: Collection[str]) -> None:
+    for name in trackers:
+        if name != "tensorboard" and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"workers.trackers={name} needs the extra stic-ray[{name}], which is not installed here; workers on "
+                "other machines need it, too."
+            )
 
 
 def make_toyworld(stages: Collection[str], config: RunConfig, run: RunDir) -> None:

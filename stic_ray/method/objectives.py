@@ -20,7 +20,7 @@ class PairLogps(NamedTuple):
 
 
 class ObjectiveTerms(NamedTuple):
-    """The loss to minimise and its parts; `loss` is dpo + regulariser. Rewards have shape (B,)."""
+    """The loss to minimise and its parts, means over pairs; `loss` is dpo + regulariser. Rewards have shape (B,)."""
 
     loss: torch.Tensor
     dpo: torch.Tensor
@@ -29,16 +29,20 @@ class ObjectiveTerms(NamedTuple):
     rejected_rewards: torch.Tensor
 
 
-def regularised_dpo(logps: PairLogps, *, beta: float, alpha: float) -> ObjectiveTerms:
+def regularised_dpo(
+    logps: PairLogps, *, beta: float, alpha: float, weights: torch.Tensor | None = None
+) -> ObjectiveTerms:
     """Return the mean over pairs of l(beta * margin) - alpha * log p(chosen), l(t) = log(1 + exp(-t)).
 
     STIC Algorithm 1. With the policy equal to the reference the margin is 0 and the DPO part is ln 2. The
-    regulariser is a sum over the answer's tokens, not a mean: longer answers weigh more.
+    regulariser is a sum over the answer's tokens, not a mean: longer answers weigh more. `weights`, of shape (B,),
+    multiply the pairs before the mean over all B.
     """
+    weights = torch.ones_like(logps.policy_chosen) if weights is None else weights
     chosen_rewards = beta * (logps.policy_chosen - logps.reference_chosen)
     rejected_rewards = beta * (logps.policy_rejected - logps.reference_rejected)
-    dpo = -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
-    regulariser = -alpha * logps.policy_chosen.mean()
+    dpo = -(weights * F.logsigmoid(chosen_rewards - rejected_rewards)).mean()
+    regulariser = -alpha * (weights * logps.policy_chosen).mean()
     return ObjectiveTerms(dpo + regulariser, dpo, regulariser, chosen_rewards.detach(), rejected_rewards.detach())
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from matplotlib.ticker import MaxNLocator
@@ -9,7 +10,9 @@ from matplotlib.ticker import MaxNLocator
 from stic_ray.report.drawing import FONT_POINTS, INK, MARKERS, SERIES, axes_in, inline, legend, new_figure, short_name
 from stic_ray.report.formats import label, number, percent, visible
 
-_STYLES = ("-", "--", ":")
+_STYLES = ("-", "--", ":", "-.")
+_HELD_OUT = "eval_"
+"""Begins the metrics of evaluations, which are points between many steps without any."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +24,58 @@ class Chart:
     limits: tuple[float, float] | None = None
 
 
+_SECONDS = Chart(
+    "Seconds per step",
+    (
+        ("seconds/step", "in all"),
+        ("seconds/data", "data"),
+        ("seconds/forward", "forward"),
+        ("seconds/backward", "backward"),
+        ("seconds/backward_and_optimizer", "backward and optimiser"),
+        ("seconds/optimizer", "optimiser"),
+    ),
+)
+_OF_BOTH = (
+    Chart("Gradient norm", (("grad_norm", "norm"),)),
+    Chart("Learning rate", (("learning_rate", "rate"),)),
+    _SECONDS,
+    Chart("Tokens per second", (("tokens_per_second", "tokens/s"),)),
+    Chart("Model FLOP utilisation", (("mfu", "MFU"),), limits=(0.0, 1.0)),
+    Chart("Peak memory, GiB", (("peak_memory_gib", "GiB"),)),
+)
 TRAINING_CHARTS: dict[str, tuple[Chart, ...]] = {
     "dpo": (
-        Chart("Loss", (("loss", "loss"),)),
-        Chart("Loss, DPO part", (("loss/dpo", "DPO part"),)),
-        Chart("Loss, regulariser", (("loss/regulariser", "regulariser"),)),
-        Chart("Reward margin", (("rewards/margins", "margin"),)),
-        Chart("Reward accuracy", (("rewards/accuracies", "accuracy"),), limits=(-0.04, 1.04)),
-        Chart("Rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
-        Chart("Log-probabilities", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
-        Chart("Gradient norm", (("grad_norm", "norm"),)),
-        Chart("Learning rate", (("learning_rate", "rate"),)),
+        Chart("Loss", (("loss", "loss"), ("eval_loss", "held out"))),
+        Chart("Loss, DPO part", (("loss/dpo", "DPO part"), ("eval_loss/dpo", "held out"))),
+        Chart("Loss, regulariser", (("loss/regulariser", "regulariser"), ("eval_loss/regulariser", "held out"))),
+        Chart("Reward margin", (("rewards/margins", "margin"), ("eval_rewards/margins", "held out"))),
+        Chart(
+            "Reward accuracy",
+            (("rewards/accuracies", "accuracy"), ("eval_rewards/accuracies", "held out")),
+            limits=(-0.04, 1.04),
+        ),
+        Chart(
+            "Rewards",
+            (
+                ("rewards/chosen", "chosen"),
+                ("rewards/rejected", "rejected"),
+                ("eval_rewards/chosen", "chosen, held out"),
+                ("eval_rewards/rejected", "rejected, held out"),
+            ),
+        ),
+        Chart(
+            "Log-probabilities",
+            (
+                ("logps/chosen", "chosen"),
+                ("logps/rejected", "rejected"),
+                ("eval_logps/chosen", "chosen, held out"),
+                ("eval_logps/rejected", "rejected, held out"),
+            ),
+        ),
+        Chart("KL to the reference, per token", (("kl", "KL"), ("eval_kl", "held out"))),
+        *_OF_BOTH,
     ),
-    "sft": (
-        Chart("Loss", (("loss", "loss"),)),
-        Chart("Gradient norm", (("grad_norm", "norm"),)),
-        Chart("Learning rate", (("learning_rate", "rate"),)),
-    ),
+    "sft": (Chart("Loss", (("loss", "loss"), ("eval_loss", "held out"))), *_OF_BOTH),
 }
 
 
@@ -48,11 +86,12 @@ def training_plot(stage: str, chart: Chart, curves: dict[str, Any]) -> str | Non
         return None
     figure = new_figure(height_inches=2.3)
     axes = axes_in(figure)
-    for (key, name), colour, style in zip(lines, SERIES, _STYLES, strict=False):
-        values = [float("nan") if value is None else value for value in curves["metrics"][key]]
-        alone = list(_isolated(curves["metrics"][key]))
-        dots = [curves["steps"][i] for i in alone], [values[i] for i in alone]
-        axes.plot(curves["steps"], values, style, color=colour, linewidth=1.6, label=name, gid=key)
+    for (key, name), colour, style in zip(lines, SERIES, cycle(_STYLES)):
+        steps, values = _points(key, curves)
+        alone = range(len(values)) if key.startswith(_HELD_OUT) else list(_isolated(values))
+        dots = [steps[i] for i in alone], [values[i] for i in alone]
+        drawn = [float("nan") if value is None else value for value in values]
+        axes.plot(steps, drawn, style, color=colour, linewidth=1.6, label=name, gid=key)
         axes.plot(*dots, "o", color=colour, markersize=3)
     if chart.limits:
         axes.set_ylim(*chart.limits)
@@ -61,7 +100,7 @@ def training_plot(stage: str, chart: Chart, curves: dict[str, Any]) -> str | Non
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     if len(lines) > 1:
         legend(figure)
-    summary = "; ".join(_described(name, curves["metrics"][key]) for key, name in lines)
+    summary = "; ".join(_described(name, _points(key, curves)[1]) for key, name in lines)
     return inline(figure, f"{stage}-{chart.title}", f"{chart.title} by step. {summary}.")
 
 
@@ -95,6 +134,15 @@ def score_plot(benchmark: dict[str, Any], prefix: str) -> str | None:
     legend(figure)
     summary = f"Scores on {visible(benchmark['title'])}, in percent{direction}: {'; '.join(said)}."
     return inline(figure, prefix, summary)
+
+
+def _points(key: str, curves: dict[str, Any]) -> tuple[Sequence[int], Sequence[float | None]]:
+    """Return steps and values of a metric; steps without an evaluation are no gap in what evaluations found."""
+    steps, values = curves["steps"], curves["metrics"][key]
+    if not key.startswith(_HELD_OUT):
+        return steps, values
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+    return [step for step, _ in known], [value for _, value in known]
 
 
 def _present(values: Sequence[float | None]) -> list[float]:

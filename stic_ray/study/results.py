@@ -104,7 +104,8 @@ def _cost(model: str, config: RunConfig, run: RunDir, source: RunDir, size: int)
     parts = [_reserved(run, stage, config, 1.0) for stage in stages]
     num_pairs = None
     if "dpo" in stages:
-        num_pairs = ((run / "dpo").manifest or {}).get("num_rows_written")
+        manifest = (run / "dpo").manifest or {}
+        num_pairs = manifest["num_rows_written"] - manifest.get("num_held_out", 0) if manifest else None
         num_images = ((source / "preferences").manifest or {}).get("num_rows_in") or size
         parts.append(_reserved(source, "preferences", _config(source) or config, min(1.0, size / num_images)))
     return Cost(num_pairs, sum(cores for cores, _ in parts), sum(gpus for _, gpus in parts))

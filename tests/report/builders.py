@@ -134,8 +134,24 @@ def dpo_lines() -> list[dict[str, Any]]:
                 "logps/rejected": -60.0 - 0.5 * step,
                 "learning_rate": 1e-6 * (1 - step / 40),
                 "grad_norm": 2.0 + math.cos(step),
+                "kl": 0.001 * step,
+                "tokens_per_second": 5000.0 + 100 * math.sin(step),
+                "peak_memory_gib": 1.5,
+                "seconds/step": 0.5,
+                "seconds/data": 0.05,
+                "seconds/forward": 0.15,
+                "seconds/backward_and_optimizer": 0.28,
             }
         )
+        if step % 10 == 0:
+            lines[-1] |= {
+                "eval_loss": 0.72 - 0.009 * step,
+                "eval_rewards/margins": 0.015 * step,
+                "eval_rewards/accuracies": min(1.0, 0.5 + 0.012 * step),
+                "eval_logps/chosen": -82.0 + 0.2 * step,
+                "eval_logps/rejected": -61.0 - 0.5 * step,
+                "eval_kl": 0.0012 * step,
+            }
     return lines
 
 
@@ -191,7 +207,13 @@ def write_run(path: Path) -> RunDir:
         write_rejected(run / stage, counts)
     write_lines(run / "dpo", dpo_lines())
     write_lines(run / "sft", [{"step": s, "loss": 2.0 / s, "learning_rate": 1e-5} for s in range(1, 21)])
-    (run / "dpo").write_json("result.json", {"num_steps": 40, "trainable": ["q_proj", "<v_proj>"], "seconds": 61.0})
+    told = {
+        "held_out": {"rewards/accuracies": 0.98},
+        "throughput": {"rows_per_second": 3.5},
+        "warnings": ["<too> easy"],
+    }
+    facts = {"num_steps": 40, "trainable": ["q_proj", "<v_proj>"], "seconds": 61.0}
+    (run / "dpo").write_json("result.json", {**facts, **told})
     (run / "sft").write_json("result.json", {"num_steps": 20, "num_trainable_parameters": 1234567, "frozen": []})
     (run / "evaluation").write_json("scores.json", scores())
     for i, stage in enumerate(STAGES):

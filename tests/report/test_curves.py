@@ -30,6 +30,18 @@ def test_missing_metric_is_a_gap_and_not_a_zero(tmp_path: Path) -> None:
     assert training_plot("dpo", by_title["Gradient norm"], curves) is None
 
 
+def test_evaluations_are_joined_over_the_steps_between_them(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"step": step, "loss": 1.0 + step} for step in range(1, 10)]
+    lines[2]["eval_loss"], lines[8]["eval_loss"] = 4.5, 9.5
+    write_lines(RunDir.of(str(tmp_path)) / "dpo", lines)
+    curves = read_curves(RunDir.of(str(tmp_path)) / "dpo")
+    assert curves is not None
+    svg = training_plot("dpo", TRAINING_CHARTS["dpo"][0], curves)
+    assert svg is not None and "held out: first 4.5, last 9.5, 2 points." in svg
+    line = svg.partition('id="dpo-loss-eval_loss"')[2].partition("</g>")[0]
+    assert (line.count("M "), line.count("L ")) == (1, 1)
+
+
 def test_metrics_of_a_resumed_and_killed_training(tmp_path: Path) -> None:
     stage = RunDir.of(str(tmp_path))
     text = "".join(json.dumps({"step": s, "loss": v}) + "\n" for s, v in [(1, 9.0), (2, 8.0), (2, 5.0), (1, 7.0)])

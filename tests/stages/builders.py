@@ -10,7 +10,9 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, REJECTED
+from stic_ray.core.storage import Location
 from stic_ray.pipeline import run_pipeline
+from stic_ray.stages.training.index import Rows, index_conversations, index_pairs
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 
 TELLING = "rules: [{prompt: step, answer: 'Chosen {size} {seed}.'}]\ndefault: 'Seen {size} in {colour}.'"
@@ -65,3 +67,13 @@ def white_picture(path: Path, side_px: int = 40) -> None:
     """Write a picture that no corruption changes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (side_px, side_px), "white").save(path)
+
+
+def pairs_in(config: RunConfig, *files: Path) -> Rows:
+    """Return the pairs of some files as stage `dpo` takes them."""
+    return index_pairs(config, [Location.of(str(file)) for file in files])
+
+
+def conversations_in(config: RunConfig, *files: Path) -> Rows:
+    """Return the rows of some files as stage `sft` takes them."""
+    return index_conversations(config, [Location.of(str(file)) for file in files])

@@ -17,9 +17,11 @@ from stic_ray.core.schemas import INFUSED, PAIRS, table_of
 from stic_ray.engines.loading import image_token_id, load_processor
 from stic_ray.engines.shared_prefix import CHOSEN, PROMPT, REJECTED
 from stic_ray.stages.training.batches import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
-from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer, model_of
+from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
+from stic_ray.stages.training.tuning import model_of
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 from tests import tiny_models
+from tests.stages.builders import conversations_in, pairs_in
 
 EMBEDDED = ("llava", "llava_next", "idefics3")
 
@@ -50,6 +52,24 @@ def write_pairs(folder: Path, number: int) -> Path:
     run = RunDir.of(str(folder))
     run.write_shard("pairs", 0, table_of(rows, PAIRS), PAIRS)
     return Path(run.shards("pairs")[0].path)
+
+
+def write_rows(folder: Path, has_image: list[bool]) -> Path:
+    """Write a shard of infused rows, with an image or without."""
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A circle."}]
+    rows = [
+        {
+            "id": str(index),
+            "image": {"bytes": encoded(index), "path": None} if with_image else None,
+            "messages": messages,
+            "num_sequence_tokens": 1,
+            "model": "m",
+        }
+        for index, with_image in enumerate(has_image)
+    ]
+    run = RunDir.of(str(folder))
+    run.write_shard("rows", 0, table_of(rows, INFUSED), INFUSED)
+    return Path(run.shards("rows")[0].path)
 
 
 def config_for(model: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -84,7 +104,7 @@ def test_the_loss_in_trl_is_the_formula(objective: str, share_prefix: bool, tmp_
         dpo={"objective": objective, "alpha": 0.01, "beta": 0.3},
         workers={"share_prefix": share_prefix},
     )
-    trainer: Any = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 4)], tmp_path / "out")
+    trainer: Any = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "pairs", 4)), tmp_path / "out")
     model: Any = model_of(trainer).eval()
     rows = [dict(trainer.train_dataset[i]) for i in range(4)]
     trained_on = trainer.data_collator([dict(row) for row in rows])
@@ -134,7 +154,7 @@ def test_sharing_the_prefix_trains_on_the_same_tokens_with_the_same_losses(famil
     for share_prefix in (True, False):
         config = config_for(model, workers={"share_prefix": share_prefix}, dpo={"num_epochs": 2})
         set_seed(0)
-        trainer: Any = make_dpo_trainer(config, files, tmp_path / f"out-{share_prefix}")
+        trainer: Any = make_dpo_trainer(config, pairs_in(config, *files), tmp_path / f"out-{share_prefix}")
         batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(4)])
         if share_prefix:
             halves = [sequences(batch, segment) for segment in (CHOSEN, REJECTED)]
@@ -157,11 +177,11 @@ def sequences(batch: dict[str, torch.Tensor], segment: int) -> list[list[int]]:
 
 def test_stored_log_probabilities_take_the_place_of_the_reference(tmp_path: Path, tiny_llava: Path) -> None:
     config = config_for(tiny_llava, dpo={"alpha": 0.0, "beta": 1.0})
-    trainer: Any = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 4)], tmp_path / "out")
+    trainer: Any = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "pairs", 4)), tmp_path / "out")
     model: Any = model_of(trainer).eval()
     batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(4)])
     with torch.no_grad():
-        chosen, rejected = trainer._logps(model, batch)
+        chosen, rejected, _ = trainer._logps(model, batch)
         stored = {"reference_chosen_logp": chosen - 2.0, "reference_rejected_logp": rejected - 0.5}
         found = trainer._compute_loss(model, {**batch, **stored}, False)
     assert found.item() == pytest.approx(math.log1p(math.exp(-1.5)), rel=1e-5)
@@ -169,7 +189,7 @@ def test_stored_log_probabilities_take_the_place_of_the_reference(tmp_path: Path
 
 def test_full_fine_tuning_freezes_what_it_is_told_and_keeps_a_reference(tmp_path: Path, tiny_llava: Path) -> None:
     config = config_for(tiny_llava, tuning={"method": "full", "freeze": ["vision_tower", "projector"]})
-    trainer = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 8)], tmp_path / "out")
+    trainer = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "pairs", 8)), tmp_path / "out")
     before = {name: p.detach().clone() for name, p in model_of(trainer).named_parameters()}
     trainer.train()
     changed = {name for name, p in model_of(trainer).named_parameters() if not torch.equal(p, before[name])}
@@ -215,25 +235,12 @@ def test_a_family_trains_in_both_stages_on_mixed_rows(family: str, tmp_path: Pat
     """A step of DPO, then SFT that continues the adapter, with text-only rows among the others."""
     model = tiny_models.build(family, tmp_path / family)
     config = config_for(model, sft={"learning_rate": 0.01, "global_batch": 4})
-    trainer: Any = make_dpo_trainer(config, [write_pairs(tmp_path / "pairs", 4)], tmp_path / "dpo")
+    trainer: Any = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "pairs", 4)), tmp_path / "dpo")
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
-    run = RunDir.of(str(tmp_path / "rows"))
-    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A circle."}]
-    rows = [
-        {
-            "id": str(index),
-            "image": {"bytes": encoded(index), "path": None} if index % 2 else None,
-            "messages": messages,
-            "num_sequence_tokens": 1,
-            "model": "m",
-        }
-        for index in range(4)
-    ]
-    run.write_shard("rows", 0, table_of(rows, INFUSED), INFUSED)
-    files = [Path(run.shards("rows")[0].path)]
+    rows = write_rows(tmp_path / "rows", [False, True, False, True])
 
-    sft: Any = make_sft_trainer(config, files, tmp_path / "sft", tmp_path / "adapter")
+    sft: Any = make_sft_trainer(config, conversations_in(config, rows), tmp_path / "sft", tmp_path / "adapter")
     before = {name: p.detach().clone() for name, p in model_of(sft).named_parameters() if "lora_" in name}
     sft.train()
     after = dict(model_of(sft).named_parameters())

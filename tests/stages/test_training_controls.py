@@ -15,8 +15,9 @@ from stic_ray.engines.loading import load_processor
 from stic_ray.pipeline import stages_needed
 from stic_ray.stages.training.batches import AnswersOnlyCollator
 from stic_ray.stages.training.launch import train_dpo
-from stic_ray.stages.training.setup import make_dpo_trainer, model_of
-from tests.stages.builders import draw_pictures, run_stages
+from stic_ray.stages.training.setup import make_dpo_trainer
+from stic_ray.stages.training.tuning import model_of
+from tests.stages.builders import draw_pictures, pairs_in, run_stages
 from tests.stages.test_training_batches import config_for, picture, write_pairs
 from tests.stages.test_training_data import write_positions
 
@@ -40,7 +41,7 @@ def test_likelihood_alone_learns_the_preferred_answers_and_reads_no_other(
     found = []
     for name, file in (("one", pairs), ("other", with_other_rejected(tmp_path / "pairs"))):
         torch.manual_seed(0)  # the new adapter is drawn before the trainer sets its seed
-        trainer: Any = make_dpo_trainer(config, [file], tmp_path / name)
+        trainer: Any = make_dpo_trainer(config, pairs_in(config, file), tmp_path / name)
         before = {n: p.detach().clone() for n, p in model_of(trainer).named_parameters()}
         trainer.train()
         changed = {n for n, p in model_of(trainer).named_parameters() if not torch.equal(p, before[n])}

@@ -9,12 +9,14 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from stic_ray.engines.loading import image_token_id
 from stic_ray.engines.rendering import Pieces, split_answers, turn_end
-from stic_ray.engines.shared_prefix import make_batch, split_pair
+from stic_ray.engines.shared_prefix import PADDING, make_batch, split_pair
 
 IGNORED = -100
 """Label of a position that the loss leaves out."""
 REFERENCE_LOGPS = ("reference_chosen_logp", "reference_rejected_logp")
 """Columns of pairs, and tensors of a batch, with the reference model's log-probabilities of both answers."""
+WEIGHT = "weight"
+"""Of a row in the mean over its batch: 1, or 0 for one that only fills up an epoch (training/data.py)."""
 
 
 def check_image_tokens(input_ids: torch.Tensor, token_id: int, has_image: list[bool]) -> None:
@@ -27,12 +29,23 @@ def check_image_tokens(input_ids: torch.Tensor, token_id: int, has_image: list[b
     assert found == has_image, f"rows with an image {has_image}, rows with image tokens {found}"
 
 
+def count_rows_and_tokens(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return how many rows a batch trains on, without those of weight 0, and how many tokens a model makes of it."""
+    rows = batch[WEIGHT] > 0 if WEIGHT in batch else (batch["labels"] != IGNORED).any(1)
+    present = batch["segments"] != PADDING if "segments" in batch else batch["attention_mask"]
+    return rows.sum(), present.sum()
+
+
+def _weights(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {WEIGHT: torch.tensor([example[WEIGHT] for example in examples])} if WEIGHT in examples[0] else {}
+
+
 @dataclass
 class PreferenceCollator(DataCollatorForVisionPreference):
     """TRL's collator of preference pairs; ends answers that the chat template leaves open."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return input_ids, masks and pixel values of the chosen, then of the rejected sequences."""
+        """Return input_ids, masks and pixel values of the chosen, then of the rejected sequences, and their weights."""
         end = turn_end(self.processor)
         closed = [
             {
@@ -47,7 +60,7 @@ class PreferenceCollator(DataCollatorForVisionPreference):
         ]
         batch = super().torch_call(closed)
         check_image_tokens(batch["input_ids"], image_token_id(self.processor), [True] * 2 * len(examples))
-        return batch
+        return {**batch, **_weights(examples)}
 
 
 @dataclass
@@ -57,7 +70,7 @@ class SharedPrefixCollator:
     processor: Any
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return what `shared_prefix.make_batch` does, and REFERENCE_LOGPS of shape (B,) where all rows have them."""
+        """Return what `shared_prefix.make_batch` does; WEIGHT and REFERENCE_LOGPS, each (B,), where rows have them."""
         split = [
             [
                 split_pair(self.processor, example["prompt"][0]["content"], example[side][0]["content"])
@@ -71,7 +84,7 @@ class SharedPrefixCollator:
         check_image_tokens(batch["input_ids"], image_token_id(self.processor), [True] * len(examples))
         if all(example.get(name) is not None for example in examples for name in REFERENCE_LOGPS):
             batch |= {name: torch.tensor([example[name] for example in examples]) for name in REFERENCE_LOGPS}
-        return batch
+        return {**batch, **_weights(examples)}
 
 
 @dataclass
@@ -85,7 +98,10 @@ class AnswersOnlyCollator:
     processor: Any
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return input_ids, attention_mask, labels and, where a row has an image, pixel values."""
+        """Return input_ids, attention_mask, labels and, where a row has an image, pixel values.
+
+        A row of weight 0 has no label: the loss is a mean over labels.
+        """
         has_image = [example["image"] is not None for example in examples]
         pieces = [
             split_answers(self.processor, example["messages"], with_image=with_image)
@@ -97,6 +113,8 @@ class AnswersOnlyCollator:
         batch["input_ids"] = pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=pad)
         batch["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True)
         batch["labels"] = pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=IGNORED)
+        if WEIGHT in examples[0]:
+            batch["labels"][_weights(examples)[WEIGHT] == 0] = IGNORED
         check_image_tokens(batch["input_ids"], image_token_id(self.processor), has_image)
         return batch
 

@@ -1,92 +1,191 @@
-"""What the trainers read, as map-style datasets, and the controls on the pictures of the pairs."""
+"""What the trainers read: rows straight from Parquet, a row group at a time, in a seeded order; and the controls.
 
-import glob
+The order is a function of seed, epoch, rows and global batch, so any number of workers sees the same batches. The row
+groups are put one behind the other in a seeded order, the rows of each shuffled, and the sequence is cut into lanes:
+
+    lane 0   | row group 7 ............. | row group 2 ......
+    lane 1   | ...... | row group 0 ............. | row group 5     every batch takes the next rows of every lane
+    lane 2   | row group 3 ....... | row group 6 ............
+
+A worker thus needs the row groups of its own lanes, each for as long as its rows last, and reads each once.
+"""
+
 import io
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import datasets
 import numpy as np
 import PIL.Image
-from datasets import Dataset, Image, concatenate_datasets, load_dataset
+import pyarrow as pa
+from torch.utils.data import Dataset
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.randomness import random_for
-from stic_ray.engines.loading import fingerprint
-from stic_ray.stages.training.batches import REFERENCE_LOGPS
+from stic_ray.core.randomness import seed_for
+from stic_ray.stages.training.batches import REFERENCE_LOGPS, WEIGHT
+from stic_ray.stages.training.index import RowGroup, Rows, read_group
+
+MAX_LANES = 16
+"""A batch comes from at most so many row groups: more mix no better and cost memory."""
 
 _GREY = (128, 128, 128)
+_DECODER = datasets.Image()
+
+Example = dict[str, Any]
 
 
-def read_rows(files: Sequence[Path], columns: list[str], folder: Path) -> Dataset:
-    """Map the Parquet files; images are decoded when a batch is made. The Arrow copy lives and goes with `folder`."""
-    dataset = load_dataset(
-        "parquet",
-        data_files=[glob.escape(str(file)) for file in files],
-        split="train",
-        columns=columns,
-        cache_dir=str(folder / "data"),
-    )
-    assert isinstance(dataset, Dataset), "a split of Parquet files is a map-style dataset"
-    return dataset
+class ParquetRows(Dataset[Example]):
+    """Rows of an epoch by their place in its order, decoded when they are asked for.
 
-
-def read_pairs(config: RunConfig, files: Sequence[Path], folder: Path) -> Dataset:
-    """Return the pairs that stage `dpo` trains on, with the pictures that `dpo.image` asks for.
-
-    They keep REFERENCE_LOGPS where all of them carry those of the model, and the pictures, that training begins with.
+    With a `global_batch` the epoch is filled up to whole batches by rows of weight 0, and the others of such a batch
+    weigh so much more that the mean over the batch is the mean over its real rows. Without one the rows come as they
+    are stored, for evaluation.
     """
-    columns = ["position", "image", "prompt", "chosen", "rejected", "model_revision", *REFERENCE_LOGPS]
-    pairs = read_rows(files, columns, folder)
-    is_of_this_model = set(pairs.unique("model_revision")) == {fingerprint(config.model)}
-    is_complete = not any(pairs.data.column(name).null_count for name in REFERENCE_LOGPS)
-    if not (is_of_this_model and is_complete and config.dpo.image == "own"):
-        pairs = pairs.remove_columns([*REFERENCE_LOGPS])
-    pairs = pairs.remove_columns("model_revision")
-    if config.dpo.num_images is not None:
-        pairs = pairs.select(np.flatnonzero(np.asarray(pairs["position"][:]) < config.dpo.num_images))
-    pairs = pairs.remove_columns("position")
-    if config.dpo.image == "own":
-        return pairs
-    pictures = pairs.select_columns("image")
-    if config.dpo.image == "blank":
-        pictures = blank(pictures)
-    else:
-        pictures = pictures.select(derangement(pairs.num_rows, config.seed))
-    return concatenate_datasets([pairs.remove_columns("image"), pictures], axis=1)
+
+    def __init__(
+        self, groups: Sequence[RowGroup], columns: Sequence[str], *, seed: int = 0, global_batch: int | None = None
+    ) -> None:
+        self.columns = tuple(columns)
+        self.num_rows = sum(len(group.rows) for group in groups)
+        self._groups = groups
+        self._counts = np.array([len(group.rows) for group in groups], dtype=np.int64)
+        self._seed = seed
+        self._global_batch = global_batch
+        self._num_lanes = num_lanes(global_batch) if global_batch else 1
+        self._at: dict[int, int] = {}
+        """The row group that each lane is in."""
+        self._tables: dict[int, pa.Table] = {}
+        """The row groups that some lane is in."""
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of another epoch; accelerate calls it at the beginning of each."""
+        self._epoch = epoch
+        self._order = np.arange(len(self._groups))
+        if self._global_batch:
+            self._order = self._generator("order of row groups").permutation(self._order)
+        self._ends = self._counts[self._order].cumsum()
+
+    def __len__(self) -> int:
+        batch = self._global_batch or 1
+        return -(-self.num_rows // batch) * batch
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        lane, place, weight = self._place(index)
+        place = min(place, self.num_rows - 1)  # a row of weight 0 is one that is at hand
+        number = int(self._ends.searchsorted(place, side="right"))
+        group = int(self._order[number])
+        self._move(lane, group)
+        offset = place - int(self._ends[number] - self._counts[group])
+        if self._global_batch:
+            offset = int(self._generator(f"rows of row group {group}").permutation(self._counts[group])[offset])
+        example = self._example(group, offset)
+        return {**example, WEIGHT: weight}
+
+    def _place(self, index: int) -> tuple[int, int, float]:
+        """Return the lane of a row, its place in the sequence of the epoch's rows, and its weight."""
+        if not self._global_batch:
+            return 0, index, 1.0
+        batch, row = divmod(index, self._global_batch)
+        run = self._global_batch // self._num_lanes  # rows that a batch takes of each lane
+        lane_length = len(self) // self._num_lanes
+        begins = np.arange(self._num_lanes) * lane_length + batch * run
+        num_real = int((self.num_rows - begins).clip(0, run).sum())
+        lane, offset = divmod(row, run)
+        place = int(begins[lane]) + offset
+        return lane, place, self._global_batch / num_real if place < self.num_rows else 0.0
+
+    def _move(self, lane: int, group: int) -> None:
+        """Let a lane enter a row group, and let go of those that no lane is in any more."""
+        self._at[lane] = group
+        for left in self._tables.keys() - self._at.values():
+            del self._tables[left]
+        if group not in self._tables:
+            self._tables[group] = read_group(self._groups[group], self.columns)
+
+    def _example(self, group: int, offset: int) -> Example:
+        row = self._groups[group].rows[offset]
+        example = self._tables[group].slice(row, 1).to_pylist()[0]
+        picture = self._picture(example["image"], group, offset)
+        return {**example, "image": None if picture is None else _DECODER.decode_example(picture)}
+
+    def _picture(self, own: dict[str, Any] | None, group: int, offset: int) -> dict[str, Any] | None:
+        """Return the encoded picture of a row; the controls replace it."""
+        return own
+
+    def _generator(self, purpose: str) -> np.random.Generator:
+        return np.random.default_rng(seed_for(self._seed, str(self._epoch), purpose))
 
 
-def as_conversations(pairs: Dataset) -> Dataset:
-    """Return the preferred answers alone, as rows of `image` and `messages`."""
-    return pairs.map(
-        lambda prompt, chosen: {"messages": prompt + chosen},
-        input_columns=["prompt", "chosen"],
-        remove_columns=[name for name in pairs.column_names if name != "image"],
-    )
+class BlankPictures(ParquetRows):
+    """The control with a uniform grey picture of the same size in the place of each; none is decoded."""
+
+    def _picture(self, own: dict[str, Any] | None, group: int, offset: int) -> dict[str, Any] | None:
+        assert own is not None, "a pair has a picture"
+        return {"bytes": _grey(PIL.Image.open(io.BytesIO(own["bytes"])).size), "path": None}
 
 
-def blank(pictures: Dataset) -> Dataset:
-    """Return a uniform grey picture of the same size for each; sizes are read without decoding."""
+class ExchangedPictures(ParquetRows):
+    """The control with another pair's picture: that of the next row, and of the first row for the last.
 
-    def replace(batch: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-        sizes = [PIL.Image.open(io.BytesIO(image["bytes"])).size for image in batch["image"]]
-        encoded = {size: _grey(size) for size in set(sizes)}
-        return {"image": [{"bytes": encoded[size], "path": None} for size in sizes]}
-
-    stored = pictures.cast_column("image", Image(decode=False))
-    return stored.map(replace, batched=True, batch_size=64, features=pictures.features)
-
-
-def derangement(number: int, seed: int) -> list[int]:
-    """Return the indices below `number` in a seeded order in which none is at its own place.
-
-    Each index takes the one that follows it on a random cycle through all of them.
+    The order of the pool has nothing to do with what is in a picture, so the next one is a stranger's.
     """
-    assert number > 1, "one alone has no other to take"
-    cycle = list(range(number))
-    random_for(seed, "", "shuffled pictures").shuffle(cycle)
-    follows = dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
-    return [follows[index] for index in range(number)]
+
+    def _picture(self, own: dict[str, Any] | None, group: int, offset: int) -> dict[str, Any] | None:
+        rows = self._groups[group].rows
+        if offset + 1 < len(rows):
+            return self._tables[group]["image"][rows[offset + 1]].as_py()
+        following = self._groups[(group + 1) % len(self._groups)]
+        return read_group(following, ["image"])["image"][following.rows[0]].as_py()
+
+
+class Conversations(Dataset[Example]):
+    """The preferred answers of pairs alone, as rows of `image` and `messages`."""
+
+    def __init__(self, pairs: ParquetRows) -> None:
+        self._pairs = pairs
+        self.num_rows = pairs.num_rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of another epoch."""
+        self._pairs.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> Example:
+        pair = self._pairs[index]
+        return {"image": pair["image"], "messages": pair["prompt"] + pair["chosen"], WEIGHT: pair[WEIGHT]}
+
+
+def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]:
+    """Return the pairs that stage `dpo` trains on and those held out, with the pictures that `dpo.image` asks for.
+
+    They have REFERENCE_LOGPS where all pairs carry those of the model that training begins with.
+    """
+    columns = ["image", "prompt", "chosen", "rejected", *(REFERENCE_LOGPS if rows.has_reference_logps else ())]
+    kinds: dict[Literal["own", "blank", "shuffled"], type[ParquetRows]] = {
+        "own": ParquetRows,
+        "blank": BlankPictures,
+        "shuffled": ExchangedPictures,
+    }
+    kind = kinds[config.dpo.image]
+    trained = kind(rows.trained, columns, seed=config.seed, global_batch=config.dpo.global_batch)
+    return trained, kind(rows.held_out, columns)
+
+
+def read_conversations(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]:
+    """Return the rows that stage `sft` trains on and those held out."""
+    columns = ["image", "messages"]
+    trained = ParquetRows(rows.trained, columns, seed=config.seed, global_batch=config.sft.global_batch)
+    return trained, ParquetRows(rows.held_out, columns)
+
+
+def num_lanes(global_batch: int) -> int:
+    """Return how many lanes the rows of a batch come from: the largest divisor that is not above MAX_LANES."""
+    return next(lanes for lanes in range(min(MAX_LANES, global_batch), 0, -1) if global_batch % lanes == 0)
 
 
 def _grey(size: tuple[int, int]) -> bytes:

@@ -1,20 +1,18 @@
 """Stages `dpo` and `sft` on the driver: what they read, the worker group, and what is left at the end."""
 
-from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import ray.exceptions
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from stic_ray.core.config import DPOConfig, RunConfig
-from stic_ray.core.errors import ConfigError, SourceError, StageError
-from stic_ray.core.rundir import RunDir, digest, read_shard, row_counts
-from stic_ray.core.schemas import PAIRS
+from stic_ray.core.config import RunConfig, WorkersConfig
+from stic_ray.core.errors import ConfigError, StageError
+from stic_ray.core.rundir import RunDir, digest, row_counts
 from stic_ray.core.storage import Location
+from stic_ray.stages.training.index import Rows, index_conversations, index_pairs
 from stic_ray.stages.training.worker import train_worker
 
 _ATTEMPTS = "training"
@@ -23,10 +21,10 @@ _ATTEMPTS = "training"
 def train_dpo(config: RunConfig, run: RunDir) -> dict[str, Any]:
     """Train on the pairs from the base model; leaves checkpoint, metrics.jsonl and result.json in `run`/dpo.
 
-    Raises SourceError when `dpo.num_images` leaves no pair, or too few to exchange their pictures.
+    Raises SourceError as `index_pairs`.
     """
     source = RunDir.of(config.dpo.pairs) if config.dpo.pairs else run / "preferences"
-    return _train("dpo", config, run, _choose_pairs(config.dpo, source), start=None)
+    return _train("dpo", config, run, index_pairs(config, source.shards("pairs")), start=None)
 
 
 def train_sft(config: RunConfig, run: RunDir) -> dict[str, Any]:
@@ -39,60 +37,33 @@ def train_sft(config: RunConfig, run: RunDir) -> dict[str, Any]:
             "workers.zero_stage=3 cannot train on rows with and without an image: workers would wait for each other's "
             "vision tower for ever. Use workers.zero_stage=2, or instruction data of one kind."
         )
-    families = ["rows", "text"]
-    rows = _Rows([shard for family in families for shard in infused.shards(family)], infused.num_rows(families))
+    rows = index_conversations(config, [*infused.shards("rows"), *infused.shards("text")])
     return _train("sft", config, run, rows, start=start)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What a stage trains on: the files that hold it, and how many of their rows it is."""
-
-    shards: list[Location]
-    num_rows: int
-
-
-def _choose_pairs(settings: DPOConfig, source: RunDir) -> _Rows:
-    """Return the pairs of the first `dpo.num_images` images. Shards of another run may have any size: look inside."""
-    shards, limit = source.shards("pairs"), settings.num_images
-    num_rows = source.num_rows(["pairs"])
-    if limit is not None:
-        column = pa.schema([PAIRS.field("position")])
-        counts = [sum(p < limit for p in read_shard(shard, column)["position"].to_pylist()) for shard in shards]
-        shards, num_rows = [shard for shard, count in zip(shards, counts, strict=True) if count], sum(counts)
-    if not num_rows:
-        raise SourceError(f"dpo.num_images={limit} leaves none of the pairs in '{source.uri}'; use more images.")
-    if num_rows == 1 and settings.image == "shuffled":
-        raise SourceError("dpo.image=shuffled needs at least 2 pairs to exchange their pictures, there is 1.")
-    return _Rows(shards, num_rows)
-
-
-def _train(stage: str, config: RunConfig, run: RunDir, rows: _Rows, start: Location | None) -> dict[str, Any]:
-    output, workers, num_rows = run / stage, config.workers, rows.num_rows
+def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Location | None) -> dict[str, Any]:
+    output, workers, num_rows = run / stage, config.workers, rows.num_trained
     settings = {
         "stage": stage,
         "config": config.model_dump(),
         "output": output.uri,
-        "files": [shard.uri for shard in rows.shards],
+        "rows": rows,
         "start": start.uri if start else None,
     }
-    # Optimiser state is cut by the number of workers, so another number starts afresh under another name.
-    cut = [workers.num_workers, workers.micro_batch, workers.zero_stage]
-    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows, cut])
+    # Another ZeRO stage has checkpoints of another form, so it starts afresh under another name.
+    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows, workers.zero_stage])
+    attempts = (output / _ATTEMPTS).location
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
-            use_gpu=workers.num_gpus > 0,
-            resources_per_worker={"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})},
-        ),
+        scaling_config=scaling_of(workers),
         run_config=RayRunConfig(
             name=f"attempt-{identity}",  # the same command finds its checkpoints again, another configuration does not
-            storage_path=(output / _ATTEMPTS).uri,
+            storage_path=attempts.path,
+            storage_filesystem=None if attempts.is_local else attempts.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(num_to_keep=workers.keep_checkpoints),
         ),
     )
     try:
@@ -101,8 +72,21 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: _Rows, start: Locat
         raise _explain(stage, error) from error
     result = output.read_json("result.json")
     assert result is not None, f"{stage} ended without an error and without result.json"
-    (output / _ATTEMPTS).location.delete_folder()
-    return {**row_counts(num_rows, result["num_rows"], {}), "num_steps": result["num_steps"]}
+    attempts.delete_folder()
+    used = result["num_rows"] + result["num_held_out"]
+    told = ("num_steps", "num_held_out", "held_out", "throughput", "warnings")
+    return {**row_counts(num_rows + rows.num_held_out, used, {}), **{name: result[name] for name in told}}
+
+
+def scaling_of(workers: WorkersConfig) -> ScalingConfig:
+    """Return what Ray Train asks of the cluster."""
+    return ScalingConfig(
+        num_workers=workers.num_workers,
+        use_gpu=workers.num_gpus > 0,
+        resources_per_worker={"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})},
+        accelerator_type=workers.accelerator_type,
+        placement_strategy=workers.placement_strategy,
+    )
 
 
 def _explain(stage: str, error: BaseException) -> StageError:

@@ -1,11 +1,13 @@
-"""TRL's DPO trainer with STIC's objective."""
+"""TRL's trainers: DPO with STIC's objective, and likelihood."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 from stic_ray.core.config import DPOConfig
 from stic_ray.engines.shared_prefix import labels_of, model_inputs, sum_by_answer
@@ -16,10 +18,26 @@ from stic_ray.method.objectives import (
     noisy_argmax_logps,
     regularised_dpo,
 )
-from stic_ray.stages.training.batches import IGNORED, REFERENCE_LOGPS
+from stic_ray.stages.training.batches import IGNORED, REFERENCE_LOGPS, WEIGHT
+from stic_ray.stages.training.measured import MeasuredTrainer
+from stic_ray.stages.training.tuning import PartTrainer
 
 
-class RegularisedDPOTrainer(DPOTrainer):
+class AnswerLogps(NamedTuple):
+    """Log-probabilities of the answers of B pairs."""
+
+    chosen: torch.Tensor
+    """Summed over the answer; shape (B,)."""
+    rejected: torch.Tensor
+    by_token: torch.Tensor | None
+    """Of the last K tokens of each sequence, 0 outside the answers; None where tokens were not scored as they are."""
+
+
+class LikelihoodTrainer(PartTrainer, MeasuredTrainer, SFTTrainer):
+    """TRL's trainer of likelihood."""
+
+
+class RegularisedDPOTrainer(PartTrainer, MeasuredTrainer, DPOTrainer):
     """Minimises `method.objectives.regularised_dpo`; data, reference model and bookkeeping are TRL's.
 
     Batches are `SharedPrefixCollator`'s, or TRL's: the B chosen sequences first and the B rejected ones behind them.
@@ -30,43 +48,40 @@ class RegularisedDPOTrainer(DPOTrainer):
         super().__init__(*arguments, **keywords)
         self.settings = settings
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns = self._signature_columns or []
-        self._signature_columns = [*columns, *(name for name in REFERENCE_LOGPS if name not in columns)]
-
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> torch.Tensor:
         assert not return_outputs, "evaluation asks for the loss only"
+        weights = inputs.pop(WEIGHT, None)
         stored = [inputs.pop(name) for name in REFERENCE_LOGPS if name in inputs]
-        policy_chosen, policy_rejected = self._logps(model, inputs)
+        policy = self._logps(model, inputs)
         with torch.no_grad():
-            reference_chosen, reference_rejected = stored or self._reference_logps(inputs)
-        logps = PairLogps(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
-        terms = regularised_dpo(logps, beta=self.settings.beta, alpha=self.settings.alpha)
-        self._record(logps, terms)
+            reference = AnswerLogps(*stored, None) if stored else self._reference_logps(inputs)
+        logps = PairLogps(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
+        terms = regularised_dpo(logps, beta=self.settings.beta, alpha=self.settings.alpha, weights=weights)
+        with torch.no_grad():
+            weights = torch.ones_like(policy.chosen) if weights is None else weights
+            self._record(weights, {**self._metrics_of(logps, terms), **_drift(policy, reference, inputs)})
         return terms.loss
 
-    def _logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed log-probabilities of chosen and rejected answers, each of shape (B,)."""
+    def _logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> AnswerLogps:
+        inputs = {name: value for name, value in inputs.items() if name not in (WEIGHT, *REFERENCE_LOGPS)}
         if "segments" in inputs:
             config = cast(Any, self.accelerator.unwrap_model(model)).config
             arguments = model_inputs(inputs, config)
             outputs = model(**arguments, labels=labels_of(inputs, IGNORED), use_cache=False, fused_lm_head=True)
-            return sum_by_answer(outputs.log_probs, inputs)
+            return AnswerLogps(*_by_answer(outputs.log_probs, inputs), outputs.log_probs)
         arguments = {name: value for name, value in inputs.items() if name != "completion_mask"}
         mask_BT = inputs["completion_mask"][:, 1:]
         if self.settings.objective == "paper":
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
             # TRL's fused head gives log-probabilities without holding the logits of all positions.
             outputs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
-            chosen, rejected = outputs.log_probs[:, -mask_BT.shape[1] :].sum(1).chunk(2)
-            return chosen, rejected
+            return AnswerLogps(*_by_answer(outputs.log_probs, inputs), outputs.log_probs)
         logits_BTV = model(**arguments, use_cache=False).logits[:, :-1]
         labels_BT = inputs["input_ids"][:, 1:]
         chosen_half, rejected_half = zip(*(x.chunk(2) for x in (logits_BTV, labels_BT, mask_BT)), strict=True)
-        return answer_logps(*chosen_half), noisy_argmax_logps(*rejected_half)
+        return AnswerLogps(answer_logps(*chosen_half), noisy_argmax_logps(*rejected_half), None)
 
-    def _reference_logps(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _reference_logps(self, inputs: dict[str, torch.Tensor]) -> AnswerLogps:
         """The reference is the base model: the policy without its adapter, or TRL's frozen copy."""
         if self.ref_model is not None:
             return self._logps(self.ref_model, inputs)
@@ -75,18 +90,48 @@ class RegularisedDPOTrainer(DPOTrainer):
         with policy.disable_adapter():
             return self._logps(self.model, inputs)
 
-    def _record(self, logps: PairLogps, terms: ObjectiveTerms) -> None:
-        values = {
-            "loss/dpo": terms.dpo,
-            "loss/regulariser": terms.regulariser,
+    def _metrics_of(self, logps: PairLogps, terms: ObjectiveTerms) -> dict[str, torch.Tensor]:
+        margins = terms.chosen_rewards - terms.rejected_rewards
+        return {
+            "loss/dpo": F.softplus(-margins),
+            "loss/regulariser": -self.settings.alpha * logps.policy_chosen,
             "rewards/chosen": terms.chosen_rewards,
             "rewards/rejected": terms.rejected_rewards,
-            "rewards/margins": terms.chosen_rewards - terms.rejected_rewards,
-            "rewards/accuracies": (terms.chosen_rewards > terms.rejected_rewards).float(),
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).float(),
             "logps/chosen": logps.policy_chosen,
             "logps/rejected": logps.policy_rejected,
         }
+
+    def _record(self, weights: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
+        """Keep the values of all workers' pairs, each of shape (B,), for the mean that TRL logs."""
+        own = torch.stack([weights, *values.values()], dim=1).float()
+        every = cast(torch.Tensor, self.accelerator.gather_for_metrics(own))
         metrics = self._metrics["train" if cast(nn.Module, self.model).training else "eval"]
-        for name, value in values.items():
-            gathered = cast(torch.Tensor, self.accelerator.gather(value.detach().float()))
-            metrics[name].append(gathered.mean().item())
+        for name, column in zip(values, every[every[:, 0] > 0].T[1:].tolist(), strict=True):
+            metrics[name] += column
+
+
+def _by_answer(values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sums over chosen and rejected answers, each of shape (B,), of a value per token, its last K tokens."""
+    if "segments" in inputs:
+        return sum_by_answer(values, inputs)
+    mask_BT = inputs["completion_mask"][:, 1:]
+    chosen, rejected = (values[:, -mask_BT.shape[1] :] * mask_BT).sum(1).chunk(2)
+    return chosen, rejected
+
+
+def _drift(policy: AnswerLogps, reference: AnswerLogps, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the answers' lengths in tokens and, where both models scored each token, how far the policy has gone.
+
+    `kl` estimates KL(reference || policy) per token: e^d - 1 - d for d = log p(policy) - log p(reference), which is
+    never negative (Schulman, "Approximating KL divergence", the third estimator), over the tokens of both answers.
+    They are the reference's own, though to prompts that asked for more, or on other images.
+    """
+    known = policy.by_token if policy.by_token is not None else inputs["completion_mask"][:, 1:].float()
+    lengths = _by_answer(torch.ones_like(known), inputs)
+    drift = {"lengths/chosen": lengths[0], "lengths/rejected": lengths[1]}
+    if policy.by_token is None or reference.by_token is None:
+        return drift
+    change = policy.by_token - reference.by_token
+    return {**drift, "kl": sum(_by_answer(change.expm1() - change, inputs)) / sum(lengths)}

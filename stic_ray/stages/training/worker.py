@@ -1,8 +1,6 @@
 """What each training worker runs: build the trainer, train from the last checkpoint, save, report."""
 
-import json
 import logging
-import math
 import shutil
 import tempfile
 import time
@@ -11,26 +9,25 @@ from typing import Any
 
 import ray.train
 import torch.distributed
-from datasets import Dataset
 from transformers import (
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 from stic_ray.core.weight_names import use_hub_names
 from stic_ray.engines.loading import is_adapter
+from stic_ray.stages.training.arguments import start_deepspeed
+from stic_ray.stages.training.checkpoints import CheckpointReporter, last_checkpoint
+from stic_ray.stages.training.feeding import num_rows_of
 from stic_ray.stages.training.saved import check_changed
-from stic_ray.stages.training.setup import describe_parts, make_dpo_trainer, make_sft_trainer, start_deepspeed
+from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
+from stic_ray.stages.training.trackers import add_trackers, start_trackers
+from stic_ray.stages.training.tuning import describe_parts
+from stic_ray.stages.training.watching import Progress, summary, write_metrics
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -39,86 +36,36 @@ def train_worker(settings: dict[str, Any]) -> None:
     stage, output = settings["stage"], RunDir.of(settings["output"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     rank = ray.train.get_context().get_world_rank()
-    set_seed(config.seed)  # a new adapter is drawn before the trainer sets its seed
     folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{stage}_"))
     try:
+        if rank == 0:
+            start_trackers(config, output)
         start_deepspeed(config.workers)
-        files = [Location.of(uri).local_copy() for uri in settings["files"]]
         start = Location.of(settings["start"]).local_copy() if settings["start"] else None
         trainer: Trainer
-        if stage == "dpo":
-            trainer = make_dpo_trainer(config, files, folder)
-        else:
-            trainer = make_sft_trainer(config, files, folder, start)
-        facts = describe_parts(trainer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Reporter(stage))
-        began_s = time.monotonic()
-        trainer.train(resume_from_checkpoint=_resume_folder(folder))
-        seconds = time.monotonic() - began_s
+        with last_checkpoint(config.workers) as resume:
+            if stage == "dpo":
+                trainer = make_dpo_trainer(config, settings["rows"], folder, universal=resume.universal)
+            else:
+                trainer = make_sft_trainer(config, settings["rows"], folder, start, universal=resume.universal)
+            facts = describe_parts(trainer)
+            trainer.remove_callback(PrinterCallback)
+            progress = Progress(stage, output)
+            trainer.add_callback(progress)
+            trainer.add_callback(CheckpointReporter())
+            add_trackers(trainer, config, output)
+            began_s = time.monotonic()
+            trainer.train(resume_from_checkpoint=str(resume.folder) if resume.folder else None)
+            seconds = time.monotonic() - began_s
         trainer.save_model(str(folder / "final"))
         unset_hf_deepspeed_config()  # rank 0 loads models alone below, which ZeRO-3 would partition over all ranks
         torch.distributed.barrier()
         if rank == 0:
-            _leave(trainer, folder / "final", output, {**facts, "seconds": seconds}, config, start)
+            facts |= {"seconds": seconds, "resumed_from_step": progress.first_step}
+            _leave(trainer, folder / "final", output, facts, config, start)
         torch.distributed.barrier()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Reporter(TrainerCallback):
-    """Hands checkpoints to Ray Train, says how far training is, and stops it when the loss is no number.
-
-    Every rank reports what it wrote to its own folder, and Ray merges the folders: model and optimiser state of
-    rank 0, and each rank's random state and ZeRO shard. The stock callback races on a shared folder.
-    """
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-        self.began_s = time.monotonic()
-        self.first_step: int | None = None
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.first_step is None:
-            self.first_step, self.began_s = state.global_step, time.monotonic()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.stage}: the loss is {loss} at step {state.global_step}; lower {self.stage}.learning_rate"
-            )
-        due = state.global_step == state.max_steps or state.global_step % max(1, state.max_steps // 20) == 0
-        if state.is_world_process_zero and due:
-            num_steps = state.global_step - (self.first_step or 0)
-            seconds_per_step = (time.monotonic() - self.began_s) / max(1, num_steps)
-            rows = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-            print(
-                f"{self.stage}: step {state.global_step}/{state.max_steps}, loss {loss:.4f}, "
-                f"{rows / seconds_per_step:.2f} rows/s, "
-                f"{(state.max_steps - state.global_step) * seconds_per_step:.0f} s left",
-                flush=True,
-            )
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        last = get_last_checkpoint(args.output_dir)
-        checkpoint = ray.train.Checkpoint.from_directory(last) if last else None
-        ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
-
-
-def _resume_folder(folder: Path) -> str | None:
-    """Return a local copy of the last checkpoint that Ray Train holds for this attempt, if there is one."""
-    checkpoint = ray.train.get_checkpoint()
-    return checkpoint.to_directory(str(folder / "resume")) if checkpoint else None
 
 
 def _leave(
@@ -128,16 +75,9 @@ def _leave(
     (final / "training_args.bin").unlink(missing_ok=True)  # a pickle; config.yaml says the same in words
     if not is_adapter(final):
         use_hub_names(final)
-    dataset = trainer.train_dataset
-    assert isinstance(dataset, Dataset), "training reads a map-style dataset"
     facts |= check_changed(final, config.model, start)
-    lines = [json.dumps(entry) for entry in trainer.state.log_history if "loss" in entry]
-    output.write_text("metrics.jsonl", "\n".join(lines) + "\n")
-    state = trainer.state
-    facts |= {"num_steps": state.global_step, "num_rows": dataset.num_rows, "last_loss": _last_loss(state)}
+    write_metrics(output, trainer.state)
+    facts |= summary(trainer.state)
+    facts |= {"num_rows": num_rows_of(trainer.train_dataset), "num_held_out": num_rows_of(trainer.eval_dataset)}
     (output.location / "checkpoint").upload_folder(final)
     output.write_json("result.json", facts)
-
-
-def _last_loss(state: TrainerState) -> float | None:
-    return next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None)

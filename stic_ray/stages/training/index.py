@@ -1,0 +1,171 @@
+"""On the driver: which rows of the shards are trained on and which are held out, from footers and a few columns."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import SourceError
+from stic_ray.core.randomness import seed_for
+from stic_ray.core.storage import Location
+from stic_ray.engines.loading import fingerprint
+from stic_ray.stages.training.batches import REFERENCE_LOGPS
+
+ONE_IN = 16
+"""At most about one row in so many is held out."""
+
+_NUM_READERS = 16
+"""Threads that read footers, which is mostly waiting for the storage."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A row group of a Parquet file, and those of its rows that are used, rising."""
+
+    uri: str
+    number: int
+    rows: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a stage reads: about 200 bytes for each row group, nothing for a row."""
+
+    trained: list[RowGroup]
+    held_out: list[RowGroup]
+    has_reference_logps: bool = False
+    """Whether all pairs carry REFERENCE_LOGPS of the model, and the pictures, that training begins with."""
+
+    @property
+    def num_trained(self) -> int:
+        """Number of rows that are trained on."""
+        return sum(len(group.rows) for group in self.trained)
+
+    @property
+    def num_held_out(self) -> int:
+        """Number of rows that are kept for evaluation."""
+        return sum(len(group.rows) for group in self.held_out)
+
+
+def index_pairs(config: RunConfig, shards: Iterable[Location]) -> Rows:
+    """Find the pairs of the first `dpo.num_images` images, and hold some of them out.
+
+    Raises SourceError for a shard that is no whole Parquet file, and where no pair is left, or too few to exchange
+    their pictures.
+    """
+    settings = config.dpo
+    found = list(_read_footers(shards))
+    groups = [group for group, _ in found]
+    if settings.num_images is not None:
+        groups = [_below(group, facts, settings.num_images) for group, facts in found]
+        found = [(group, facts) for group, (_, facts) in zip(groups, found, strict=True) if group.rows]
+        groups = [group for group in groups if group.rows]
+    num_pairs = sum(len(group.rows) for group in groups)
+    if not num_pairs:
+        raise SourceError(f"dpo.num_images={settings.num_images} leaves none of the pairs; use more images.")
+    if num_pairs == 1 and settings.image == "shuffled":
+        raise SourceError("dpo.image=shuffled needs at least 2 pairs to exchange their pictures, there is 1.")
+    stored = settings.image == "own" and _have_reference_logps(fingerprint(config.model), [f for _, f in found])
+    return Rows(*_hold_out(groups, "image_id", settings.num_held_out), has_reference_logps=stored)
+
+
+def index_conversations(config: RunConfig, shards: Iterable[Location]) -> Rows:
+    """Find the rows of stage `sft`, and hold some of them out. Raises SourceError as `index_pairs`."""
+    groups = [group for group, _ in _read_footers(shards)]
+    if not groups:
+        raise SourceError("Stage infusion left no rows to train on; see its rejected-*.parquet.")
+    return Rows(*_hold_out(groups, "id", config.sft.num_held_out))
+
+
+def read_group(group: RowGroup, columns: Sequence[str]) -> pa.Table:
+    """Read columns of a row group, rows that are not used included. Raises SourceError where it cannot be read."""
+    try:
+        with Location.of(group.uri).open() as stream:
+            return pq.ParquetFile(stream).read_row_group(group.number, columns=list(columns), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(group.uri, error) from error
+
+
+def is_held_out(row_id: str) -> bool:
+    """Whether a row may be held out, which depends on its id alone: on no seed, no pool and no order."""
+    return seed_for(0, row_id, "held-out") % ONE_IN == 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a footer says about the columns of a row group: the least and the greatest value, None if it does not."""
+
+    position: tuple[int, int] | None
+    model_revision: tuple[str, str] | None
+    num_without_logps: int | None
+
+
+def _read_footers(shards: Iterable[Location]) -> Iterator[tuple[RowGroup, _Facts]]:
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        yield from chain.from_iterable(readers.map(_read_footer, shards))
+
+
+def _read_footer(shard: Location) -> list[tuple[RowGroup, _Facts]]:
+    try:
+        with shard.open() as stream:
+            footer = pq.read_metadata(stream)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(shard.uri, error) from error
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    found = [(RowGroup(shard.uri, n, range(group.num_rows)), _facts(group)) for n, group in enumerate(groups)]
+    return [(group, facts) for group, facts in found if group.rows]
+
+
+def _facts(group: pq.RowGroupMetaData) -> _Facts:
+    columns = [group.column(number) for number in range(group.num_columns)]
+    known = {column.path_in_schema: column.statistics for column in columns if column.is_stats_set}
+    limits = {name: (s.min, s.max) if s.has_min_max and s.null_count == 0 else None for name, s in known.items()}
+    absent = [known[name].null_count if name in known else None for name in REFERENCE_LOGPS]
+    num_absent = None if None in absent else sum(absent)
+    return _Facts(limits.get("position"), limits.get("model_revision"), num_absent)
+
+
+def _below(group: RowGroup, facts: _Facts, limit: int) -> RowGroup:
+    """Return the group with the rows at positions below the limit; most are decided by the footer."""
+    if facts.position is not None and facts.position[1] < limit:
+        return group
+    if facts.position is not None and facts.position[0] >= limit:
+        return RowGroup(group.uri, group.number, ())
+    positions = read_group(group, ["position"])["position"].to_pylist()
+    return RowGroup(group.uri, group.number, tuple(row for row in group.rows if positions[row] < limit))
+
+
+def _have_reference_logps(revision: str, facts: Iterable[_Facts]) -> bool:
+    return all(each.num_without_logps == 0 and each.model_revision == (revision, revision) for each in facts)
+
+
+def _hold_out(groups: list[RowGroup], id_column: str, number: int) -> tuple[list[RowGroup], list[RowGroup]]:
+    """Split the groups into what is trained on and what is held out: the first `number` rows that may be.
+
+    Rows are added behind, so a pool that has grown keeps what it held out, and never holds out what it trained on.
+    """
+    trained, held_out = [], []
+    for group in groups:
+        if number == 0:
+            trained.append(group)
+            continue
+        ids = read_group(group, [id_column])[id_column].to_pylist()
+        out = tuple(row for row in group.rows if is_held_out(ids[row]))[:number]
+        number -= len(out)
+        parts = (trained, tuple(row for row in group.rows if row not in out)), (held_out, out)
+        for part, rows in parts if out else ((trained, group.rows),):
+            if rows:
+                part.append(RowGroup(group.uri, group.number, rows))
+    return (trained, held_out) if trained else (held_out, trained)  # a handful may all be eligible
+
+
+def _unreadable(uri: str, error: Exception) -> SourceError:
+    reason = str(error).splitlines()[0]
+    return SourceError(
+        f"'{uri}' cannot be read ({reason}). If it is damaged, delete it and the manifest.json beside it, and run the "
+        "stage that wrote it again: only what is missing is made."
+    )
