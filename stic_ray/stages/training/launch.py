@@ -10,7 +10,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from stic_ray.core.config import DPOConfig, RunConfig
+from stic_ray.core.config import MAY_CHANGE, DPOConfig, RunConfig
 from stic_ray.core.errors import ConfigError, SourceError, StageError
 from stic_ray.core.rundir import RunDir, digest, read_shard, row_counts
 from stic_ray.core.schemas import PAIRS
@@ -78,7 +78,7 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: _Rows, start: Locat
     }
     # Optimiser state is cut by the number of workers, so another number starts afresh under another name.
     cut = [workers.num_workers, workers.micro_batch, workers.zero_stage]
-    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows, cut])
+    identity = digest([config.model_dump(exclude=set(MAY_CHANGE)), num_rows, cut])
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,
