@@ -1,8 +1,8 @@
-"""The scheduler at the size of a cluster: up to 10^6 images through 256 actors that only wait, as a GPU would make them.
+"""The scheduler at the size of a cluster: up to 10^6 images through 256 actors that wait as long as GPUs would work.
 
 Real are Ray, its data pipeline, the shards, the index that is read, the tables that are written, the account of
 attempts. Nothing is decoded and no model answers: an actor waits for as long as a GPU takes for its images (10.6
-images/s by default, VILA²'s figure for an H100), so that two cores can drive hundreds. Printed are the share of the time
+images/s by default, what VILA² reports of an H100), so that two cores can drive hundreds. Printed are the share of time
 in which all actors were at work, and what the driver needs: CPU per shard, and memory.
 
 An actor is a process of about 100 MB (printed). Where so many do not fit, one stands for several with --gpus-per-actor.

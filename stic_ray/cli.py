@@ -19,6 +19,7 @@ from stic_ray.estimate.table import table
 from stic_ray.pipeline import STAGE_NAMES, run_evaluation_alone, run_pipeline, stages_needed
 from stic_ray.plan import plan
 from stic_ray.recipes import RECIPES, recipe
+from stic_ray.status import run_status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -94,6 +95,13 @@ def evaluate(description: str | None, arguments: Sequence[str] | None = None) ->
             f"{row['benchmark']:<20} {row['metric']:<18} {row['model']:<12} {row['mode']:<22} "
             f"{row['score']:.3f} {interval} of {row['num_questions']} questions"
         )
+
+
+def status(description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """Print how far a run is."""
+    options_of = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options_of.add_argument("--run", metavar="URI", required=True, help="run directory, local or s3://, gs://")
+    print(*run_status(RunDir.of(options_of.parse_args(arguments).run)), sep="\n")
 
 
 def print_plan(config: RunConfig, address: str, stages: Sequence[str]) -> None:
