@@ -70,6 +70,7 @@ def main() -> None:
         # A thread of an actor is a GPU; it takes windows, so that a shard is spread over the GPUs of its actor.
         actors = {"num_actors": options.num_actors, "num_cpus": 0.01, "batch_size": window}
         actors |= {"windows_in_flight": options.gpus_per_actor}
+        shards._SHARDS_PER_ACTOR *= options.gpus_per_actor  # two for each GPU, as ever
         config = build_config({"name": "scale", "pool": {"shard_size": options.shard_size}, "actors": actors})
         os.environ.update(cluster.process_environment(config))
         os.environ.setdefault("RAY_worker_niceness", "0")
