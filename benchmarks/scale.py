@@ -16,10 +16,12 @@ import os
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 from fake_stage import draw_pictures, write_index
 from pool import memory_mib
 
@@ -65,7 +67,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.of(f"{folder}/run")
-        write_index(run, draw_pictures(Path(folder, "pictures"), 4, 64), options.num_images, options.shard_size)
+        pictures = draw_pictures(Path(folder, "pictures"), 4, 64)
+        write_long_index(run, pictures, options.num_images, options.shard_size)
         window = max(1, options.shard_size // 4)
         # A thread of an actor is a GPU; it takes windows, so that a shard is spread over the GPUs of its actor.
         actors = {"num_actors": options.num_actors, "num_cpus": 0.01, "batch_size": window}
@@ -87,6 +90,20 @@ def main() -> None:
         "load_average": os.getloadavg(),
     }
     print(json.dumps(result))
+
+
+def write_long_index(run: RunDir, pictures: Sequence[Path], num_images: int, shard_size: int) -> None:
+    """Write an index whose shards differ in the positions only, which is soon done for 10^6 images."""
+    write_index(run, pictures, shard_size, shard_size)
+    pool = run / "pool"
+    table = read_shard(pool.shards("index")[0], INDEX)
+    column = table.column_names.index("position")
+    for number, start in enumerate(range(0, num_images, shard_size)):
+        positions = pa.array(range(start, min(start + shard_size, num_images)), pa.int64())
+        shard = table.slice(0, len(positions)).set_column(column, INDEX.field("position"), positions)
+        pool.write_shard("index", number, shard, INDEX)
+    extent = {"first_shard": 0, "first_position": 0, "num_rows": num_images}
+    pool.write_manifest({"stage": "pool", "num_rows_written": num_images, "extents": [extent]})
 
 
 def measure(config: RunConfig, run: RunDir, images_per_s: float) -> dict[str, Any]:
