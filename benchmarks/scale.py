@@ -12,6 +12,7 @@ An actor is a process of about 100 MB (printed). Where so many do not fit, one s
 
 import argparse
 import json
+import logging
 import os
 import resource
 import tempfile
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--shard-size", type=int, default=256)
     parser.add_argument("--images-per-s", type=float, default=10.6, help="of one GPU")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir.of(f"{folder}/run")
         pictures = draw_pictures(Path(folder, "pictures"), 4, 64)
