@@ -14,9 +14,12 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, SourceError, SticError
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.rundir import RunDir
+from stic_ray.estimate.stages import estimate_run
+from stic_ray.estimate.table import table
 from stic_ray.pipeline import STAGE_NAMES, run_evaluation_alone, run_pipeline, stages_needed
 from stic_ray.plan import plan
 from stic_ray.recipes import RECIPES, recipe
+from stic_ray.status import run_status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,7 +38,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument(
         "--set", metavar="SECTION.FIELD=VALUE", action="append", default=[], dest="overrides", help="repeatable"
     )
-    found.add_argument("--dry-run", action="store_true", help="print configuration and plan, touch nothing")
+    found.add_argument("--dry-run", action="store_true", help="print configuration, plan and estimate, touch nothing")
     return found
 
 
@@ -94,14 +97,22 @@ def evaluate(description: str | None, arguments: Sequence[str] | None = None) ->
         )
 
 
+def status(description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """Print how far a run is."""
+    options_of = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options_of.add_argument("--run", metavar="URI", required=True, help="run directory, local or s3://, gs://")
+    print(*run_status(RunDir.of(options_of.parse_args(arguments).run)), sep="\n")
+
+
 def print_plan(config: RunConfig, address: str, stages: Sequence[str]) -> None:
-    """Print configuration and plan. A run that cannot be reached from here is planned as a new one, and said so."""
+    """Print configuration, plan and estimate. A run that cannot be reached is planned as a new one, and said so."""
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     try:
         run, note = RunDir.of(address), ""
     except SourceError as error:
         run, note = None, f" (what is done is not known: {error})"
     print(f"run: {run.uri if run else address}{note}", *plan(config, run, stages), sep="\n")
+    print("", *table(estimate_run(config, run, stages), config), sep="\n")
 
 
 def print_results(run: RunDir) -> None:

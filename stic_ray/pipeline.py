@@ -18,6 +18,7 @@ from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest
 from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import MANIFEST, STARTED, RunDir, digest
 from stic_ray.core.storage import Location
+from stic_ray.estimate.stages import record_estimate
 from stic_ray.growth import takes_in_more
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def _run(todo: Sequence[Stage], config: RunConfig, run: RunDir, facts: dict[str,
     resolved = resolve(config, run)
     _write_config(config, run, facts)
     names = [stage.name for stage in todo]
+    record_estimate(config, run, names)
     make_toyworld(names, config, run)
     check_before_work(names, resolved)
     with cluster.connected(resolved):

@@ -36,9 +36,10 @@ LAYERS = {
     # Makes a checkpoint, so it may use what checkpoints are made with, and nothing of ours above core.
     "toyworld": Layer(frozenset({"core"}), frozenset({"torch"}) | MODELS),
     "report": Layer(frozenset({"core", "method"}), frozenset()),
+    "estimate": Layer(frozenset({"core", "report", "toyworld"}), frozenset()),
     # Above the top: runs the command line of the pipeline as processes, and reads what they leave.
     "study": Layer(frozenset({"core", "method", "report", TOP}), frozenset()),
-    TOP: Layer(frozenset({"core", "method", "engines", "stages", "toyworld", "report", TOP}), frozenset()),
+    TOP: Layer(frozenset({"core", "method", "engines", "stages", "toyworld", "report", "estimate", TOP}), frozenset()),
 }
 """The modules at the top, which put the layers in order, import the heavy ones through them."""
 

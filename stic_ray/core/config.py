@@ -1,13 +1,14 @@
 """The configuration of a run: frozen, complete, every key known.
 
-A section says *what* is computed and belongs to the identity of the stages that read it, except `actors` and
-`workers`: these say *with what* it is computed, and may change between two invocations of the same run.
+A section says *what* is computed and belongs to the identity of the stages that read it, except those of MAY_CHANGE:
+`actors` and `workers` say *with what* it is computed, `estimate` what that is expected to cost.
 """
 
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from stic_ray.core.cost import EstimateConfig
 from stic_ray.core.resources import ActorsConfig, WorkersConfig
 from stic_ray.core.section import Count, NotNegative, Positive, Section, Share
 
@@ -16,6 +17,9 @@ AnswerMode = Literal["direct", "describe_and_respond"]
 Part = Literal["vision_tower", "projector", "language_model"]
 ONLY_LANGUAGE: frozenset[Part] = frozenset({"language_model"})
 Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
+
+MAY_CHANGE = ("actors", "workers", "estimate")
+"""Sections that may change between two invocations of the same run."""
 
 TOYWORLD = "toyworld"
 """Value of a source or a model path that stands for the pictures, data and model made on the spot."""
@@ -250,6 +254,7 @@ class RunConfig(Section):
     toyworld: ToyworldConfig = ToyworldConfig()
     actors: ActorsConfig = ActorsConfig()
     workers: WorkersConfig = WorkersConfig()
+    estimate: EstimateConfig = EstimateConfig()
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> "RunConfig":

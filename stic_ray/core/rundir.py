@@ -1,7 +1,7 @@
 """The run directory: names of everything in it, atomic writes, manifests, shards.
 
-Layout (docs/architecture.md): config.yaml, one folder per stage with numbered Parquet shards and a manifest.json
-that is written last, report.html and report.json.
+Layout (docs/architecture.md): config.yaml, estimate.json, one folder per stage with numbered Parquet shards and a
+manifest.json that is written last, report.html and report.json.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ from stic_ray.core.storage import Location
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 """What a stage was begun with; replaced by its manifest."""
+ESTIMATE = "estimate.json"
+"""What the stages were expected to take, written before they are made."""
 REJECTED_FAMILY = "rejected"
 ATTEMPTS_FAMILY = "attempts"
 """Of small files that are there only while a shard is being made."""

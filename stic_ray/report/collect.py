@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from stic_ray.core.errors import RunError
-from stic_ray.core.rundir import RunDir, read_shard
+from stic_ray.core.rundir import ESTIMATE, RunDir, read_shard
 from stic_ray.core.schemas import REJECTED
 from stic_ray.core.storage import Location
 from stic_ray.report.curves import read_curves
@@ -59,6 +59,7 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
         "headline": headline(scores, statuses["evaluation"]),
         "scores": {"status": statuses["evaluation"], **scores},
         "stages": [_stage(stage, statuses[stage], manifests[stage] or {}) for stage in STAGES],
+        "estimates": _estimates(run.read_json(ESTIMATE) or {}, manifests),
         "training": [_training(run / stage, stage, statuses[stage]) for stage in TRAINING_STAGES],
         "rejected": [_rejected(run / stage, stage, statuses[stage], manifests[stage]) for stage in STAGES],
         "setup": setup,
@@ -117,6 +118,23 @@ def _stage(name: str, status: str, manifest: Mapping[str, Any]) -> dict[str, Any
         "rows_per_second": num_rows / seconds if num_rows is not None and seconds else None,
         "details": {key: value for key, value in manifest.items() if key not in _MANIFEST_KEYS},
     }
+
+
+def _estimates(recorded: Mapping[str, Any], manifests: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what finished stages were expected to take, beside what they took."""
+    rows = []
+    for stage in STAGES:
+        expected, manifest = recorded.get(stage), manifests[stage]
+        if not expected or not manifest or expected["wall_s"] is None:
+            continue
+        seconds = {"expected": expected["wall_s"], "actual": manifest["seconds"]}
+        hours = {which: expected["num_gpus"] * value / 3600 for which, value in seconds.items()}
+        price = expected["price_per_gpu_hour"]
+        money = {which: None if price is None else price * value for which, value in hours.items()}
+        rows.append(
+            {"stage": stage, "basis": expected["basis"], "seconds": seconds, "gpu_hours": hours, "money": money}
+        )
+    return rows
 
 
 def _training(stage: RunDir, name: str, status: str) -> dict[str, Any]:

@@ -32,7 +32,17 @@ def refusal(*arguments: str, folder: Path) -> str:
 def test_a_dry_run_prints_the_whole_plan_and_touches_nothing(recipe: str, tmp_path: Path) -> None:
     done = pipeline("--dry-run", "--recipe", recipe, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    for word in ("learning_rate", "pool ", "preferences ", "dpo ", "infusion ", "sft ", "evaluation ", "report "):
+    for word in (
+        "learning_rate",
+        "pool ",
+        "preferences ",
+        "dpo ",
+        "infusion ",
+        "sft ",
+        "evaluation ",
+        "report ",
+        "GPU-hours",
+    ):
         assert word in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,7 @@
 """The command line against a real S3 server on loopback: images, tables and the run directory are objects."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from stic_ray.stages.training.data import read_pairs
 from stic_ray.stages.training.feeding import loader_arguments
 from stic_ray.stages.training.index import index_pairs
 from stic_ray.stages.training.trackers import RunTensorBoard
+from stic_ray.status import run_status
 from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
 from tests.stages.sources import as_parquet, as_tar, tiny_pictures
 from tests.stages.test_training_batches import config_for
@@ -103,6 +105,9 @@ def test_a_run_on_s3_is_finished_after_a_kill(endpoint: str, tmp_path: Path) -> 
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     assert (killed / "preferences").manifest is None
+    how_far = run_status(killed)
+    assert how_far[0].startswith("pool         finished    44 in") and how_far[2].endswith("not begun")
+    assert re.search(r"begun       [2-9]\d* of \d+ shards", how_far[1])
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
 

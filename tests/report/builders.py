@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from stic_ray.core.config import PreferencesConfig, RunConfig
-from stic_ray.core.rundir import RunDir, row_counts
+from stic_ray.core.rundir import ESTIMATE, RunDir, row_counts
 from stic_ray.core.schemas import PAIRS, REJECTED, table_of
 from stic_ray.method.corruption import Corruption, corrupt, draw_corruption, low_resolution, pixel_change
 from stic_ray.method.scoring import METRICS
@@ -192,6 +192,13 @@ def scores() -> list[dict[str, Any]]:
     ]
 
 
+def expected(stage: str) -> dict[str, Any]:
+    """Of `dpo` the price is known; of `evaluation` nobody said how many questions there are."""
+    known, price = stage != "evaluation", 3.0 if stage == "dpo" else None
+    figures = {"num_gpus": 8, "wall_s": 30.0 if known else None, "price_per_gpu_hour": price}
+    return {"stage": stage, "basis": "model" if known else "set estimate.num_questions", **figures}
+
+
 def write_run(path: Path) -> RunDir:
     run = RunDir.of(str(path))
     settings = {
@@ -216,6 +223,7 @@ def write_run(path: Path) -> RunDir:
     (run / "dpo").write_json("result.json", {**facts, **told})
     (run / "sft").write_json("result.json", {"num_steps": 20, "num_trainable_parameters": 1234567, "frozen": []})
     (run / "evaluation").write_json("scores.json", scores())
+    run.write_json(ESTIMATE, {stage: expected(stage) for stage in ("preferences", "dpo", "evaluation")})
     for i, stage in enumerate(STAGES):
         rejected = REJECTED_BY_STAGE.get(stage, {})
         (run / stage).write_manifest(manifest(stage, 1000 + i + sum(rejected.values()), rejected))

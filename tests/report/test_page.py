@@ -31,6 +31,17 @@ def test_page_has_every_section_and_the_headline(page: Page) -> None:
     assert "num_trainable_parameters 1,234,567" in page.text
 
 
+def test_what_was_expected_stands_beside_what_it_took(run: RunDir, page: Page) -> None:
+    """A manifest says 12.5 s for the first stage, 25 s for the second, and so on."""
+    preferences, dpo = collect(run)["estimates"]
+    assert preferences["stage"] == "preferences" and preferences["money"] == {"expected": None, "actual": None}
+    assert preferences["gpu_hours"]["actual"] == pytest.approx(8 * 25 / 3600)
+    assert dpo["seconds"] == {"expected": 30.0, "actual": 37.5}
+    assert dpo["money"]["actual"] == pytest.approx(3 * 8 * 37.5 / 3600)
+    assert "dpo 30.0 s 37.5 s 0.07 0.08 0.20 0.25 1.25 model" in page.text
+    assert "Estimate and actual" in page.text and "set estimate.num_questions" not in page.text
+
+
 def test_model_text_is_escaped_and_control_characters_are_visible(source: str, page: Page) -> None:
     assert not page.all("script") and not page.all("b")
     assert "<script>alert('x')</script> \"quoted\" & <b>bold</b> nul:\\x00 bell:\\x07" in page.text

@@ -8,7 +8,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from stic_ray.core.config import RunConfig, WorkersConfig
+from stic_ray.core.config import MAY_CHANGE, RunConfig, WorkersConfig
 from stic_ray.core.errors import ConfigError, StageError
 from stic_ray.core.rundir import RunDir, digest, row_counts
 from stic_ray.core.storage import Location
@@ -51,7 +51,7 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Locati
         "start": start.uri if start else None,
     }
     # Another ZeRO stage has checkpoints of another form, so it starts afresh under another name.
-    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows, workers.zero_stage])
+    identity = digest([config.model_dump(exclude=set(MAY_CHANGE)), num_rows, workers.zero_stage])
     attempts = (output / _ATTEMPTS).location
     trainer = TorchTrainer(
         train_worker,

@@ -1,0 +1,1 @@
+"""What a run will take, before anything is spent: images, tokens, GPU-hours, money, bytes, time."""
