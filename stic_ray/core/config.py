@@ -1,19 +1,22 @@
 """The configuration of a run: frozen, complete, every key known.
 
-A section says *what* is computed and belongs to the identity of the stages that read it, except `actors` and
-`workers`: these say *with what* it is computed, and may change between two invocations of the same run.
+A section says *what* is computed and belongs to the identity of the stages that read it, except those of MAY_CHANGE:
+`actors`, `workers` and `cluster` say *with what* it is computed.
 """
 
 from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from stic_ray.core.resources import ActorsConfig, WorkersConfig
+from stic_ray.core.resources import ActorsConfig, ClusterConfig, WorkersConfig
 from stic_ray.core.section import Count, NotNegative, Positive, Section, Share
 
 ScoredModel = Literal["base", "dpo", "sft"]
 AnswerMode = Literal["direct", "describe_and_respond"]
 Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
+
+MAY_CHANGE = ("actors", "workers", "cluster")
+"""Sections that may change between two invocations of the same run."""
 
 TOYWORLD = "toyworld"
 """Value of a source or a model path that stands for the pictures, data and model made on the spot."""
@@ -217,6 +220,7 @@ class RunConfig(Section):
     toyworld: ToyworldConfig = ToyworldConfig()
     actors: ActorsConfig = ActorsConfig()
     workers: WorkersConfig = WorkersConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 def sources_of(stage: str, config: RunConfig) -> tuple[str, ...]:

@@ -1,20 +1,28 @@
 """The Ray cluster of a run: connecting, what it must hold, and giving it back between stages."""
 
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+from ray._private import state
+from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
+from stic_ray.core.placement import Machines, Node, check_fits
 
 logger = logging.getLogger(__name__)
 
-TASK_CPUS = 0.25
-"""CPUs reserved by a task that mostly waits for storage, so that actors cannot starve it."""
+PROCESSES = {"actors": "MapWorker", "workers": "RayTrainWorker"}
+"""How the classes begin that Ray Data and Ray Train start for a stage."""
+
+_NODE_GROUP = "ray.io/node-group"
+"""Label of a machine that something starts when it is asked for: Ray's cluster launcher or KubeRay."""
 
 _RELEASE_TIMEOUT_S = 120.0
 
@@ -36,67 +44,97 @@ def process_environment(config: RunConfig) -> dict[str, str]:
 
 
 @contextmanager
-def connected(config: RunConfig) -> Iterator[None]:
+def connected(config: RunConfig, stages: Collection[str] = ()) -> Iterator[None]:
     """Join the cluster at RAY_ADDRESS or start a Ray of our own on this machine, and leave it at the end.
 
     A Ray that this process is already connected to is used and left as it is. Raises ConfigError when this machine
-    lacks the GPUs that the configuration asks for.
+    lacks the GPUs that the stages ask for; a cluster may get them yet.
     """
     if ray.is_initialized():
         yield
         return
-    _connect(config)
     try:
+        _connect(config, stages)
         yield
     finally:
         ray.shutdown()
 
 
-def _connect(config: RunConfig) -> None:
+def _connect(config: RunConfig, stages: Collection[str]) -> None:
     options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": process_environment(config)}}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], **options)
+    if address := _cluster_address():
+        ray.init(address=address, **options)
         return
-    # CPUs are Ray's book-keeping: more actors than cores run, only slower.
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)), **options)
-    num_gpus = ray.cluster_resources().get("GPU", 0.0)
-    for setting, asked in _gpus_asked(config).items():
-        if asked > num_gpus:
-            ray.shutdown()
-            raise ConfigError(
-                f"{setting} ask for {asked:g} GPUs, this machine has {num_gpus:g}. Set RAY_ADDRESS to a cluster "
-                f"that has them, or lower the setting."
-            )
+    # A run of one machine needs no dashboard.
+    ray.init(address="local", num_cpus=_local_cpus(config), include_dashboard=False, **options)
+    here = Node({**nodes()[0].resources, "CPU": math.inf})
+    check_fits(config, stages, Machines("this machine", [here]))
+
+
+def machines(config: RunConfig) -> Machines:
+    """Return the machines that a run would find, in the cluster at RAY_ADDRESS or here, without starting anything.
+
+    CPUs of this machine are not counted: more actors than cores run, only slower. Raises ConfigError when
+    RAY_ADDRESS is no address of a cluster.
+    """
+    address = _cluster_address()
+    if address is None:
+        asks_for_gpus = config.actors.num_gpus or config.workers.num_gpus
+        num_gpus = (
+            get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators() if asks_for_gpus else 0
+        )
+        return Machines("this machine", [Node({"CPU": math.inf, "GPU": num_gpus})])
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        found = nodes()
+    finally:
+        ray.shutdown()
+    return Machines(f"the cluster at {address}", found, may_grow=any(_NODE_GROUP in node.labels for node in found))
+
+
+def _cluster_address() -> str | None:
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address and address.startswith("http"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is a dashboard, which takes jobs: use cluster/submit.sh or `ray job submit`. A "
+            "command that joins a cluster by itself needs the address of the head, as HEAD:6379."
+        )
+    return address
+
+
+def _local_cpus(config: RunConfig) -> int:
+    """Return the CPUs that a Ray of our own is given, for the processes of any stage and a task."""
+    generation = config.actors.num_actors * config.actors.num_cpus
+    training = config.workers.num_workers * config.workers.num_cpus
+    return max(os.cpu_count() or 1, int(max(generation, training)) + 1)
 
 
 @contextmanager
 def released() -> Iterator[None]:
-    """Run a stage, then wait until the CPUs and GPUs it held are free again for the next one."""
-    before = _free()
+    """Run a stage, then wait until the processes that it started have given back what they held.
+
+    Other jobs of the cluster are not looked at: what they take or give back is theirs.
+    """
     yield
     deadline = time.monotonic() + _RELEASE_TIMEOUT_S
-    while any(_free()[kind] < amount for kind, amount in before.items()):
+    while left := own_processes():
         if time.monotonic() > deadline:
-            logger.warning(
-                "the stage's resources are not free after %.0f s: %s, had %s", _RELEASE_TIMEOUT_S, _free(), before
-            )
+            logger.warning("%d processes of the stage are still there after %.0f s", len(left), _RELEASE_TIMEOUT_S)
             return
         time.sleep(0.1)
 
 
-def _free() -> dict[str, float]:
-    available = ray.available_resources()
-    return {kind: available.get(kind, 0.0) for kind in ("CPU", "GPU")}
+def nodes() -> list[Node]:
+    """Return the machines of the cluster."""
+    return [Node(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
 
 
-def _cpus_needed(config: RunConfig) -> int:
-    generation = config.actors.num_actors * config.actors.num_cpus
-    training = config.workers.num_workers * config.workers.num_cpus
-    return int(max(generation, training)) + 1
+def own_processes(what: str | None = None) -> list[dict[str, Any]]:
+    """Return this job's `actors` or `workers`, or both, that are there or wanted.
 
-
-def _gpus_asked(config: RunConfig) -> dict[str, float]:
-    return {
-        "actors.num_gpus and actors.num_actors": config.actors.num_gpus * config.actors.num_actors,
-        "workers.num_gpus and workers.num_workers": config.workers.num_gpus * config.workers.num_workers,
-    }
+    One without a place yet has port 0. Ray's public list of actors asks the dashboard, which a cluster may not have.
+    """
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    classes = (PROCESSES[what],) if what else tuple(PROCESSES.values())
+    found = state.actors(job_id=job).values()
+    return [each for each in found if each["State"] != "DEAD" and each["ActorClassName"].startswith(classes)]

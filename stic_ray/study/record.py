@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import MAY_CHANGE, RunConfig
 from stic_ray.core.errors import ConfigError, RunError
 from stic_ray.core.overrides import build_config
 from stic_ray.core.provenance import git_commit, package_versions
@@ -14,8 +14,6 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.study.plan import OWN_FIELDS, Study, Variants
 
 FILE = "study.yaml"
-_MAY_CHANGE = ("actors", "workers")
-"""With what a study is computed, not what."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def write_record(home: RunDir, study: Study, base: RunConfig, facts: Mapping[str
 def _meaning(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the base configuration that every run of the study inherits, flat."""
     flat: dict[str, Any] = {}
-    for key, value in config.model_dump(mode="json", exclude=set(_MAY_CHANGE)).items():
+    for key, value in config.model_dump(mode="json", exclude=set(MAY_CHANGE)).items():
         flat |= {f"{key}.{field}": inner for field, inner in value.items()} if isinstance(value, dict) else {key: value}
     return {key: value for key, value in flat.items() if key not in OWN_FIELDS}
 

@@ -1,16 +1,20 @@
 """Stages `dpo` and `sft` on the driver: what they read, the worker group, and what is left at the end."""
 
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray.exceptions
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from stic_ray.core.config import DPOConfig, RunConfig
+from stic_ray.core.config import MAY_CHANGE, DPOConfig, RunConfig
 from stic_ray.core.errors import ConfigError, SourceError, StageError
 from stic_ray.core.rundir import RunDir, digest, read_shard, row_counts
 from stic_ray.core.schemas import PAIRS
@@ -78,7 +82,7 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: _Rows, start: Locat
     }
     # Optimiser state is cut by the number of workers, so another number starts afresh under another name.
     cut = [workers.num_workers, workers.micro_batch, workers.zero_stage]
-    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows, cut])
+    identity = digest([config.model_dump(exclude=set(MAY_CHANGE)), num_rows, cut])
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,
@@ -87,16 +91,19 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: _Rows, start: Locat
             num_workers=workers.num_workers,
             use_gpu=workers.num_gpus > 0,
             resources_per_worker={"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})},
+            label_selector=dict(workers.label_selector) or None,
         ),
         run_config=RayRunConfig(
             name=f"attempt-{identity}",  # the same command finds its checkpoints again, another configuration does not
             storage_path=(output / _ATTEMPTS).uri,
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=[_Restarts(stage, workers.max_failures)],
         ),
     )
     try:
-        trainer.fit()
+        with _plain_interrupts():
+            trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise _explain(stage, error) from error
     result = output.read_json("result.json")
@@ -105,10 +112,43 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: _Rows, start: Locat
     return {**row_counts(num_rows, result["num_rows"], {}), "num_steps": result["num_steps"]}
 
 
+class _Restarts(UserCallback):
+    """Says when training lost workers, and what comes of it; Ray Train keeps that to itself."""
+
+    def __init__(self, stage: str, max_failures: int) -> None:
+        self.stage, self.max_failures = stage, max_failures
+        self.num_failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self.num_failures += 1
+        goes_on = "restarts from its last checkpoint" if self.num_failures <= self.max_failures else "stops"
+        print(
+            f"{self.stage}: lost {len(worker_exceptions)} workers ({_last_lines(worker_exceptions)}); failure "
+            f"{self.num_failures}, workers.max_failures={self.max_failures}: {goes_on}",
+            flush=True,
+        )
+
+
+@contextmanager
+def _plain_interrupts() -> Iterator[None]:
+    """Turn Ray Train's answer to Ctrl-C, an exit with status 0, into Python's own, and take its handler away again."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+def _last_lines(failures: Mapping[int, BaseException]) -> str:
+    return "; ".join(sorted({" ".join(str(failure).strip().splitlines()[-1:]) for failure in failures.values()}))[:500]
+
+
 def _explain(stage: str, error: BaseException) -> StageError:
-    failures = getattr(error, "worker_failures", None) or {}
-    reasons = {" ".join(str(failure).strip().splitlines()[-1:]) for failure in failures.values()} or {str(error)}
+    reasons = _last_lines(getattr(error, "worker_failures", None) or {0: error})
     return StageError(
-        f"{stage} stopped after its restarts were used up: {'; '.join(sorted(reasons))[:500]}. "
+        f"{stage} stopped after its restarts were used up: {reasons}. "
         "The same command goes on from the last checkpoint."
     )
