@@ -64,9 +64,9 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     with pytest.raises(ConfigError) as refused:
         check_fits(asked, ["preferences", "dpo", "evaluation"], cluster)
     assert str(refused.value) == (
-        "preferences, evaluation ask for 8 actors of 1 CPU, 1 GPU on nodes with group=generation, and 0.25 CPU for tasks, "
-        "and 4 fit: the cluster has 3 nodes: 1 x 4 CPU; 2 x 8 CPU, 2 GPU [group=generation]. Lower actors.num_actors, "
-        "actors.num_gpus or actors.num_cpus; or set RAY_ADDRESS to a cluster that has them."
+        "preferences, evaluation ask for 8 actors of 1 CPU, 1 GPU on nodes with group=generation, and 0.25 CPU for "
+        "tasks, and 4 fit: the cluster has 3 nodes: 1 x 4 CPU; 2 x 8 CPU, 2 GPU [group=generation]. Lower "
+        "actors.num_actors, actors.num_gpus or actors.num_cpus; or set RAY_ADDRESS to a cluster that has them."
     )
     check_fits(config(actors__num_actors=8, actors__min_actors=4, actors__num_gpus=1), ["preferences"], cluster)
     grows = Machines("the cluster", [SMALL], may_grow=True)
