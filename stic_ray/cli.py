@@ -17,7 +17,7 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.estimate.stages import estimate_run
 from stic_ray.estimate.table import table
 from stic_ray.pipeline import STAGE_NAMES, run_evaluation_alone, run_pipeline, stages_needed
-from stic_ray.plan import plan
+from stic_ray.plan import check_room, machines_for, placement, plan
 from stic_ray.recipes import RECIPES, recipe
 from stic_ray.status import run_status
 
@@ -105,14 +105,20 @@ def status(description: str | None, arguments: Sequence[str] | None = None) -> N
 
 
 def print_plan(config: RunConfig, address: str, stages: Sequence[str]) -> None:
-    """Print configuration, plan and estimate. A run that cannot be reached is planned as a new one, and said so."""
+    """Print configuration, plan and estimate. A run that cannot be reached is planned as a new one, and said so.
+
+    Raises ConfigError, behind the plan, when a stage can never run on the machines that the run would find.
+    """
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     try:
         run, note = RunDir.of(address), ""
     except SourceError as error:
         run, note = None, f" (what is done is not known: {error})"
     print(f"run: {run.uri if run else address}{note}", *plan(config, run, stages), sep="\n")
+    machines = machines_for(config)
+    print(*placement(config, stages, machines), sep="\n")
     print("", *table(estimate_run(config, run, stages), config), sep="\n")
+    check_room(config, stages, machines)
 
 
 def print_results(run: RunDir) -> None:

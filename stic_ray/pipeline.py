@@ -15,6 +15,7 @@ import yaml
 
 from stic_ray.core.config import RunConfig, is_toy, sources_of
 from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest
+from stic_ray.core.placement import need_of
 from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import MANIFEST, STARTED, RunDir, digest
 from stic_ray.core.storage import Location
@@ -132,7 +133,7 @@ def check_stage_names(stages: Sequence[str]) -> None:
 
 def _run(todo: Sequence[Stage], config: RunConfig, run: RunDir, facts: dict[str, Any]) -> None:
     """Prepare, connect and run. Ray and torch are imported here, so that a finished run is told in no time."""
-    from stic_ray.stages import cluster
+    from stic_ray.stages import cluster, waiting
 
     for name, value in cluster.process_environment(config).items():
         os.environ.setdefault(name, value)  # before torch and its friends are imported
@@ -145,9 +146,10 @@ def _run(todo: Sequence[Stage], config: RunConfig, run: RunDir, facts: dict[str,
     record_estimate(config, run, names)
     make_toyworld(names, config, run)
     check_before_work(names, resolved)
-    with cluster.connected(resolved):
+    with cluster.connected(resolved, names):
         for stage in todo:
-            with cluster.released():
+            need = need_of(stage.name, resolved)
+            with cluster.released(), waiting.watched(stage.name, need, config.cluster.resource_timeout_s):
                 _run_stage(stage, FUNCTIONS[stage.name], config, resolved, run)
 
 

@@ -27,15 +27,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A Ray of our own with six logical CPUs, for all tests that run stages in this process."""
+    """A Ray of our own with six logical CPUs and two pretended GPUs, for all tests that run stages in this process."""
+    import ray
+
     from stic_ray.recipes import demo
     from stic_ray.stages import cluster
 
-    config = demo()
-    os.environ.update(cluster.process_environment(config))
-    many = config.model_copy(update={"actors": config.actors.model_copy(update={"num_actors": 5})})
-    with cluster.connected(many):
-        yield
+    environment = cluster.process_environment(demo())
+    os.environ.update(environment)
+    resources = {"num_cpus": 6, "num_gpus": 2}
+    runtime = {"env_vars": environment}
+    ray.init(address="local", include_dashboard=False, logging_level="WARNING", runtime_env=runtime, **resources)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

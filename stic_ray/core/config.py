@@ -1,7 +1,7 @@
 """The configuration of a run: frozen, complete, every key known.
 
 A section says *what* is computed and belongs to the identity of the stages that read it, except those of MAY_CHANGE:
-`actors` and `workers` say *with what* it is computed, `estimate` what that is expected to cost.
+`actors`, `workers` and `cluster` say *with what* it is computed, `estimate` what that is expected to cost.
 """
 
 from typing import Annotated, Literal, get_args
@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stic_ray.core.cost import EstimateConfig
-from stic_ray.core.resources import ActorsConfig, WorkersConfig
+from stic_ray.core.resources import ActorsConfig, ClusterConfig, WorkersConfig
 from stic_ray.core.section import Count, NotNegative, Positive, Section, Share
 
 ScoredModel = Literal["base", "dpo", "sft"]
@@ -18,7 +18,7 @@ Part = Literal["vision_tower", "projector", "language_model"]
 ONLY_LANGUAGE: frozenset[Part] = frozenset({"language_model"})
 Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
 
-MAY_CHANGE = ("actors", "workers", "estimate")
+MAY_CHANGE = ("actors", "workers", "cluster", "estimate")
 """Sections that may change between two invocations of the same run."""
 
 TOYWORLD = "toyworld"
@@ -254,6 +254,7 @@ class RunConfig(Section):
     toyworld: ToyworldConfig = ToyworldConfig()
     actors: ActorsConfig = ActorsConfig()
     workers: WorkersConfig = WorkersConfig()
+    cluster: ClusterConfig = ClusterConfig()
     estimate: EstimateConfig = EstimateConfig()
 
     @model_validator(mode="after")

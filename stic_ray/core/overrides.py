@@ -83,8 +83,7 @@ def _section_of(data: dict[str, Any], keys: list[str]) -> dict[str, Any]:
             raise ConfigError(_unknown(".".join(keys[:depth]), key, allowed))
         if depth < len(keys) - 1:
             section = section[key]
-    if isinstance(section[keys[-1]], dict):
-        fields = ", ".join(section[keys[-1]])
+    if fields := ", ".join(_fields_of(keys)):
         raise ConfigError(f"'{keys[-1]}' is a section; set one of its fields: {fields}.")
     return section
 

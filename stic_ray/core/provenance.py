@@ -1,5 +1,6 @@
 """What a run was made with: package versions and the commit."""
 
+import os
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +20,12 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the source tree, "+changes" behind it if there are any; None outside a checkout."""
+    """Return the commit of the source tree, "+changes" behind it if there are any; None when it is not known.
+
+    Of a package that cluster/submit.sh sent, STIC_RAY_COMMIT says it.
+    """
+    if os.environ.get("STIC_RAY_COMMIT"):
+        return os.environ["STIC_RAY_COMMIT"]
     root = Path(__file__).resolve().parents[2]
     try:
         commit = subprocess.run(

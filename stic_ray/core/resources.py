@@ -1,11 +1,28 @@
 """With what a run is computed: the processes that generate, and those that train. No result depends on it."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.section import Count, NotNegative, Positive, Section
+
+_SELECTED = re.compile(r"!?(in\([\w.-]+(, ?[\w.-]+)*\)|[\w.-]+)")
+
+
+def _pairs_of(labels: Any) -> Any:
+    """Return a mapping of labels as pairs, which nobody can change; what is no mapping is left to pydantic."""
+    if not isinstance(labels, dict):
+        return labels
+    for key, value in labels.items():
+        if not isinstance(value, str) or not _SELECTED.fullmatch(value):
+            raise ValueError(f"{key}={value} is none of: value, !value, in(value, value), !in(value, value)")
+    return tuple(labels.items())
+
+
+LabelSelector = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs_of), PlainSerializer(dict)]
+"""Labels that a node must have, in Ray's syntax: {group: generation} or {ray.io/market-type: "!spot"}."""
 
 
 class ActorsConfig(Section):
@@ -19,6 +36,8 @@ class ActorsConfig(Section):
     """CPUs per actor."""
     num_gpus: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs per actor; the vllm engine cuts a model over two or more (tensor parallelism)."""
+    label_selector: LabelSelector = ()
+    """Nodes that actors may be on; any when empty."""
     gpu_memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     """Share of an actor's GPU that the vllm engine takes at its start, for weights and cached tokens."""
     max_length_tokens: Count | None = None
@@ -59,6 +78,8 @@ class WorkersConfig(Section):
     """Ray's name of the GPU that workers must have, as H100 or A100-80G; any when unset."""
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Workers on as few nodes as possible or on as many; the strict ones wait until it can be done."""
+    label_selector: LabelSelector = ()
+    """Nodes that workers may be on; any when empty."""
     micro_batch: Count = 1
     """Rows per worker and forward pass; gradient accumulation follows from the global batch."""
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -101,6 +122,14 @@ class WorkersConfig(Section):
                 "which NCCL refuses; use num_gpus=1, or one worker"
             )
         return self
+
+
+class ClusterConfig(Section):
+    """The cluster as a whole."""
+
+    resource_timeout_s: Positive = 1800.0
+    """Seconds that a stage waits without a place for any of its processes until it stops; machines that have to be
+    started, or another job's, are waited for as long."""
 
 
 def accumulation_steps(global_batch: int, workers: WorkersConfig) -> int:

@@ -1,20 +1,28 @@
 """The Ray cluster of a run: connecting, what it must hold, and giving it back between stages."""
 
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+from ray._private import state
+from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
+from stic_ray.core.placement import ACCELERATOR, Machines, Node, check_fits
 
 logger = logging.getLogger(__name__)
 
-TASK_CPUS = 0.25
-"""CPUs reserved by a task that mostly waits for storage, so that actors cannot starve it."""
+PROCESSES = {"actors": "MapWorker", "workers": "RayTrainWorker"}
+"""How the classes begin that Ray Data and Ray Train start for a stage."""
+
+_NODE_GROUP = "ray.io/node-group"
+"""Label of a machine that something starts when it is asked for: Ray's cluster launcher or KubeRay."""
 
 _RELEASE_TIMEOUT_S = 120.0
 
@@ -36,76 +44,102 @@ def process_environment(config: RunConfig) -> dict[str, str]:
 
 
 @contextmanager
-def connected(config: RunConfig) -> Iterator[None]:
+def connected(config: RunConfig, stages: Collection[str] = ()) -> Iterator[None]:
     """Join the cluster at RAY_ADDRESS or start a Ray of our own on this machine, and leave it at the end.
 
     A Ray that this process is already connected to is used and left as it is. Raises ConfigError when this machine
-    lacks the GPUs that the configuration asks for.
+    lacks the GPUs that the stages ask for; a cluster may get them yet.
     """
     if ray.is_initialized():
         yield
         return
-    _connect(config)
     try:
+        _connect(config, stages)
         yield
     finally:
         ray.shutdown()
 
 
-def _connect(config: RunConfig) -> None:
+def _connect(config: RunConfig, stages: Collection[str]) -> None:
     options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": process_environment(config)}}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], **options)
+    if address := _cluster_address():
+        ray.init(address=address, **options)
         return
-    # CPUs are Ray's book-keeping: more actors than cores run, only slower.
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)), **options)
-    reason = why_too_small(config, ray.cluster_resources())
-    if reason is not None:
+    # A run of one machine needs no dashboard.
+    ray.init(address="local", num_cpus=_local_cpus(config), include_dashboard=False, **options)
+    here = Node({**nodes()[0].resources, "CPU": math.inf})
+    check_fits(config, stages, Machines("this machine", [here]))
+
+
+def machines(config: RunConfig) -> Machines:
+    """Return the machines that a run would find, in the cluster at RAY_ADDRESS or here, without starting anything.
+
+    CPUs of this machine are not counted: more actors than cores run, only slower. Raises ConfigError when
+    RAY_ADDRESS is no address of a cluster.
+    """
+    address = _cluster_address()
+    if address is None:
+        return Machines("this machine", [Node({"CPU": math.inf, **_gpus_of_this_machine(config)})])
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        found = nodes()
+    finally:
         ray.shutdown()
-        raise ConfigError(f"{reason}. Set RAY_ADDRESS to a cluster that has what is asked for, or lower the setting.")
+    return Machines(f"the cluster at {address}", found, may_grow=any(_NODE_GROUP in node.labels for node in found))
 
 
-def why_too_small(config: RunConfig, resources: Mapping[str, float]) -> str | None:
-    """Return what this machine lacks; workers would wait for it for ever."""
-    num_gpus, workers = resources.get("GPU", 0.0), config.workers
-    for setting, asked in _gpus_asked(config).items():
-        if asked > num_gpus:
-            return f"{setting} ask for {asked:g} GPUs, this machine has {num_gpus:g}"
-    if workers.accelerator_type and f"accelerator_type:{workers.accelerator_type}" not in resources:
-        return f"workers.accelerator_type={workers.accelerator_type} is not the GPU of this machine"
-    if workers.placement_strategy == "STRICT_SPREAD" and workers.num_workers > 1:
-        return f"workers.placement_strategy=STRICT_SPREAD asks for {workers.num_workers} machines, this is one"
-    return None
+def _gpus_of_this_machine(config: RunConfig) -> dict[str, float]:
+    """Return its GPUs as Ray's resources; they are not looked for where nothing asks for them."""
+    if not config.actors.num_gpus and not config.workers.num_gpus:
+        return {}
+    manager = get_accelerator_manager_for_resource("GPU")
+    kind = manager.get_current_node_accelerator_type() if config.workers.accelerator_type else None
+    return {"GPU": manager.get_current_node_num_accelerators(), **({f"{ACCELERATOR}{kind}": 1.0} if kind else {})}
+
+
+def _cluster_address() -> str | None:
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address and address.startswith("http"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is a dashboard, which takes jobs: use cluster/submit.sh or `ray job submit`. A "
+            "command that joins a cluster by itself needs the address of the head, as HEAD:6379."
+        )
+    return address
+
+
+def _local_cpus(config: RunConfig) -> int:
+    """Return the CPUs that a Ray of our own is given, for the processes of any stage and a task."""
+    generation = config.actors.num_actors * config.actors.num_cpus
+    training = config.workers.num_workers * config.workers.num_cpus
+    return max(os.cpu_count() or 1, int(max(generation, training)) + 1)
 
 
 @contextmanager
 def released() -> Iterator[None]:
-    """Run a stage, then wait until the CPUs and GPUs it held are free again for the next one."""
-    before = _free()
+    """Run a stage, then wait until the processes that it started have given back what they held.
+
+    Other jobs of the cluster are not looked at: what they take or give back is theirs.
+    """
     yield
     deadline = time.monotonic() + _RELEASE_TIMEOUT_S
-    while any(_free()[kind] < amount for kind, amount in before.items()):
+    while left := own_processes():
         if time.monotonic() > deadline:
-            logger.warning(
-                "the stage's resources are not free after %.0f s: %s, had %s", _RELEASE_TIMEOUT_S, _free(), before
-            )
+            logger.warning("%d processes of the stage are still there after %.0f s", len(left), _RELEASE_TIMEOUT_S)
             return
         time.sleep(0.1)
 
 
-def _free() -> dict[str, float]:
-    available = ray.available_resources()
-    return {kind: available.get(kind, 0.0) for kind in ("CPU", "GPU")}
+def nodes() -> list[Node]:
+    """Return the machines of the cluster."""
+    return [Node(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
 
 
-def _cpus_needed(config: RunConfig) -> int:
-    generation = config.actors.num_actors * config.actors.num_cpus
-    training = config.workers.num_workers * config.workers.num_cpus
-    return int(max(generation, training)) + 1
+def own_processes(what: str | None = None) -> list[dict[str, Any]]:
+    """Return this job's `actors` or `workers`, or both, that are there or wanted.
 
-
-def _gpus_asked(config: RunConfig) -> dict[str, float]:
-    return {
-        "actors.num_gpus and actors.num_actors": config.actors.num_gpus * config.actors.num_actors,
-        "workers.num_gpus and workers.num_workers": config.workers.num_gpus * config.workers.num_workers,
-    }
+    One without a place yet has port 0. Ray's public list of actors asks the dashboard, which a cluster may not have.
+    """
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    classes = (PROCESSES[what],) if what else tuple(PROCESSES.values())
+    found = state.actors(job_id=job).values()
+    return [each for each in found if each["State"] != "DEAD" and each["ActorClassName"].startswith(classes)]

@@ -17,11 +17,11 @@ import ray.exceptions
 from ray.data import ActorPoolStrategy, Dataset
 
 from stic_ray.core.config import ActorsConfig
+from stic_ray.core.placement import TASK_CPUS
 from stic_ray.core.rundir import RunDir
 from stic_ray.engines.watched import Work
 from stic_ray.method.preferences import Rejection
 from stic_ray.stages.attempts import Attempts, attempts_name, loading
-from stic_ray.stages.cluster import TASK_CPUS
 from stic_ray.stages.failures import explain
 from stic_ray.stages.progress import ActorMetrics, Progress
 from stic_ray.stages.windows import Tables, Windows, WindowWorker
@@ -104,9 +104,15 @@ def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig |
         return None
     progress = Progress(job.stage, len(todo))
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # plans and paths; our own lines say how far a stage is
+    dataset = _dataset(job, todo, actors)
     try:
-        for row in _dataset(job, todo, actors).iter_rows():
+        for row in dataset.iter_rows():
             progress.advance(row["num_rows"], Work(**row["work"]))
+    except KeyboardInterrupt:
+        # It does not reach the thread that fetches the rows, so the actors would live on, or be waited for.
+        if executor := dataset._current_executor:
+            executor.shutdown(force=True)
+        raise
     except (ray.exceptions.RayError, RuntimeError, OSError) as error:
         raise explain(job.stage, error) from error
     job.output.delete_leftovers()
@@ -151,6 +157,7 @@ def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | No
             ),
             num_cpus=actors.num_cpus,
             num_gpus=actors.num_gpus,
+            label_selector=dict(actors.label_selector) or None,
         )
     return worked.map(lambda row: _publish(job, row), num_cpus=TASK_CPUS)
 

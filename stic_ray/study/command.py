@@ -12,6 +12,8 @@ from stic_ray import cli
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, StageError
 from stic_ray.core.rundir import RunDir
+from stic_ray.pipeline import STAGE_NAMES
+from stic_ray.plan import check_room, machines_for
 from stic_ray.study.plan import Study, check_numbers, plan_study, read_variants
 from stic_ray.study.processes import DONE
 from stic_ray.study.record import Record, check_continues, read_record, write_record
@@ -44,7 +46,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--sizes", metavar="N,N", required=True, help="images in the pool, smallest first")
     options.add_argument("--seeds", metavar="S,S", default="0", help="each gives a pool and a training of its own")
     options.add_argument("--variants", metavar="FILE", help="YAML: name -> section.field -> value (docs/studies.md)")
-    options.add_argument("--parallel", metavar="K", type=int, default=1, help="runs at the same time on this machine")
+    options.add_argument("--parallel", metavar="K", type=int, default=1, help="runs at the same time")
     return options
 
 
@@ -72,11 +74,9 @@ def _check_parallel(parallel: int, config: RunConfig) -> None:
     if parallel < 1:
         raise ConfigError(f"--parallel {parallel} must be 1 or more.")
     if parallel > 1 and os.environ.get("RAY_ADDRESS"):
-        raise ConfigError(
-            f"--parallel {parallel} does not go with RAY_ADDRESS={os.environ['RAY_ADDRESS']}: stages of several runs "
-            "on one cluster would wait for each other's resources for ever. Use --parallel 1, or unset RAY_ADDRESS."
-        )
-    if parallel > 1 and (config.actors.num_gpus or config.workers.num_gpus):
+        # With less, runs would wait for each other's processes, or leave no CPU for anybody's tasks.
+        check_room(config, STAGE_NAMES, machines_for(config), num_runs=parallel)
+    elif parallel > 1 and (config.actors.num_gpus or config.workers.num_gpus):
         logger.warning("--parallel %d: each run starts a Ray of its own, and all of them use the same GPUs", parallel)
 
 

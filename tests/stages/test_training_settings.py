@@ -11,7 +11,6 @@ from transformers import get_scheduler
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, ModelError
 from stic_ray.preparation import check_before_work
-from stic_ray.stages.cluster import why_too_small
 from stic_ray.stages.training.arguments import training_arguments
 from stic_ray.stages.training.launch import scaling_of
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
@@ -145,19 +144,3 @@ def test_workers_are_placed_as_asked(tiny_llava: Path) -> None:
     scaling = scaling_of(config_for(tiny_llava, workers=asked).workers)
     assert (scaling.num_workers, scaling.use_gpu, scaling.resources_per_worker) == (8, True, {"CPU": 3.0, "GPU": 1.0})
     assert (scaling.accelerator_type, scaling.placement_strategy) == ("H100", "SPREAD")
-
-
-@pytest.mark.parametrize(
-    ("asked", "told"),
-    [
-        ({"num_workers": 2, "num_gpus": 1}, "ask for 2 GPUs, this machine has 1"),
-        ({"num_gpus": 1, "accelerator_type": "H200"}, "accelerator_type=H200 is not the GPU of this machine"),
-        ({"num_workers": 2, "placement_strategy": "STRICT_SPREAD"}, "asks for 2 machines, this is one"),
-        ({"num_gpus": 1, "accelerator_type": "H100", "placement_strategy": "STRICT_SPREAD"}, None),
-    ],
-)
-def test_workers_that_this_machine_has_no_place_for_are_told(
-    asked: dict[str, Any], told: str | None, tiny_llava: Path
-) -> None:
-    found = why_too_small(config_for(tiny_llava, workers=asked), {"GPU": 1.0, "accelerator_type:H100": 1.0})
-    assert found is None if told is None else told in str(found)

@@ -103,7 +103,7 @@ def test_variants_files_that_cannot_be_read(text: str | None, message: str, tmp_
         (["--sizes", "10", "--seeds", "1,1"], "--seeds 1,1"),
         (["--sizes", "10", "--seeds", "-1"], "--seeds -1"),
         (["--sizes", "10", "--parallel", "0"], "--parallel 0 must be 1 or more"),
-        (["--sizes", "10", "--parallel", "2"], "does not go with RAY_ADDRESS=10.0.0.1:6379"),
+        (["--sizes", "10", "--parallel", "2"], "RAY_ADDRESS=http://10.0.0.1:8265 is a dashboard"),
         (["--sizes", "10", "--set", "dpo.bta=1"], "Did you mean 'beta'?"),
         ([], "--sizes"),
     ],
@@ -111,7 +111,7 @@ def test_variants_files_that_cannot_be_read(text: str | None, message: str, tmp_
 def test_a_mistake_on_the_command_line_touches_nothing(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
     with pytest.raises(UserError) as refusal:
         scaling_study("", ["--run", str(tmp_path / "s"), *arguments])
     assert message in str(refusal.value)

@@ -1,9 +1,13 @@
 """Stages `dpo` and `sft` on the driver: what they read, the worker group, and what is left at the end."""
 
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import ray.exceptions
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -64,10 +68,12 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Locati
             storage_filesystem=None if attempts.is_local else attempts.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=workers.keep_checkpoints),
+            callbacks=[_Restarts(stage, workers.max_failures)],
         ),
     )
     try:
-        trainer.fit()
+        with _plain_interrupts():
+            trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise _explain(stage, error) from error
     result = output.read_json("result.json")
@@ -86,13 +92,47 @@ def scaling_of(workers: WorkersConfig) -> ScalingConfig:
         resources_per_worker={"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})},
         accelerator_type=workers.accelerator_type,
         placement_strategy=workers.placement_strategy,
+        label_selector=dict(workers.label_selector) or None,
     )
 
 
+class _Restarts(UserCallback):
+    """Says when training lost workers, and what comes of it; Ray Train keeps that to itself."""
+
+    def __init__(self, stage: str, max_failures: int) -> None:
+        self.stage, self.max_failures = stage, max_failures
+        self.num_failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        self.num_failures += 1
+        goes_on = "restarts from its last checkpoint" if self.num_failures <= self.max_failures else "stops"
+        print(
+            f"{self.stage}: lost {len(worker_exceptions)} workers ({_last_lines(worker_exceptions)}); failure "
+            f"{self.num_failures}, workers.max_failures={self.max_failures}: {goes_on}",
+            flush=True,
+        )
+
+
+@contextmanager
+def _plain_interrupts() -> Iterator[None]:
+    """Turn Ray Train's answer to Ctrl-C, an exit with status 0, into Python's own, and take its handler away again."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+
+
+def _last_lines(failures: Mapping[int, BaseException]) -> str:
+    return "; ".join(sorted({" ".join(str(failure).strip().splitlines()[-1:]) for failure in failures.values()}))[:500]
+
+
 def _explain(stage: str, error: BaseException) -> StageError:
-    failures = getattr(error, "worker_failures", None) or {}
-    reasons = {" ".join(str(failure).strip().splitlines()[-1:]) for failure in failures.values()} or {str(error)}
+    reasons = _last_lines(getattr(error, "worker_failures", None) or {0: error})
     return StageError(
-        f"{stage} stopped after its restarts were used up: {'; '.join(sorted(reasons))[:500]}. "
+        f"{stage} stopped after its restarts were used up: {reasons}. "
         "The same command goes on from the last checkpoint."
     )

@@ -1,0 +1,140 @@
+"""`ray job submit` to a real head on loopback, with tokens: logs, exit status, a kill, and the same command again."""
+
+import signal
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from stic_ray.core.rundir import RunDir
+from tests.pipeline.test_scaling_study import SETTINGS
+from tests.ray_head import Head, ray_head
+from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
+
+ROOT = Path(__file__).parents[2]
+NUM_PICTURES, SHARD_SIZE = 24, 2
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """Four CPUs and two GPUs that are none."""
+    with ray_head("--num-cpus=4", "--num-gpus=2") as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A pool of 24 pictures in 12 shards, and an engine that takes a quarter of a second for each picture."""
+    folder = tmp_path_factory.mktemp("jobs")
+    chosen = {
+        "pool.source": draw_pictures(folder / "pictures", NUM_PICTURES),
+        "pool.shard_size": SHARD_SIZE,
+        "model.engine": "fake",
+        "model.path": fake_script(folder, f"{TELLING}\nseconds_per_batch: 0.25\n"),
+        "actors.num_actors": 2,
+        "actors.num_gpus": 1,
+        "actors.batch_size": 2,
+    }
+    return [part for setting in chosen.items() for part in ("--set", "=".join(map(str, setting)))]
+
+
+def start(head: Head, *arguments: str) -> subprocess.Popen[str]:
+    """Submit with cluster/submit.sh, which follows the log."""
+    environment = {**head.environment, "RAY_ADDRESS": head.dashboard}
+    command = [str(ROOT / "cluster" / "submit.sh"), *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+    )
+
+
+def finish(submitted: subprocess.Popen[str]) -> str:
+    return submitted.communicate(timeout=250)[0]
+
+
+def driver_of(head: Head, script: str) -> psutil.Process:
+    """The process that Ray started for the job."""
+    return next(p for p in head.processes() if p.name().startswith("python") and f"jobs/{script}" in p.cmdline())
+
+
+def listening(head: Head) -> set[str]:
+    """The addresses on which the head's processes take connections."""
+    found: set[str] = set()
+    for process in head.processes():
+        try:
+            found |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def get(url: str, token: str | None = None) -> tuple[int, str]:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.reason
+
+
+def test_a_killed_job_fails_and_the_same_command_finishes_it(head: Head, settings: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = ["jobs/full_pipeline.py", "--stages", "pool,preferences", "--run", str(run), *settings]
+    submitted = start(head, *job)
+    while len(made := list(run.glob("preferences/pairs-*.parquet"))) < 3:
+        assert submitted.poll() is None, finish(submitted)
+    assert listening(head) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, "nothing is open to the network"
+    driver_of(head, "full_pipeline.py").send_signal(signal.SIGKILL)
+    log = finish(submitted)
+    assert submitted.returncode == 1 and "preferences: started" in log, log
+    before = {shard: shard.stat().st_mtime_ns for shard in made}
+    assert len(before) < NUM_PICTURES // SHARD_SIZE
+
+    again = start(head, *job)
+    log = finish(again)
+    assert again.returncode == 0, log
+    assert "pool: already done, skipped" in log and "shards are already there" in log
+    assert {shard: shard.stat().st_mtime_ns for shard in made} == before, "what was done is not done again"
+    assert pairs_of(RunDir.of(str(run))).num_rows == NUM_PICTURES
+
+    [size] = [line for line in log.splitlines() if line.startswith("package: ")]
+    assert float(size.split()[1]) < 10, "MiB"
+    [package] = (head.folder / "ray").glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
+    packed = {path.name for path in package.iterdir()}
+    assert {"jobs", "stic_ray"} <= packed and not packed & {"tests", "docs", "benchmarks", ".git", "runs", ".venv"}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert yaml.safe_load((run / "config.yaml").read_text())["git_commit"].startswith(commit)
+
+
+def test_a_mistake_is_one_line_of_the_log_and_status_1(head: Head) -> None:
+    submitted = start(head, "--submission-id", "mistake", "--", "jobs/full_pipeline.py", "--set", "dpo.bta=1")
+    log = finish(submitted)
+    assert submitted.returncode == 1 and "Traceback" not in log, log
+    assert "error: Unknown key 'bta' in section 'dpo'. Did you mean 'beta'?" in log
+    reused = start(head, "--submission-id", "mistake", "--", "jobs/full_pipeline.py")
+    assert "already exists" in finish(reused) and reused.returncode == 1
+
+
+def test_without_the_token_only_the_metrics_answer(head: Head) -> None:
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    jobs = f"{head.dashboard}/api/jobs/"
+    assert get(jobs)[0] == 401 and get(jobs, "another")[0] == 403 and get(jobs, token)[0] == 200
+    status, metrics = get(f"http://127.0.0.1:{head.metrics_port}/metrics")
+    assert status == 200 and "ray_" in metrics
+
+
+def test_a_study_is_a_job(head: Head, tmp_path: Path) -> None:
+    """Its runs are processes of their own, which join the cluster of the job."""
+    asked = {**SETTINGS, "evaluation.models": "[base, dpo]", "evaluation.modes": "[direct]", "toyworld.num_scenes": 1}
+    options = [part for key, value in asked.items() for part in ("--set", f"{key}={value}")]
+    submitted = start(head, "jobs/scaling_study.py", "--run", str(tmp_path / "study"), "--sizes", "4", *options)
+    log = finish(submitted)
+    assert submitted.returncode == 0, log
+    rows = pq.read_table(tmp_path / "study" / "cells.parquet").to_pylist()
+    assert {(row["size"], row["model"]) for row in rows} == {(0, "base"), (4, "dpo")}
+    assert "dpo: step" in (tmp_path / "study" / "cells" / "default-n4-seed0" / "log.txt").read_text()

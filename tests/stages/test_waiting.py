@@ -1,0 +1,92 @@
+"""Stages that lack something: what they say, when they give up, and that each gives back what it held."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.train import ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import StageError
+from stic_ray.core.rundir import RunDir
+from stic_ray.stages import functions, waiting
+from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of, run_stages
+from tests.stages.test_training_batches import config_for, write_pairs
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+CLUSTER = "The cluster has 1 nodes: 1 x 6 CPU, 2 GPU"
+
+
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(waiting, "_TELL_AFTER_S", 0.5)
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_pictures(tmp_path_factory.mktemp("pictures"), 28)
+
+
+def config(folder: Path, pictures: Path, **actors: Any) -> RunConfig:
+    return fake_config(folder, pictures, TELLING, actors=actors, cluster={"resource_timeout_s": 4})
+
+
+def test_actors_that_no_node_holds_are_given_up_and_the_run_goes_on_with_fewer(
+    pictures: Path, tmp_path: Path, told: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(StageError) as gave_up:
+        run_stages(config(tmp_path, pictures, num_actors=1, num_gpus=3), tmp_path / "run", "pool", "preferences")
+    assert "preferences waited 4 s (cluster.resource_timeout_s) for 1 actor of 1 CPU, 3 GPU" in str(gave_up.value)
+    assert "none of them has a place" in str(gave_up.value) and CLUSTER in str(gave_up.value)
+    assert "preferences: waits since" in told.text and "ask for less in actors.*" in str(gave_up.value)
+
+    elsewhere = config(tmp_path, pictures, num_actors=1, label_selector={"group": "generation"})
+    with pytest.raises(StageError, match="1 actor of 1 CPU on nodes with group=generation"):
+        run_stages(elsewhere, tmp_path / "run", "preferences")
+
+    run = run_stages(config(tmp_path, pictures, num_actors=2, num_gpus=1), tmp_path / "run", "preferences")
+    assert pairs_of(run).num_rows == 28
+
+
+def test_actors_that_leave_no_cpu_for_tasks_are_told(pictures: Path, tmp_path: Path) -> None:
+    run_stages(config(tmp_path, pictures), tmp_path / "run", "pool")
+    with pytest.raises(StageError, match="7 actors of 1 CPU, and 0.25 CPU for tasks: 6 of them leave no CPU"):
+        run_stages(config(tmp_path, pictures, num_actors=7), tmp_path / "run", "preferences")
+
+
+def test_workers_that_have_no_place_are_given_up(
+    tmp_path: Path, tiny_llava: Path, told: pytest.LogCaptureFixture
+) -> None:
+    pairs = write_pairs(tmp_path / "run" / "preferences", 4)
+    RunDir.of(str(pairs.parent)).write_manifest({"stage": "preferences", "num_rows_written": 4})
+    asked = config_for(tiny_llava, workers={"num_workers": 3, "num_gpus": 1}, dpo={"global_batch": 3})
+    asked = asked.model_copy(update={"dpo": asked.dpo.model_copy(update={"pairs": str(pairs.parent)})})
+    asked = asked.model_copy(update={"cluster": asked.cluster.model_copy(update={"resource_timeout_s": 4.0})})
+    with pytest.raises(StageError) as gave_up:
+        run_stages(asked, tmp_path / "run", "dpo")
+    assert "dpo waited 4 s (cluster.resource_timeout_s) for 3 workers of 1 CPU, 1 GPU: none" in str(gave_up.value)
+    assert CLUSTER in str(gave_up.value) and "dpo: waits since" in told.text
+
+
+def test_training_finds_the_gpus_that_generation_held(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llava: Path
+) -> None:
+    """Two actors hold both GPUs; Ray Train's two workers, one GPU each, must have them at once."""
+    free: list[float] = []
+
+    def train(*_: Any) -> dict[str, Any]:
+        free.append(ray.available_resources().get("GPU", 0.0))
+        scaling = ScalingConfig(num_workers=2, use_gpu=True)
+        TorchTrainer(lambda: None, scaling_config=scaling, torch_config=TorchConfig(backend="gloo")).fit()
+        return {"num_rows_in": 0, "num_rows_written": 0, "num_rows_rejected": 0, "rejected_by_reason": {}}
+
+    monkeypatch.setitem(functions.FUNCTIONS, "dpo", train)
+    monkeypatch.setattr("stic_ray.preparation.check_before_work", lambda *_: None)  # the fake engine trains nothing
+    held = config(tmp_path, pictures, num_actors=2, num_gpus=1)
+    run = run_stages(held, tmp_path / "run", "pool", "preferences", "dpo")
+    assert free == [2.0] and (run / "dpo").manifest is not None
