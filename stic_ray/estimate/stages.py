@@ -25,6 +25,15 @@ _START_S, _LOADING_BYTES_PER_S = 30.0, 0.5e9
 """Until a process works: it starts, and reads the weights from a disk or a mirror."""
 _SCAN_CPU_S = 0.005
 """CPU time to hash, decode and index a photograph."""
+_MISSING = {
+    "pool": "estimate.num_images",
+    "preferences": "estimate.num_images",
+    "dpo": "estimate.num_images",
+    "infusion": "estimate.num_instructions",
+    "sft": "estimate.num_instructions",
+    "evaluation": "estimate.num_questions",
+}
+"""Setting that says how much a stage has to do, where nothing else does."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class StageEstimate:
 
     stage: str
     basis: str
-    """Where the time comes from: "model", "measured", "measured in STAGE", "done", or what is missing."""
+    """Where the time comes from: "model", "measured", "as STAGE was", "done", or the setting that is missing."""
     num_images: float | None = None
     num_tokens: float | None = None
     """Read and written, padding left out."""
@@ -97,17 +106,6 @@ def _of_stage(stage: str, config: RunConfig, sizes: Sizes | None, own: Measured,
     return StageEstimate(stage, basis, work.num_rows, tokens, num_gpus, wall_s, work.storage_bytes, price)
 
 
-_MISSING = {
-    "pool": "estimate.num_images",
-    "preferences": "estimate.num_images",
-    "dpo": "estimate.num_images",
-    "infusion": "estimate.num_instructions",
-    "sft": "estimate.num_instructions",
-    "evaluation": "estimate.num_questions",
-}
-"""Setting that says how much a stage has to do, where nothing else does."""
-
-
 def _row_s(stage: str, config: RunConfig, sizes: Sizes, work: Work, pilot: Measured) -> tuple[float, str]:
     """Return the seconds of one process per row, and where they come from."""
     modelled_s = _modelled_row_s(stage, config, sizes, work)
@@ -115,8 +113,9 @@ def _row_s(stage: str, config: RunConfig, sizes: Sizes, work: Work, pilot: Measu
         return measured_s, "measured"
     for other in TRAINING if stage in TRAINING else ("preferences", "infusion") if work.requests else ():
         other_work, measured_s = work_of(other, config, sizes), pilot.process_s_per_row(other)
-        if other_work and measured_s:
-            return modelled_s * measured_s / _modelled_row_s(other, config, sizes, other_work), f"as {other} was"
+        other_s = _modelled_row_s(other, config, sizes, other_work) if other_work else 0.0
+        if other_s and measured_s:
+            return modelled_s * measured_s / other_s, f"as {other} was"
     return modelled_s, "model"
 
 
@@ -174,7 +173,7 @@ def _start_s(stage: str, config: RunConfig, sizes: Sizes) -> float:
 
 
 def _gpus_of(stage: str, config: RunConfig) -> float:
-    if stage == "pool":
+    if stage == "pool" or (stage == "infusion" and not config.infusion.describe):
         return 0.0
     if stage in TRAINING:
         return config.workers.num_workers * config.workers.num_gpus

@@ -99,6 +99,16 @@ def test_measured_rates_come_before_the_model(tmp_path: Path) -> None:
     assert found["dpo"].wall_s == modelled["dpo"].wall_s
 
 
+def test_rows_without_descriptions_hold_no_gpu_and_tell_nothing_of_generation(tmp_path: Path) -> None:
+    config = configured(estimate__num_questions=1000, infusion__describe=False)
+    finished(tmp_path, config, infusion={"throughput": {"rows_per_s": 500.0}})
+    found = estimated(
+        config.model_copy(update={"estimate": config.estimate.model_copy(update={"rates_of": str(tmp_path)})})
+    )
+    assert (found["infusion"].num_gpus, found["infusion"].basis) == (0, "measured")
+    assert found["preferences"].basis == found["evaluation"].basis == "model"
+
+
 def test_a_finished_stage_tells_what_it_took_and_the_other_training_follows_it(tmp_path: Path) -> None:
     config = configured(estimate__num_questions=1000)
     run = finished(tmp_path, config, dpo={"seconds": 900.0, "num_steps": 100})
