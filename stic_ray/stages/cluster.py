@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray._private import state
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
@@ -48,7 +49,7 @@ def connected(config: RunConfig, stages: Collection[str] = ()) -> Iterator[None]
     """Join the cluster at RAY_ADDRESS or start a Ray of our own on this machine, and leave it at the end.
 
     A Ray that this process is already connected to is used and left as it is. Raises ConfigError when this machine
-    lacks the GPUs that the stages ask for; a cluster may get them yet.
+    lacks the GPUs that the stages ask for, which a cluster may get yet, and when RAY_ADDRESS cannot be joined.
     """
     if ray.is_initialized():
         yield
@@ -63,7 +64,7 @@ def connected(config: RunConfig, stages: Collection[str] = ()) -> Iterator[None]
 def _connect(config: RunConfig, stages: Collection[str]) -> None:
     options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": process_environment(config)}}
     if address := _cluster_address():
-        ray.init(address=address, **options)
+        _join(address, **options)
         return
     # A run of one machine needs no dashboard.
     ray.init(address="local", num_cpus=_local_cpus(config), include_dashboard=False, **options)
@@ -74,22 +75,26 @@ def _connect(config: RunConfig, stages: Collection[str]) -> None:
 def machines(config: RunConfig) -> Machines:
     """Return the machines that a run would find, in the cluster at RAY_ADDRESS or here, without starting anything.
 
-    CPUs of this machine are not counted: more actors than cores run, only slower. Raises ConfigError when
-    RAY_ADDRESS is no address of a cluster.
+    CPUs of this machine are not counted: more actors than cores run, only slower. Raises ConfigError when RAY_ADDRESS
+    leads to no cluster, or one that refuses.
     """
     address = _cluster_address()
     if address is None:
-        asks_for_gpus = config.actors.num_gpus or config.workers.num_gpus
-        num_gpus = (
-            get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators() if asks_for_gpus else 0
-        )
+        num_gpus = _local_gpus() if config.actors.num_gpus or config.workers.num_gpus else 0
         return Machines("this machine", [Node({"CPU": math.inf, "GPU": num_gpus})])
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    _join(address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         found = nodes()
     finally:
         ray.shutdown()
     return Machines(f"the cluster at {address}", found, may_grow=any(_NODE_GROUP in node.labels for node in found))
+
+
+def _join(address: str, **options: Any) -> None:
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise ConfigError(f"RAY_ADDRESS={address} cannot be joined: {' '.join(str(error).split())[:400]}") from error
 
 
 def _cluster_address() -> str | None:
@@ -100,6 +105,14 @@ def _cluster_address() -> str | None:
             "command that joins a cluster by itself needs the address of the head, as HEAD:6379."
         )
     return address
+
+
+def _local_gpus() -> int:
+    """Return the GPUs that a Ray of our own would find."""
+    gpus = get_accelerator_manager_for_resource("GPU")
+    visible = gpus.get_current_process_visible_accelerator_ids()
+    found = gpus.get_current_node_num_accelerators()
+    return found if visible is None else min(found, len(visible))
 
 
 def _local_cpus(config: RunConfig) -> int:
