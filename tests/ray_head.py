@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,15 @@ class Head:
     def processes(self) -> list[psutil.Process]:
         """Return the head's processes and all that they started."""
         return [self.process, *self.process.children(recursive=True)]
+
+    def processes_of(self, word: str) -> list[psutil.Process]:
+        """Return those of them with this word in their command line."""
+        found = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                if word in process.cmdline():
+                    found.append(process)
+        return found
 
 
 @contextmanager
@@ -73,7 +82,7 @@ def ray_head(
         log = last.enter_context((folder / "head.log").open("wb"))
         started = subprocess.Popen(command, env=settings, stdout=log, stderr=log, start_new_session=True)
         last.callback(_end, started)
-        _wait_for(lambda: _answers(dashboard), started, folder)
+        _wait_for(lambda: _answers(gcs if "--include-dashboard=false" in arguments else dashboard), started, folder)
         yield Head(
             psutil.Process(started.pid),
             f"127.0.0.1:{gcs}",

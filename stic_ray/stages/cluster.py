@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray._private import state
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
@@ -48,7 +49,7 @@ def connected(config: RunConfig, stages: Collection[str] = ()) -> Iterator[None]
     """Join the cluster at RAY_ADDRESS or start a Ray of our own on this machine, and leave it at the end.
 
     A Ray that this process is already connected to is used and left as it is. Raises ConfigError when this machine
-    lacks the GPUs that the stages ask for; a cluster may get them yet.
+    lacks the GPUs that the stages ask for, which a cluster may get yet, and when RAY_ADDRESS cannot be joined.
     """
     if ray.is_initialized():
         yield
@@ -63,7 +64,7 @@ def connected(config: RunConfig, stages: Collection[str] = ()) -> Iterator[None]
 def _connect(config: RunConfig, stages: Collection[str]) -> None:
     options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": process_environment(config)}}
     if address := _cluster_address():
-        ray.init(address=address, **options)
+        _join(address, **options)
         return
     # A run of one machine needs no dashboard.
     ray.init(address="local", num_cpus=_local_cpus(config), include_dashboard=False, **options)
@@ -74,13 +75,13 @@ def _connect(config: RunConfig, stages: Collection[str]) -> None:
 def machines(config: RunConfig) -> Machines:
     """Return the machines that a run would find, in the cluster at RAY_ADDRESS or here, without starting anything.
 
-    CPUs of this machine are not counted: more actors than cores run, only slower. Raises ConfigError when
-    RAY_ADDRESS is no address of a cluster.
+    CPUs of this machine are not counted: more actors than cores run, only slower. Raises ConfigError when RAY_ADDRESS
+    leads to no cluster, or one that refuses.
     """
     address = _cluster_address()
     if address is None:
         return Machines("this machine", [Node({"CPU": math.inf, **_gpus_of_this_machine(config)})])
-    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+    _join(address, logging_level=logging.ERROR, log_to_driver=False)
     try:
         found = nodes()
     finally:
@@ -89,12 +90,22 @@ def machines(config: RunConfig) -> Machines:
 
 
 def _gpus_of_this_machine(config: RunConfig) -> dict[str, float]:
-    """Return its GPUs as Ray's resources; they are not looked for where nothing asks for them."""
+    """Return the GPUs that a Ray of our own would find, as its resources; they are looked for where they are asked for."""
     if not config.actors.num_gpus and not config.workers.num_gpus:
         return {}
     manager = get_accelerator_manager_for_resource("GPU")
+    visible = manager.get_current_process_visible_accelerator_ids()
+    num_gpus = manager.get_current_node_num_accelerators()
     kind = manager.get_current_node_accelerator_type() if config.workers.accelerator_type else None
-    return {"GPU": manager.get_current_node_num_accelerators(), **({f"{ACCELERATOR}{kind}": 1.0} if kind else {})}
+    kinds = {f"{ACCELERATOR}{kind}": 1.0} if kind else {}
+    return {"GPU": num_gpus if visible is None else min(num_gpus, len(visible)), **kinds}
+
+
+def _join(address: str, **options: Any) -> None:
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise ConfigError(f"RAY_ADDRESS={address} cannot be joined: {' '.join(str(error).split())[:400]}") from error
 
 
 def _cluster_address() -> str | None:

@@ -75,7 +75,9 @@ class _Watch:
             f"{self.stage} waited {self.timeout_s:g} s (cluster.resource_timeout_s) for {self.need}: {lack}. The "
             f"cluster has {machines_told(nodes())}. Start nodes that fit{section}, and run the same command again."
         )
-        signal.raise_signal(signal.SIGINT)
+        main = threading.main_thread().ident
+        assert main is not None, "it has begun"
+        signal.pthread_kill(main, signal.SIGINT)  # that thread itself, so that what it waits in is interrupted
 
     def _lack(self) -> str | None:
         """Say what is missing, or None when the stage can work."""

@@ -5,12 +5,12 @@ It begins with a head alone. Generation makes it start machines with a pretended
 """
 
 import json
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +97,9 @@ def machines(head: Head) -> Counter[str]:
 def raylets(head: Head) -> list[tuple[str, psutil.Process]]:
     found = []
     for process in head.processes():
-        try:
+        with suppress(psutil.NoSuchProcess):  # and zombies
             if process.name() == "raylet":
-                group = process.environ().get("RAY_NODE_TYPE_NAME", "")
-                found.append((group, process))
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
+                found.append((process.environ().get("RAY_NODE_TYPE_NAME", ""), process))
     return found
 
 
@@ -131,10 +128,8 @@ def kill_machine(head: Head, group: str) -> None:
     """Take a machine away without a word, with all that runs on it."""
     victim = next(process for name, process in raylets(head) if name == group)
     for process in [victim, *victim.children(recursive=True)]:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def test_machines_come_when_actors_want_them_and_go_again(head: Head, tmp_path: Path) -> None:
@@ -178,7 +173,6 @@ def test_training_goes_on_when_its_machine_is_taken_away(head: Head, tmp_path: P
     }
     process = start(head, run, "dpo", settings)
     wait_for(lambda: list(run.glob("dpo/training/*/checkpoint_*/*")), process, run)
-    time.sleep(2.5)  # what was reported counts when Ray Train has looked, every 2 s
     kill_machine(head, "training")
     log = finish(process, run)
     assert "failure 1, workers.max_failures=1: restarts from its last checkpoint" in log, log

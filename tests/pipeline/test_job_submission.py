@@ -5,6 +5,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -57,19 +58,12 @@ def finish(submitted: subprocess.Popen[str]) -> str:
     return submitted.communicate(timeout=250)[0]
 
 
-def driver_of(head: Head, script: str) -> psutil.Process:
-    """The process that Ray started for the job."""
-    return next(p for p in head.processes() if p.name().startswith("python") and f"jobs/{script}" in p.cmdline())
-
-
 def listening(head: Head) -> set[str]:
     """The addresses on which the head's processes take connections."""
     found: set[str] = set()
     for process in head.processes():
-        try:
+        with suppress(psutil.NoSuchProcess):
             found |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-        except psutil.NoSuchProcess:
-            continue
     return found
 
 
@@ -89,7 +83,8 @@ def test_a_killed_job_fails_and_the_same_command_finishes_it(head: Head, setting
     while len(made := list(run.glob("preferences/pairs-*.parquet"))) < 3:
         assert submitted.poll() is None, finish(submitted)
     assert listening(head) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, "nothing is open to the network"
-    driver_of(head, "full_pipeline.py").send_signal(signal.SIGKILL)
+    [driver] = head.processes_of("jobs/full_pipeline.py")
+    driver.send_signal(signal.SIGKILL)
     log = finish(submitted)
     assert submitted.returncode == 1 and "preferences: started" in log, log
     before = {shard: shard.stat().st_mtime_ns for shard in made}

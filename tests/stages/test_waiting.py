@@ -17,7 +17,7 @@ from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of,
 from tests.stages.test_training_batches import config_for, write_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-CLUSTER = "The cluster has 1 nodes: 1 x 6 CPU, 2 GPU"
+CLUSTER = "The cluster has 1 node: 1 x 6 CPU, 2 GPU"
 
 
 @pytest.fixture(autouse=True)
