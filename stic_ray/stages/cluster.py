@@ -90,7 +90,7 @@ def machines(config: RunConfig) -> Machines:
 
 
 def _gpus_of_this_machine(config: RunConfig) -> dict[str, float]:
-    """Return the GPUs that a Ray of our own would find, as its resources; they are looked for where they are asked for."""
+    """Return the GPUs that a Ray of our own would find, looked for where something asks for them."""
     if not config.actors.num_gpus and not config.workers.num_gpus:
         return {}
     manager = get_accelerator_manager_for_resource("GPU")
