@@ -106,9 +106,14 @@ def draw_adapter(model: nn.Module, seed: int) -> None:
 
 
 class PartTrainer(Trainer):
-    """Gives the projector a learning rate of its own."""
+    """Gives the projector a learning rate of its own, and takes no step behind the last."""
 
     tuning: TuningConfig
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        # transformers 5.19 goes on for a step when it resumes from the last one, unless an epoch ends there.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**arguments)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return transformers' optimiser with the projector in parameter groups of its own."""
