@@ -115,10 +115,10 @@ class PartTrainer(Trainer):
 
     tuning: TuningConfig
 
-    def _run_epoch(self, **arguments: Any) -> None:
+    def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
         # transformers 5.19 goes on for a step when it resumes from the last one, unless an epoch ends there.
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**arguments)
+            super()._run_epoch(*arguments, **keywords)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return transformers' optimiser with the projector in parameter groups of its own."""
