@@ -154,4 +154,4 @@ def _choose_trained(trainer: RegularisedDPOTrainer | LikelihoodTrainer, config: 
     trainer.tuning = config.tuning
     if weights.adapter is not None:
         draw_adapter(model_of(trainer), config.seed)
-    choose_trained(model_of(trainer), config.tuning, in_float32=config.workers.zero_stage == 0)
+    choose_trained(model_of(trainer), config.tuning, weights.dtype if config.workers.zero_stage else torch.float32)
