@@ -3,9 +3,10 @@
 Real are Ray, its data pipeline, the shards, the index that is read, the tables that are written, the account of
 attempts. Nothing is decoded and no model answers: an actor waits for as long as a GPU takes for its images (10.6
 images/s by default, what VILA² reports of an H100), so that two cores can drive hundreds. Printed are the share of time
-in which all actors were at work, and what the driver needs: CPU per shard, and memory.
+in which all of them were at work, and what the driver needs: CPU per shard, and memory.
 
-An actor is a process of about 100 MB (printed). Where so many do not fit, one stands for several with --gpus-per-actor.
+An actor is a process of its own, of about 115 MiB. Where so many do not fit, one stands for several GPUs with
+--gpus-per-actor: as many threads wait, and it holds as many shards.
 
     python benchmarks/scale.py --num-actors 16 --num-images 100000
 """
@@ -21,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 from fake_stage import draw_pictures, write_index
 from pool import memory_mib
@@ -123,7 +123,6 @@ def measure(config: RunConfig, run: RunDir, images_per_s: float) -> dict[str, An
     connected_mib, cpu_s, began_s = memory_mib("VmRSS"), driver_cpu_s(), time.monotonic()
     throughput = shards.run_shards(job, tasks, config.actors)
     assert throughput is not None
-    actor_mib = actors_mib()
     assert (
         output.num_rows(["seen"]) == throughput["num_rows"] == run.read_json("pool/manifest.json")["num_rows_written"]
     )
@@ -133,7 +132,6 @@ def measure(config: RunConfig, run: RunDir, images_per_s: float) -> dict[str, An
         "driver_cpu_ms_per_shard": 1000 * (driver_cpu_s() - cpu_s) / len(tasks),
         "driver_connected_mib": connected_mib,
         "driver_peak_mib": memory_mib("VmHWM"),
-        "actor_mib": actor_mib,
         "throughput": throughput,
     }
 
@@ -142,16 +140,6 @@ def driver_cpu_s() -> float:
     """Return the CPU time of this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-def actors_mib() -> dict[str, float]:
-    """Return number and mean memory of Ray's worker processes: what each alone has, and its share of what is shared."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        if "ray::" in " ".join(process.cmdline()):
-            found.append(process.memory_full_info())
-    sums = {name: sum(getattr(memory, name) for memory in found) for name in ("uss", "pss")}
-    return {"num": len(found), **{name: round(total / 2**20 / len(found), 1) for name, total in sums.items()}}
 
 
 if __name__ == "__main__":
