@@ -82,7 +82,9 @@ def ray_head(
         log = last.enter_context((folder / "head.log").open("wb"))
         started = subprocess.Popen(command, env=settings, stdout=log, stderr=log, start_new_session=True)
         last.callback(_end, started)
-        _wait_for(lambda: _answers(gcs if "--include-dashboard=false" in arguments else dashboard), started, folder)
+        _wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), started, folder)
+        if "--include-dashboard=false" not in arguments:
+            _wait_for(lambda: _answers(dashboard), started, folder)
         yield Head(
             psutil.Process(started.pid),
             f"127.0.0.1:{gcs}",
