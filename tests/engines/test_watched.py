@@ -72,7 +72,13 @@ def test_a_hanging_or_lost_engine_ends_its_process_and_no_other(script: str, las
 def test_the_account_counts_time_once_and_requests_each(tmp_path: Path) -> None:
     """Two threads at once: the engine is busy as long as one of them is inside, requests wait in both."""
     slow = engine(tmp_path, "seconds_per_batch: 0.2")
-    threads = [threading.Thread(target=slow.generate, args=(REQUESTS, SAMPLING)) for _ in range(2)]
+    begin = threading.Barrier(2)
+
+    def ask() -> None:
+        begin.wait()
+        slow.generate(REQUESTS, SAMPLING)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

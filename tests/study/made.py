@@ -43,7 +43,7 @@ def made_study(
 ) -> RunDir:
     """Write a whole study; the cells in `outcomes` ended with this status and error instead of scores."""
     home = RunDir.of(str(folder / "study"))
-    base = apply_values(demo(), {"evaluation.num_resamples": 200, "workers.num_gpus": 0.5})
+    base = apply_values(demo(), {"evaluation.num_resamples": 200, "workers.num_gpus": 1})
     study: Study = plan_study(base, home.uri, sizes, seeds, variants or {"default": {}}, max(sizes))
     write_record(home, study, base, {"recipe": "demo", "overrides": []}, None)
     for source in study.sources:

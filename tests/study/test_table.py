@@ -68,10 +68,10 @@ def test_costs_are_what_the_stages_behind_a_model_reserved(table: pd.DataFrame) 
         (found,) = set(rows[["num_pairs", "core_hours", "gpu_hours"]].itertuples(index=False, name=None))
         return found
 
-    # 2 actors of 1 CPU, 2 workers of 1 CPU and 0.5 GPU; preferences took an hour for 1000 images.
-    assert cost("stic", "dpo", 500) == pytest.approx((499, 2 * 0.5 + 2 * 0.1, 0.1))
-    assert cost("stic", "sft", 500) == pytest.approx((499, 2 * 0.5 + 2 * 0.1 + 2 * 0.01 + 2 * 0.2, 0.3))
-    assert cost("stic", "dpo", 1000) == pytest.approx((999, 2 * 1.0 + 2 * 0.1, 0.1))
+    # 2 actors of 1 CPU, 2 workers of 1 CPU and 1 GPU; preferences took an hour for 1000 images.
+    assert cost("stic", "dpo", 500) == pytest.approx((499, 2 * 0.5 + 2 * 0.1, 0.2))
+    assert cost("stic", "sft", 500) == pytest.approx((499, 2 * 0.5 + 2 * 0.1 + 2 * 0.01 + 2 * 0.2, 0.6))
+    assert cost("stic", "dpo", 1000) == pytest.approx((999, 2 * 1.0 + 2 * 0.1, 0.2))
     rows = table[(table["variant"] == "sft_only") & (table["size"] == 1000)]
     assert rows["num_pairs"].isna().all()
     assert rows["core_hours"].tolist() == pytest.approx([2 * 0.01 + 2 * 0.2] * len(rows))
