@@ -131,9 +131,10 @@ def released() -> Iterator[None]:
 
     Other jobs of the cluster are not looked at: what they take or give back is theirs.
     """
+    before = {process["ActorID"] for process in own_processes()}
     yield
     deadline = time.monotonic() + _RELEASE_TIMEOUT_S
-    while left := own_processes():
+    while left := {process["ActorID"] for process in own_processes()} - before:
         if time.monotonic() > deadline:
             logger.warning("%d processes of the stage are still there after %.0f s", len(left), _RELEASE_TIMEOUT_S)
             return
