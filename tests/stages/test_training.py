@@ -50,7 +50,8 @@ def losses(run: RunDir, stage: str, name: str) -> list[float]:
 def test_zero_2_lora_equals_one_process_and_sft_goes_on_from_dpo(tmp_path: Path, tiny_llava: Path) -> None:
     """Two workers under ZeRO-2 give the losses of one process without DeepSpeed at the same global batch."""
     found = {}
-    for name, workers in (("one", {"num_workers": 1, "zero_stage": 0}), ("two", {"num_workers": 2, "zero_stage": 2})):
+    one = {"num_workers": 1, "zero_stage": 0, "num_loaders": 1, "trackers": []}
+    for name, workers in (("one", one), ("two", {"num_workers": 2, "zero_stage": 2})):
         run = prepare(tmp_path / name, 8)
         config = config_for(
             tiny_llava, workers={"micro_batch": 2, **workers}, sft={"learning_rate": 0.01, "global_batch": 4}
@@ -60,6 +61,13 @@ def test_zero_2_lora_equals_one_process_and_sft_goes_on_from_dpo(tmp_path: Path,
         found[name] = losses(run, "dpo", "loss")
         assert losses(run, "dpo", "loss/dpo")[0] == pytest.approx(math.log(2), abs=1e-6)
     assert found["two"] == pytest.approx(found["one"], rel=1e-3)
+    assert not (tmp_path / "one" / "dpo" / "tensorboard").exists()
+    (events,) = (tmp_path / "two" / "dpo" / "tensorboard").iterdir()
+    assert events.stat().st_size > 0, "rank 0 alone writes"
+    assert (
+        accounts["throughput"]["rows_per_second"] > 0 and accounts["warnings"] == [] and accounts["num_held_out"] == 0
+    )
+    assert losses(run, "dpo", "seconds/backward_and_optimizer")[0] > 0, "one call of DeepSpeed's engine"
 
     run = RunDir.of(str(tmp_path / "two"))
     train_sft(config, run)

@@ -92,7 +92,7 @@ def read_group(group: RowGroup, columns: Sequence[str]) -> pa.Table:
 
 def is_held_out(row_id: str) -> bool:
     """Whether a row may be held out, which depends on its id alone: on no seed, no pool and no order."""
-    return seed_for(0, row_id, "held out") % ONE_IN == 0
+    return seed_for(0, row_id, "held-out") % ONE_IN == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def _hold_out(groups: list[RowGroup], id_column: str, number: int) -> tuple[list
         for part, rows in parts if out else ((trained, group.rows),):
             if rows:
                 part.append(RowGroup(group.uri, group.number, rows))
-    return (trained, held_out) if trained else (held_out, trained)
+    return (trained, held_out) if trained else (held_out, trained)  # a handful may all be eligible
 
 
 def _unreadable(uri: str, error: Exception) -> SourceError:

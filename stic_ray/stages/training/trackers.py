@@ -5,6 +5,7 @@ Only rank 0 logs. A training that goes on from a checkpoint goes on in the same 
 """
 
 import os
+import shutil
 import tempfile
 import uuid
 from pathlib import Path
@@ -22,7 +23,7 @@ FOLDER = "tensorboard"
 IDS = "trackers.json"
 
 
-def start_trackers(config: RunConfig, stage: str, output: RunDir) -> None:
+def start_trackers(config: RunConfig, output: RunDir) -> None:
     """Tell the trackers' packages by their environment which run this is; what the user has set there stays."""
     ids, trackers = output.read_json(IDS) or {}, config.workers.trackers
     told: dict[str, str] = {}
@@ -30,7 +31,7 @@ def start_trackers(config: RunConfig, stage: str, output: RunDir) -> None:
         ids.setdefault("wandb", uuid.uuid4().hex[:8])
         output.write_json(IDS, ids)
         folder = output.location.path if output.location.is_local else tempfile.gettempdir()
-        told |= {"WANDB_PROJECT": "stic-ray", "WANDB_NAME": run_name(config, stage), "WANDB_DIR": folder}
+        told |= {"WANDB_PROJECT": "stic-ray", "WANDB_DIR": folder}
         told |= {"WANDB_RUN_ID": ids["wandb"], "WANDB_RESUME": "allow", "WANDB_SILENT": "true"}
     if "mlflow" in trackers:
         told |= {"MLFLOW_EXPERIMENT_NAME": "stic-ray"}
@@ -40,14 +41,10 @@ def start_trackers(config: RunConfig, stage: str, output: RunDir) -> None:
         os.environ.setdefault(name, value)
 
 
-def run_name(config: RunConfig, stage: str) -> str:
-    """Return what the trackers call a training."""
-    return f"{config.name} {stage}"
-
-
 def add_trackers(trainer: Trainer, config: RunConfig, output: RunDir) -> None:
     """Have a trainer log to the trackers of the configuration."""
     trackers = config.workers.trackers
+    trainer.args.run_name = f"{config.name} {output.location.name}"
     if "tensorboard" in trackers:
         trainer.add_callback(RunTensorBoard(output.location / FOLDER))
     if "wandb" in trackers:
@@ -72,13 +69,15 @@ class RunTensorBoard(TensorBoardCallback):
     def __init__(self, place: Location) -> None:
         super().__init__()
         self._place = place
-        self._folder = Path(place.path) if place.is_local else Path(tempfile.mkdtemp(prefix="stic_ray_tensorboard_"))
+        self._folder = Path(place.path)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
         """Open the event file."""
         if state.is_world_process_zero:
+            if not self._place.is_local:
+                self._folder = Path(tempfile.mkdtemp(prefix="stic_ray_tensorboard_"))
             self.tb_writer = SummaryWriter(str(self._folder), purge_step=state.global_step + 1)
             super().on_train_begin(args, state, control, **keywords)
 
@@ -96,6 +95,8 @@ class RunTensorBoard(TensorBoardCallback):
         """Close the event file and put it into the run."""
         super().on_train_end(args, state, control, **keywords)
         self._put(state)
+        if state.is_world_process_zero and not self._place.is_local:
+            shutil.rmtree(self._folder)
 
     def _put(self, state: TrainerState) -> None:
         if state.is_world_process_zero and not self._place.is_local:

@@ -45,7 +45,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{stage}_"))
     try:
         if rank == 0:
-            start_trackers(config, stage, output)
+            start_trackers(config, output)
         start_deepspeed(config.workers)
         start = Location.of(settings["start"]).local_copy() if settings["start"] else None
         trainer: Trainer
