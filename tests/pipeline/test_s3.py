@@ -7,17 +7,26 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from torch.utils.data import DataLoader
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX, REJECTED, Reason
 from stic_ray.core.storage import Location
+from stic_ray.stages.training.data import read_pairs
+from stic_ray.stages.training.feeding import loader_arguments
+from stic_ray.stages.training.index import index_pairs
+from stic_ray.stages.training.trackers import RunTensorBoard
 from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
 from tests.stages.sources import as_parquet, as_tar, tiny_pictures
+from tests.stages.test_training_batches import config_for
+from tests.stages.test_training_data import places, write_positions
 
 JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
 BUCKET = "s3://pictures"
@@ -108,3 +117,31 @@ def test_a_run_on_s3_is_finished_after_a_kill(endpoint: str, tmp_path: Path) -> 
     assert (manifest["num_rows_in"], manifest["num_rows_rejected"]) == (44, rejected.num_rows)
     left = {file.base_name for file in (killed / "pool").location.files(recursive=True)}
     assert not [name for name in left if name.startswith(("scan", "ordered", "parts", "."))]
+
+
+def test_training_reads_pairs_from_a_bucket_and_leaves_its_events_there(endpoint: str, tmp_path: Path) -> None:
+    """In a process of its own, which must not inherit a client of the bucket by a fork."""
+    run = write_positions(f"{BUCKET}/pairs", range(5), range(5, 12))
+    config = config_for(tmp_path, dpo={"num_held_out": 1, "num_images": 10}, workers={"num_loaders": 1})
+    groups = index_pairs(config, run.shards("pairs"))
+    assert (groups.num_trained, groups.num_held_out) == (9, 1)
+    rows, held_out = read_pairs(config, groups)
+    arguments = loader_arguments(config, config.dpo, groups)
+    told = {name: arguments[f"dataloader_{name}"] for name in ("num_workers", "multiprocessing_context")}
+    assert told["num_workers"] == 1
+    apart = list(DataLoader(rows, batch_size=4, collate_fn=list, **told))
+    assert [places(batch) for batch in apart] == [places(batch) for batch in DataLoader(rows, 4, collate_fn=list)]
+    assert sorted(place for batch in apart for place in places(batch)) == [0, 1, 2, 3, *range(5, 10)]
+    assert places(list(held_out)) == [4]
+
+    board = RunTensorBoard(Location.of(f"{BUCKET}/run/dpo/tensorboard"))
+    state: Any = TrainerState(is_world_process_zero=True, global_step=7)
+    told = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), state, TrainerControl()
+    board.on_train_begin(*told)
+    board.on_log(*told, logs={"loss": 1.0})
+    board.on_save(*told)
+    (first,) = Location.of(f"{BUCKET}/run/dpo/tensorboard").files()
+    board.on_log(*told, logs={"loss": 0.5})
+    board.on_train_end(*told)
+    (last,) = Location.of(f"{BUCKET}/run/dpo/tensorboard").files()
+    assert last.path == first.path and (last.size or 0) > (first.size or 0) > 0

@@ -15,13 +15,12 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.stages.training.batches import WEIGHT
 from stic_ray.stages.training.data import Conversations, Example, ParquetRows, num_lanes, read_pairs
-from stic_ray.stages.training.feeding import loader_arguments
 from stic_ray.stages.training.index import ONE_IN, Rows, is_held_out
 from tests.stages.builders import pairs_in
 from tests.stages.test_training_batches import config_for, encoded, picture
 
 
-def write_positions(folder: Path, *shards: Iterable[int]) -> RunDir:
+def write_positions(folder: Path | str, *shards: Iterable[int]) -> RunDir:
     """Write pairs at these positions, in shards of any size; each says its position in its answers."""
     run = RunDir.of(str(folder))
     pictures = [encoded(number) for number in range(9)]
@@ -128,17 +127,6 @@ def test_a_resumed_epoch_has_the_same_batches_and_reads_nothing_of_those_before(
     batches = iter(skip_first_batches(loader(rows, 2, 0, 3), 16))
     next(batches)
     assert len(rows._tables) <= 6, "three rows of this batch, and of the next, which accelerate fetches ahead"
-
-
-def test_loaders_in_processes_of_their_own_give_the_same(many: Rows) -> None:
-    config = config_for(Path("model"), workers={"num_loaders": 2})
-    arguments = loader_arguments(config, config.dpo, many)
-    told = {name: arguments[f"dataloader_{name}"] for name in ("num_workers", "multiprocessing_context")}
-    assert told["num_workers"] == 2
-    rows = ParquetRows(many.trained, ["chosen", "image"], seed=3, global_batch=12)
-    options: dict[str, Any] = {"batch_size": 4, "collate_fn": list}
-    apart = DataLoader(rows, **told, **options)
-    assert [places(batch) for batch in apart] == [places(batch) for batch in DataLoader(rows, **options)]
 
 
 @pytest.mark.parametrize(("global_batch", "lanes"), [(1, 1), (8, 8), (12, 12), (32, 16), (34, 2), (100, 10), (37, 1)])
