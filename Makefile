@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VENV_VLLM ?= .venv-vllm
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
+EXTRA_QLORA ?= .qlora
 PYTHON_IS_KNOWN = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; give another with: make PYTHON=python3.12")'
 
-.PHONY: demo test test-vllm check format clean help
+.PHONY: demo test test-vllm test-qlora check format clean help
 
 help:  ## show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,6 +22,10 @@ test: $(INSTALLED)  ## run all tests: fast ones first, then those that start Ray
 test-vllm: $(INSTALLED_VLLM)  ## test the vllm engine on vLLM's CPU build, in an environment of its own
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm
 
+test-qlora: $(INSTALLED)  ## test training on weights of 4 bits, with bitsandbytes beside the environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(EXTRA_QLORA) 'bitsandbytes==0.50.2'
+	PYTHONPATH=$(EXTRA_QLORA) $(BIN)/python -m pytest tests/qlora
+
 check: $(INSTALLED)  ## format, lint, types; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -31,7 +36,7 @@ format: $(INSTALLED)  ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and the runs
-	rm -rf $(VENV) $(VENV_VLLM) runs
+	rm -rf $(VENV) $(VENV_VLLM) $(EXTRA_QLORA) runs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON_IS_KNOWN)

@@ -14,6 +14,7 @@ from stic_ray.engines.opening import check_engine
 from stic_ray.method.prompts import load_prompts
 from stic_ray.stages.benchmarks import read_benchmarks
 from stic_ray.stages.infusion import read_instructions
+from stic_ray.stages.training.tuning import check_tuning
 from stic_ray.toyworld.assets import BENCHMARKS, write_benchmarks, write_instructions, write_pool
 from stic_ray.toyworld.lessons import PROMPTS_FILE
 from stic_ray.toyworld.model import WEIGHTS
@@ -96,6 +97,7 @@ def check_before_work(stages: Collection[str], config: RunConfig) -> None:
         if name in stages:
             accumulation_steps(stage.global_batch, config.workers)
             _check_trackers(config.workers.trackers)
+            check_tuning(config.model, config.tuning)
     if "pool" in stages and not Location.of(config.pool.source).exists():
         raise SourceError(f"pool.source='{config.pool.source}' does not exist.")
     if "dpo" in stages and config.dpo.pairs:

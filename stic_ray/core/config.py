@@ -6,13 +6,15 @@ A section says *what* is computed and belongs to the identity of the stages that
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from stic_ray.core.resources import ActorsConfig, WorkersConfig
 from stic_ray.core.section import Count, NotNegative, Positive, Section, Share
 
 ScoredModel = Literal["base", "dpo", "sft"]
 AnswerMode = Literal["direct", "describe_and_respond"]
+Part = Literal["vision_tower", "projector", "language_model"]
+ONLY_LANGUAGE: frozenset[Part] = frozenset({"language_model"})
 Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
 
 TOYWORLD = "toyworld"
@@ -90,16 +92,41 @@ class PreferencesConfig(Section):
 class TuningConfig(Section):
     """Which weights `dpo` and `sft` train."""
 
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "qlora", "full"] = "lora"
+    """An adapter, an adapter on weights that are held in 4 bits (extra stic-ray[qlora]), or the weights themselves."""
     lora_rank: Count = 128
     lora_alpha: Count = 256
     lora_dropout: Share = 0.05
-    freeze: tuple[Literal["vision_tower", "projector", "language_model"], ...] = ("vision_tower",)
-    """Parts that full fine-tuning leaves as they are. LoRA trains its matrices in the language model only."""
+    freeze: tuple[Part, ...] | None = None
+    """Parts that stay as they are; an adapter has matrices in all linear layers of the others. When unset: the vision
+    tower, and with an adapter the projector too, unless it has a learning rate of its own."""
+    projector_learning_rate: Positive | None = None
+    """Train the projector whole, beside an adapter too, with this learning rate of its own."""
+
+    @property
+    def trained(self) -> frozenset[Part]:
+        """The parts that are trained."""
+        return frozenset(get_args(Part)) - self.frozen
+
+    @property
+    def frozen(self) -> frozenset[Part]:
+        """The parts that stay as they are."""
+        if self.freeze is not None:
+            return frozenset(self.freeze)
+        keeps_projector = self.method != "full" and self.projector_learning_rate is None
+        return frozenset({"vision_tower", "projector"} if keeps_projector else {"vision_tower"})
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "TuningConfig":
+        if not self.trained:
+            raise ValueError("freeze names all parts of the model and leaves nothing to train")
+        if self.projector_learning_rate is not None and "projector" in self.frozen:
+            raise ValueError("freeze names the projector, and projector_learning_rate trains it: leave one of them out")
+        return self
 
 
 class OptimisationConfig(Section):
-    """What `dpo` and `sft` share: AdamW with a cosine schedule."""
+    """What `dpo` and `sft` share: AdamW, warm-up, and a schedule behind it."""
 
     learning_rate: Positive
     num_epochs: Count = 1
@@ -109,6 +136,9 @@ class OptimisationConfig(Section):
     global_batch: Count
     """Rows per optimiser step, over all workers and accumulation steps."""
     warmup_share: Share = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """How the learning rate goes on behind the warm-up; cosine and linear end at 0."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Positive = 1.0
     max_length_tokens: Count = 4096
@@ -220,6 +250,22 @@ class RunConfig(Section):
     toyworld: ToyworldConfig = ToyworldConfig()
     actors: ActorsConfig = ActorsConfig()
     workers: WorkersConfig = WorkersConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "RunConfig":
+        tuning = self.tuning
+        if tuning.method == "qlora" and self.workers.zero_stage == 3:
+            raise ValueError(
+                "tuning.method=qlora cannot be trained with workers.zero_stage=3, which does not cut weights of 4 bits "
+                "over workers; use zero_stage=2"
+            )
+        own_rate = tuning.projector_learning_rate is not None
+        if self.model.engine == "vllm" and tuning.method != "full" and (own_rate or tuning.trained != ONLY_LANGUAGE):
+            raise ValueError(
+                "model.engine=vllm applies adapters to the language model alone, and these tuning settings train "
+                f"{' and '.join(sorted(tuning.trained))}; use model.engine=transformers or tuning.method=full"
+            )
+        return self
 
 
 def sources_of(stage: str, config: RunConfig) -> tuple[str, ...]:

@@ -125,7 +125,10 @@ def _explain(detail: dict[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         allowed = _fields_of(location[:-1])
         return _unknown(".".join(location[:-1]), location[-1], allowed)
-    return f"{'.'.join(location)}={detail['input']!r}: {detail['msg']}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if isinstance(detail["input"], dict):  # a section whose settings do not fit together; the message names them
+        return ": ".join([*location, message])
+    return f"{'.'.join(location)}={detail['input']!r}: {message}"
 
 
 def _fields_of(section: list[str]) -> dict[str, FieldInfo]:

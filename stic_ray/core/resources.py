@@ -54,12 +54,23 @@ class WorkersConfig(Section):
     num_cpus: Annotated[float, Field(ge=0.0)] = 1.0
     """CPUs per worker."""
     num_gpus: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """GPUs per worker."""
+    """GPUs per worker: 1, or a share of one where a single worker trains."""
+    accelerator_type: str | None = None
+    """Ray's name of the GPU that workers must have, as H100 or A100-80G; any when unset."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Workers on as few nodes as possible or on as many; the strict ones wait until it can be done."""
     micro_batch: Count = 1
     """Rows per worker and forward pass; gradient accumulation follows from the global batch."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage; 0 is plain data parallelism without DeepSpeed."""
+    offload_optimizer: bool = False
+    """Keep optimiser state, and do its work, in the main memory of the CPUs; needs `zero_stage` of 1 or more."""
+    offload_parameters: bool = False
+    """Keep the weights in main memory and fetch those of a layer when it is their turn; needs `zero_stage=3`."""
     gradient_checkpointing: bool = False
+    """Compute activations a second time for the backward pass instead of keeping them."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs in main memory; GPUs only."""
     share_prefix: bool = True
     """Encode image and prompt once for both answers of a pair, where the model family allows it: same loss, sooner."""
     num_loaders: NotNegative | None = None
@@ -70,16 +81,49 @@ class WorkersConfig(Section):
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where metrics go beside metrics.jsonl. TensorBoard's files are in the run; the others are extras."""
     save_every_steps: Count = 200
+    keep_checkpoints: Count = 1
+    """Of an unfinished training; the last of them is what it goes on from."""
     max_failures: NotNegative = 3
     """How often training restarts from its last checkpoint after losing a worker."""
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> "WorkersConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer=true is DeepSpeed's and needs zero_stage=1, 2 or 3, not 0")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters=true needs zero_stage=3, not {self.zero_stage}")
+        if self.num_gpus == 0 and (self.offload_activations or self.accelerator_type):
+            setting = "offload_activations=true" if self.offload_activations else "accelerator_type"
+            raise ValueError(f"{setting} is about GPUs and needs num_gpus=1, not 0")
+        if 0 < self.num_gpus < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"num_workers={self.num_workers} with num_gpus={self.num_gpus:g} would put two workers on one GPU, "
+                "which NCCL refuses; use num_gpus=1, or one worker"
+            )
+        return self
+
 
 def accumulation_steps(global_batch: int, workers: WorkersConfig) -> int:
-    """Return how many forward passes make one optimiser step. Raises ConfigError when that is no whole number."""
+    """Return how many forward passes make one optimiser step.
+
+    Raises ConfigError when that is no whole number; the error names what would fit.
+    """
     at_once = workers.num_workers * workers.micro_batch
     if global_batch % at_once:
+        lower = global_batch // at_once * at_once
+        batches = " or ".join(str(batch) for batch in (lower, lower + at_once) if batch)
+        num_workers = _largest_divisor(global_batch, workers.micro_batch, below=workers.num_workers)
+        micro_batch = _largest_divisor(global_batch, workers.num_workers, below=workers.micro_batch)
+        ways = [f"global_batch={batches}"]
+        ways += [f"workers.num_workers={num_workers}"] if num_workers else []
+        ways += [f"workers.micro_batch={micro_batch}"] if micro_batch else []
         raise ConfigError(
             f"global_batch={global_batch} is not divisible by workers.num_workers={workers.num_workers} x "
-            f"workers.micro_batch={workers.micro_batch} = {at_once}; change one of the three."
+            f"workers.micro_batch={workers.micro_batch} = {at_once}. The nearest that work: {', or '.join(ways)}."
         )
     return global_batch // at_once
+
+
+def _largest_divisor(global_batch: int, times: int, *, below: int) -> int | None:
+    """Return the largest number under `below` that, `times` so many, divides the global batch."""
+    return next((number for number in range(below - 1, 0, -1) if global_batch % (number * times) == 0), None)

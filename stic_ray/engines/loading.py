@@ -4,12 +4,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -17,16 +17,15 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 
-from stic_ray.core.config import ModelConfig
+from stic_ray.core.config import ModelConfig, Part
 from stic_ray.core.errors import ModelError
 from stic_ray.core.rundir import digest
 from stic_ray.engines.rendering import split_answers
-
-Part = Literal["vision_tower", "projector", "language_model"]
 
 _PART_NAMES: dict[Part, tuple[str, ...]] = {
     "vision_tower": ("vision_tower", "vision_model", "visual"),
@@ -104,8 +103,9 @@ def load_model(
     adapter: Path | None = None,
     trainable: bool = False,
     merge: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Load the weights (safetensors only) on the CPU, with an adapter on top when one is given.
+    """Load the weights (safetensors only), with an adapter on top when one is given; on the CPU unless quantised.
 
     The adapter is checked to be active and equal to its file. It is applied, not merged, unless `merge` asks for it:
     that is computed in float32, and only then rounded to `dtype`, in which small updates may vanish. Raises ModelError.
@@ -117,6 +117,7 @@ def load_model(
             dtype=torch.float32 if merge else dtype,
             use_safetensors=True,
             output_loading_info=True,
+            quantization_config=quantization,
             **_hub_arguments(model),
         )
     base, report = loaded
@@ -126,22 +127,18 @@ def load_model(
     if adapter is None:
         return base
     with _explained(model, f"The adapter '{adapter}' on model.path='{model.path}'"):
-        # Training keeps the adapter in float32, where PEFT puts it: small steps vanish in bfloat16.
-        adapted = PeftModel.from_pretrained(
-            base, str(adapter), is_trainable=trainable, autocast_adapter_dtype=trainable
-        )
+        adapted = PeftModel.from_pretrained(base, str(adapter), is_trainable=trainable, autocast_adapter_dtype=False)
     check_adapter_active(adapted, adapter)
     return cast(Any, adapted).merge_and_unload().to(dtype) if merge else adapted
 
 
 def check_adapter_active(model: PeftModel, adapter: Path) -> None:
     """Raise ModelError unless every tensor of the adapter's file is loaded, active, and not all are zero."""
-    loaded = dict(model.named_parameters())
     name_of_adapter = model.active_adapter
+    loaded = get_peft_model_state_dict(model, adapter_name=name_of_adapter, save_embedding_layers=False)
     num_active = 0
     for key, expected in read_adapter(adapter).items():
-        name = key.replace(".weight", f".{name_of_adapter}.weight")
-        if name not in loaded or not torch.equal(loaded[name].cpu(), expected.to(loaded[name].dtype)):
+        if key not in loaded or not torch.equal(loaded[key].cpu(), expected.to(loaded[key].dtype)):
             raise ModelError(f"The adapter '{adapter}' does not fit its base model: '{key}' was not loaded.")
         num_active += bool(".lora_B." in key and expected.any())
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -153,6 +150,14 @@ def check_adapter_active(model: PeftModel, adapter: Path) -> None:
 def read_adapter(adapter: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a saved adapter."""
     return load_file(adapter / "adapter_model.safetensors")
+
+
+def parts_of_adapter(adapter: Path) -> set[Part]:
+    """Return the parts of a model that a saved adapter changes."""
+    known = {name: part for part, names in _PART_NAMES.items() for name in names}
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        words = [name.split(".") for name in file.offset_keys()]
+    return {part for names in words if (part := next((known[name] for name in names if name in known), None))}
 
 
 def is_adapter(checkpoint: Path) -> bool:

@@ -26,7 +26,7 @@ from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import EngineError, EngineLost, ModelError, UserError
 from stic_ray.core.weight_names import has_hub_names, link_with_hub_names
 from stic_ray.engines.base import Answer, Request, Sampling
-from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id
+from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, parts_of_adapter
 from stic_ray.engines.rendering import end_token_ids, read_answer, render
 from stic_ray.engines.transformers_engine import TransformersCounter
 
@@ -60,12 +60,24 @@ def check_vllm(model: ModelConfig) -> None:
         )
 
 
+def check_adapter_fits(adapter: Path) -> None:
+    """Raise ModelError when an adapter changes more than the language model, which is all that vLLM's LoRA serves."""
+    others = parts_of_adapter(adapter) - {"language_model"}
+    if others:
+        raise ModelError(
+            f"The adapter '{adapter}' changes the {' and the '.join(sorted(others))}, and vLLM applies adapters to the "
+            "language model alone; use model.engine=transformers."
+        )
+
+
 class VllmEngine(TransformersCounter):
     """A model in vLLM's processes. Threads may share it."""
 
     def __init__(self, model: ModelConfig, actors: ActorsConfig, *, adapter: Path | None = None) -> None:
         """Load the model, and the adapter onto it. Raises ModelError."""
         check_vllm(model)
+        if adapter is not None:
+            check_adapter_fits(adapter)
         super().__init__(model)
         self.name = str(adapter) if adapter else model.path
         self.revision = fingerprint(model)

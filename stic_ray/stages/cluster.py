@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -59,14 +59,23 @@ def _connect(config: RunConfig) -> None:
         return
     # CPUs are Ray's book-keeping: more actors than cores run, only slower.
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, _cpus_needed(config)), **options)
-    num_gpus = ray.cluster_resources().get("GPU", 0.0)
+    reason = why_too_small(config, ray.cluster_resources())
+    if reason is not None:
+        ray.shutdown()
+        raise ConfigError(f"{reason}. Set RAY_ADDRESS to a cluster that has what is asked for, or lower the setting.")
+
+
+def why_too_small(config: RunConfig, resources: Mapping[str, float]) -> str | None:
+    """Return what this machine lacks; workers would wait for it for ever."""
+    num_gpus, workers = resources.get("GPU", 0.0), config.workers
     for setting, asked in _gpus_asked(config).items():
         if asked > num_gpus:
-            ray.shutdown()
-            raise ConfigError(
-                f"{setting} ask for {asked:g} GPUs, this machine has {num_gpus:g}. Set RAY_ADDRESS to a cluster "
-                f"that has them, or lower the setting."
-            )
+            return f"{setting} ask for {asked:g} GPUs, this machine has {num_gpus:g}"
+    if workers.accelerator_type and f"accelerator_type:{workers.accelerator_type}" not in resources:
+        return f"workers.accelerator_type={workers.accelerator_type} is not the GPU of this machine"
+    if workers.placement_strategy == "STRICT_SPREAD" and workers.num_workers > 1:
+        return f"workers.placement_strategy=STRICT_SPREAD asks for {workers.num_workers} machines, this is one"
+    return None
 
 
 @contextmanager

@@ -54,6 +54,24 @@ def write_pairs(folder: Path, number: int) -> Path:
     return Path(run.shards("pairs")[0].path)
 
 
+def write_rows(folder: Path, has_image: list[bool]) -> Path:
+    """Write a shard of infused rows, with an image or without."""
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A circle."}]
+    rows = [
+        {
+            "id": str(index),
+            "image": {"bytes": encoded(index), "path": None} if with_image else None,
+            "messages": messages,
+            "num_sequence_tokens": 1,
+            "model": "m",
+        }
+        for index, with_image in enumerate(has_image)
+    ]
+    run = RunDir.of(str(folder))
+    run.write_shard("rows", 0, table_of(rows, INFUSED), INFUSED)
+    return Path(run.shards("rows")[0].path)
+
+
 def config_for(model: Path, **sections: dict[str, Any]) -> RunConfig:
     data: dict[str, dict[str, Any]] = {
         "model": {"path": str(model)},
@@ -220,22 +238,9 @@ def test_a_family_trains_in_both_stages_on_mixed_rows(family: str, tmp_path: Pat
     trainer: Any = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "pairs", 4)), tmp_path / "dpo")
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
-    run = RunDir.of(str(tmp_path / "rows"))
-    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A circle."}]
-    rows = [
-        {
-            "id": str(index),
-            "image": {"bytes": encoded(index), "path": None} if index % 2 else None,
-            "messages": messages,
-            "num_sequence_tokens": 1,
-            "model": "m",
-        }
-        for index in range(4)
-    ]
-    run.write_shard("rows", 0, table_of(rows, INFUSED), INFUSED)
-    files = [Path(run.shards("rows")[0].path)]
+    rows = write_rows(tmp_path / "rows", [False, True, False, True])
 
-    sft: Any = make_sft_trainer(config, conversations_in(config, *files), tmp_path / "sft", tmp_path / "adapter")
+    sft: Any = make_sft_trainer(config, conversations_in(config, rows), tmp_path / "sft", tmp_path / "adapter")
     before = {name: p.detach().clone() for name, p in model_of(sft).named_parameters() if "lora_" in name}
     sft.train()
     after = dict(model_of(sft).named_parameters())

@@ -9,6 +9,9 @@ from stic_ray.core.config import OptimisationConfig, RunConfig, WorkersConfig
 from stic_ray.core.resources import accumulation_steps
 from stic_ray.engines.loading import choose_dtype
 
+_SCHEDULES = {"constant": "constant_with_warmup"}
+"""Names of transformers that are not ours: its plain `constant` has no warm-up."""
+
 
 def start_deepspeed(workers: WorkersConfig) -> None:
     """Bring up DeepSpeed's own communication, which ZeRO-3 needs before a model is built."""
@@ -28,8 +31,13 @@ def num_optimiser_steps(stage: OptimisationConfig, num_rows: int) -> int:
     return stage.num_steps or -(-num_rows // stage.global_batch) * stage.num_epochs
 
 
-def training_arguments(config: RunConfig, stage: OptimisationConfig, folder: Path, num_rows: int) -> dict[str, Any]:
-    """Return the settings of a stage that trains on so many rows, under the names of transformers."""
+def training_arguments(
+    config: RunConfig, stage: OptimisationConfig, folder: Path, num_rows: int, *, universal: bool = False
+) -> dict[str, Any]:
+    """Return the settings of a stage that trains on so many rows, under the names of transformers.
+
+    `universal` says that training goes on from a checkpoint in DeepSpeed's universal form.
+    """
     workers = config.workers
     num_steps = num_optimiser_steps(stage, num_rows)
     on_gpu = workers.num_gpus > 0
@@ -39,7 +47,7 @@ def training_arguments(config: RunConfig, stage: OptimisationConfig, folder: Pat
         "num_train_epochs": stage.num_epochs,
         "max_steps": stage.num_steps or -1,
         "learning_rate": stage.learning_rate,
-        "lr_scheduler_type": "cosine",
+        "lr_scheduler_type": _SCHEDULES.get(stage.schedule, stage.schedule),
         # The first warm-up step has a learning rate of 0, so a run of one step must not be all warm-up.
         "warmup_steps": min(int(stage.warmup_share * num_steps), num_steps - 1),
         "weight_decay": stage.weight_decay,
@@ -47,30 +55,40 @@ def training_arguments(config: RunConfig, stage: OptimisationConfig, folder: Pat
         "per_device_train_batch_size": workers.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(stage.global_batch, workers),
         "gradient_checkpointing": workers.gradient_checkpointing,
+        "activation_offloading": workers.offload_activations,
         "max_length": None,  # TRL would cut through image tokens; lengths were bounded when the rows were written
-        "bf16": on_gpu and choose_dtype(config.model, on_gpu=True) is torch.bfloat16,
+        "bf16": choose_dtype(config.model, on_gpu=on_gpu) is torch.bfloat16,
         "use_cpu": not on_gpu,
         "save_steps": workers.save_every_steps,
-        "save_total_limit": 1,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
-        "deepspeed": _deepspeed(workers) if workers.zero_stage else None,
+        "deepspeed": deepspeed_settings(workers, universal=universal) if workers.zero_stage else None,
     }
 
 
-def _deepspeed(workers: WorkersConfig) -> dict[str, Any]:
+def deepspeed_settings(workers: WorkersConfig, *, universal: bool = False) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; transformers fills in what is "auto"."""
+    zero: dict[str, Any] = {
+        "stage": workers.zero_stage,
+        "overlap_comm": workers.num_gpus > 0,
+        "contiguous_gradients": True,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    in_memory = {"device": "cpu", "pin_memory": workers.num_gpus > 0}
+    if workers.offload_optimizer:
+        zero["offload_optimizer"] = in_memory
+    if workers.offload_parameters:
+        zero["offload_param"] = in_memory
     return {
-        "zero_optimization": {
-            "stage": workers.zero_stage,
-            "overlap_comm": workers.num_gpus > 0,
-            "contiguous_gradients": True,
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
+        "zero_optimization": zero,
+        # torch's fused AdamW works on CPUs, too; DeepSpeed's own would be compiled on first use, with the CUDA toolkit.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": "auto"},
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
+        "checkpoint": {"load_universal": universal},
     }

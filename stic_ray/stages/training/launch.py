@@ -8,7 +8,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import RunConfig, WorkersConfig
 from stic_ray.core.errors import ConfigError, StageError
 from stic_ray.core.rundir import RunDir, digest, row_counts
 from stic_ray.core.storage import Location
@@ -50,23 +50,20 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Locati
         "rows": rows,
         "start": start.uri if start else None,
     }
-    # Optimiser state is cut by the number of workers, so another number starts afresh under another name.
-    cut = [workers.num_workers, workers.micro_batch, workers.zero_stage]
-    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows, cut])
+    # Another ZeRO stage has checkpoints of another form, so it starts afresh under another name.
+    identity = digest([config.model_dump(exclude={"actors", "workers"}), num_rows, workers.zero_stage])
+    attempts = (output / _ATTEMPTS).location
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
-            use_gpu=workers.num_gpus > 0,
-            resources_per_worker={"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})},
-        ),
+        scaling_config=scaling_of(workers),
         run_config=RayRunConfig(
             name=f"attempt-{identity}",  # the same command finds its checkpoints again, another configuration does not
-            storage_path=(output / _ATTEMPTS).uri,
+            storage_path=attempts.path,
+            storage_filesystem=None if attempts.is_local else attempts.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(num_to_keep=workers.keep_checkpoints),
         ),
     )
     try:
@@ -75,10 +72,21 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Locati
         raise _explain(stage, error) from error
     result = output.read_json("result.json")
     assert result is not None, f"{stage} ended without an error and without result.json"
-    (output / _ATTEMPTS).location.delete_folder()
+    attempts.delete_folder()
     used = result["num_rows"] + result["num_held_out"]
     told = ("num_steps", "num_held_out", "held_out", "throughput", "warnings")
     return {**row_counts(num_rows + rows.num_held_out, used, {}), **{name: result[name] for name in told}}
+
+
+def scaling_of(workers: WorkersConfig) -> ScalingConfig:
+    """Return what Ray Train asks of the cluster."""
+    return ScalingConfig(
+        num_workers=workers.num_workers,
+        use_gpu=workers.num_gpus > 0,
+        resources_per_worker={"CPU": workers.num_cpus, **({"GPU": workers.num_gpus} if workers.num_gpus else {})},
+        accelerator_type=workers.accelerator_type,
+        placement_strategy=workers.placement_strategy,
+    )
 
 
 def _explain(stage: str, error: BaseException) -> StageError:

@@ -1,9 +1,14 @@
 """From the configuration to a TRL trainer."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import BitsAndBytesConfig
 from trl.trainer.dpo_config import DPOConfig as TRLDPOConfig
 from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
 
@@ -16,29 +21,57 @@ from stic_ray.stages.training.data import Conversations, read_conversations, rea
 from stic_ray.stages.training.feeding import PLACEHOLDER, feed, loader_arguments
 from stic_ray.stages.training.index import Rows
 from stic_ray.stages.training.trainers import LikelihoodTrainer, RegularisedDPOTrainer
-from stic_ray.stages.training.tuning import freeze, make_adapter, model_of
+from stic_ray.stages.training.tuning import (
+    choose_trained,
+    draw_adapter,
+    hold_alike,
+    make_adapter,
+    make_quantization,
+    model_of,
+)
 
 logger = logging.getLogger(__name__)
 
 
-def make_dpo_trainer(config: RunConfig, rows: Rows, folder: Path) -> RegularisedDPOTrainer | LikelihoodTrainer:
+@dataclass(frozen=True)
+class _Weights:
+    """How the weights of a stage are loaded and trained."""
+
+    dtype: torch.dtype
+    adapter: LoraConfig | None
+    """A new adapter; none for a model that is trained itself, or goes on from an adapter."""
+    quantization: BitsAndBytesConfig | None
+
+
+def _choose_weights(config: RunConfig, *, new_adapter: bool) -> _Weights:
+    """Look at the model. Called before TRL's arguments are made, which have ZeRO-3 cut every new model into parts."""
+    model, tuning = config.model, config.tuning
+    dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
+    return _Weights(
+        dtype,
+        adapter=make_adapter(model, tuning) if new_adapter and tuning.method != "full" else None,
+        quantization=make_quantization(model, dtype) if tuning.method == "qlora" else None,
+    )
+
+
+def make_dpo_trainer(
+    config: RunConfig, rows: Rows, folder: Path, *, universal: bool = False
+) -> RegularisedDPOTrainer | LikelihoodTrainer:
     """Return the trainer of stage `dpo`, the policy starting from the run's base model."""
     model = config.model
     trained, held_out = read_pairs(config, rows)
     if config.dpo.objective == "sft":
-        trainer = _make_likelihood_trainer(config, config.dpo, rows, folder, None)
-        feed(trainer, Conversations(trained), Conversations(held_out))
-        return trainer
-    dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
+        likelihood = _make_likelihood_trainer(config, config.dpo, rows, folder, start=None, universal=universal)
+        feed(likelihood, Conversations(trained), Conversations(held_out))
+        return likelihood
     processor = load_processor(model)
-    # Made before TRL's arguments, which turn ZeRO-3's partitioning of every new model on.
-    adapter = make_adapter(model, config.tuning) if config.tuning.method == "lora" else None
+    weights = _choose_weights(config, new_adapter=True)
     arguments = TRLDPOConfig(
-        **training_arguments(config, config.dpo, folder, rows.num_trained),
+        **training_arguments(config, config.dpo, folder, rows.num_trained, universal=universal),
         **loader_arguments(config, config.dpo, rows),
         disable_dropout=False,
         trust_remote_code=model.trust_remote_code,
-        model_init_kwargs={"dtype": str(dtype).removeprefix("torch."), "revision": model.revision},
+        model_init_kwargs={"dtype": str(weights.dtype).removeprefix("torch."), "revision": model.revision},
     )
     trainer = RegularisedDPOTrainer(
         model=model.path,
@@ -48,12 +81,14 @@ def make_dpo_trainer(config: RunConfig, rows: Rows, folder: Path) -> Regularised
         eval_dataset=PLACEHOLDER,
         processing_class=processor,
         data_collator=PreferenceCollator(processor=processor),
-        peft_config=adapter,
+        peft_config=weights.adapter,
+        quantization_config=weights.quantization,
     )
     feed(trainer, trained, held_out)
     trainer.has_reference_pass = not rows.has_reference_logps
-    if config.tuning.method == "full":
-        freeze(model_of(trainer), config.tuning)
+    _choose_trained(trainer, config, weights)
+    if isinstance(trainer.ref_model, nn.Module) and config.workers.zero_stage == 0:
+        hold_alike(trainer.accelerator.unwrap_model(trainer.ref_model), model_of(trainer))
     reason = _why_no_shared_prefix(config, trainer)
     if reason is None:
         trainer.data_collator = SharedPrefixCollator(processor)
@@ -70,39 +105,53 @@ def _why_no_shared_prefix(config: RunConfig, trainer: RegularisedDPOTrainer) -> 
     return why_not(cast(Any, model_of(trainer)).config)
 
 
-def make_sft_trainer(config: RunConfig, rows: Rows, folder: Path, start: Path | None) -> LikelihoodTrainer:
+def make_sft_trainer(
+    config: RunConfig, rows: Rows, folder: Path, start: Path | None, *, universal: bool = False
+) -> LikelihoodTrainer:
     """Return the trainer of stage `sft`, going on from what `dpo` left in `start`, or from the run's base model."""
-    trainer = _make_likelihood_trainer(config, config.sft, rows, folder, start)
+    trainer = _make_likelihood_trainer(config, config.sft, rows, folder, start=start, universal=universal)
     feed(trainer, *read_conversations(config, rows))
     return trainer
 
 
 def _make_likelihood_trainer(
-    config: RunConfig, settings: OptimisationConfig, rows: Rows, folder: Path, start: Path | None
+    config: RunConfig,
+    settings: OptimisationConfig,
+    rows: Rows,
+    folder: Path,
+    *,
+    start: Path | None,
+    universal: bool,
 ) -> LikelihoodTrainer:
     """Return a trainer on the answers of `messages`, going on from an adapter, a full model, or the base model."""
     model = config.model
-    dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
     processor = load_processor(model)
-    # Made before TRL's arguments, as in make_dpo_trainer.
-    adapter = make_adapter(model, config.tuning) if start is None and config.tuning.method == "lora" else None
-    # Made before the model: ZeRO-3 partitions weights while they are loaded.
+    weights = _choose_weights(config, new_adapter=start is None)
     arguments = TRLSFTConfig(
-        **training_arguments(config, settings, folder, rows.num_trained), **loader_arguments(config, settings, rows)
+        **training_arguments(config, settings, folder, rows.num_trained, universal=universal),
+        **loader_arguments(config, settings, rows),
     )
+    how: dict[str, Any] = {"dtype": weights.dtype, "quantization": weights.quantization}
     if start is not None and is_adapter(start):
-        weights = load_model(model, dtype=dtype, adapter=start, trainable=True)
+        loaded = load_model(model, adapter=start, trainable=True, **how)
     else:
         origin = model if start is None else model.model_copy(update={"path": str(start), "revision": None})
-        weights = load_model(origin, dtype=dtype)
-        if adapter is None:
-            freeze(weights, config.tuning)
-    return LikelihoodTrainer(
-        model=weights,
+        loaded = load_model(origin, **how)
+    trainer = LikelihoodTrainer(
+        model=loaded,
         args=arguments,
         train_dataset=PLACEHOLDER,
         eval_dataset=PLACEHOLDER,
         processing_class=processor,
         data_collator=AnswersOnlyCollator(processor=processor),
-        peft_config=adapter,
+        peft_config=weights.adapter,
     )
+    _choose_trained(trainer, config, weights)
+    return trainer
+
+
+def _choose_trained(trainer: RegularisedDPOTrainer | LikelihoodTrainer, config: RunConfig, weights: _Weights) -> None:
+    trainer.tuning = config.tuning
+    if weights.adapter is not None:
+        draw_adapter(model_of(trainer), config.seed)
+    choose_trained(model_of(trainer), config.tuning, in_float32=config.workers.zero_stage == 0)

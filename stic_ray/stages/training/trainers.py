@@ -20,6 +20,7 @@ from stic_ray.method.objectives import (
 )
 from stic_ray.stages.training.batches import IGNORED, REFERENCE_LOGPS, WEIGHT
 from stic_ray.stages.training.measured import MeasuredTrainer
+from stic_ray.stages.training.tuning import PartTrainer
 
 
 class AnswerLogps(NamedTuple):
@@ -32,7 +33,11 @@ class AnswerLogps(NamedTuple):
     """Of the last K tokens of each sequence, 0 outside the answers; None where tokens were not scored as they are."""
 
 
-class RegularisedDPOTrainer(MeasuredTrainer, DPOTrainer):
+class LikelihoodTrainer(PartTrainer, MeasuredTrainer, SFTTrainer):
+    """TRL's trainer of likelihood."""
+
+
+class RegularisedDPOTrainer(PartTrainer, MeasuredTrainer, DPOTrainer):
     """Minimises `method.objectives.regularised_dpo`; data, reference model and bookkeeping are TRL's.
 
     Batches are `SharedPrefixCollator`'s, or TRL's: the B chosen sequences first and the B rejected ones behind them.
@@ -105,10 +110,6 @@ class RegularisedDPOTrainer(MeasuredTrainer, DPOTrainer):
         metrics = self._metrics["train" if cast(nn.Module, self.model).training else "eval"]
         for name, column in zip(values, every[every[:, 0] > 0].T[1:].tolist(), strict=True):
             metrics[name] += column
-
-
-class LikelihoodTrainer(MeasuredTrainer, SFTTrainer):
-    """TRL's trainer on the answers of conversations."""
 
 
 def _by_answer(values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,13 +29,13 @@ class Progress(TrainerCallback):
         self.stage = stage
         self.output = output
         self.began_s = time.monotonic()
-        self.first_step: int | None = None
+        self.first_step = 0
+        """Steps that were done before, by workers that are gone."""
         self.is_warned = False
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock after a start or a resume."""
-        if self.first_step is None:
-            self.first_step, self.began_s = state.global_step, time.monotonic()
+        self.first_step, self.began_s = state.global_step, time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluate what training ends with, too."""
@@ -60,7 +60,7 @@ class Progress(TrainerCallback):
             )
         due = state.global_step == state.max_steps or state.global_step % max(1, state.max_steps // 20) == 0
         if state.is_world_process_zero and due:
-            num_steps = state.global_step - (self.first_step or 0)
+            num_steps = state.global_step - self.first_step
             seconds_per_step = (time.monotonic() - self.began_s) / max(1, num_steps)
             mfu = f", MFU {logs['mfu']:.0%}" if "mfu" in logs else ""
             print(

@@ -12,14 +12,8 @@ import torch.distributed
 from transformers import (
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import get_last_checkpoint
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.rundir import RunDir
@@ -27,6 +21,7 @@ from stic_ray.core.storage import Location
 from stic_ray.core.weight_names import use_hub_names
 from stic_ray.engines.loading import is_adapter
 from stic_ray.stages.training.arguments import start_deepspeed
+from stic_ray.stages.training.checkpoints import CheckpointReporter, last_checkpoint
 from stic_ray.stages.training.feeding import num_rows_of
 from stic_ray.stages.training.saved import check_changed
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
@@ -41,7 +36,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     stage, output = settings["stage"], RunDir.of(settings["output"])
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     rank = ray.train.get_context().get_world_rank()
-    set_seed(config.seed)  # a new adapter is drawn before the trainer sets its seed
     folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{stage}_"))
     try:
         if rank == 0:
@@ -49,45 +43,29 @@ def train_worker(settings: dict[str, Any]) -> None:
         start_deepspeed(config.workers)
         start = Location.of(settings["start"]).local_copy() if settings["start"] else None
         trainer: Trainer
-        if stage == "dpo":
-            trainer = make_dpo_trainer(config, settings["rows"], folder)
-        else:
-            trainer = make_sft_trainer(config, settings["rows"], folder, start)
-        facts = describe_parts(trainer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Progress(stage, output))
-        trainer.add_callback(_CheckpointReporter())
-        add_trackers(trainer, config, output)
-        began_s = time.monotonic()
-        trainer.train(resume_from_checkpoint=_resume_folder(folder))
-        seconds = time.monotonic() - began_s
+        with last_checkpoint(config.workers) as resume:
+            if stage == "dpo":
+                trainer = make_dpo_trainer(config, settings["rows"], folder, universal=resume.universal)
+            else:
+                trainer = make_sft_trainer(config, settings["rows"], folder, start, universal=resume.universal)
+            facts = describe_parts(trainer)
+            trainer.remove_callback(PrinterCallback)
+            progress = Progress(stage, output)
+            trainer.add_callback(progress)
+            trainer.add_callback(CheckpointReporter())
+            add_trackers(trainer, config, output)
+            began_s = time.monotonic()
+            trainer.train(resume_from_checkpoint=str(resume.folder) if resume.folder else None)
+            seconds = time.monotonic() - began_s
         trainer.save_model(str(folder / "final"))
         unset_hf_deepspeed_config()  # rank 0 loads models alone below, which ZeRO-3 would partition over all ranks
         torch.distributed.barrier()
         if rank == 0:
-            _leave(trainer, folder / "final", output, {**facts, "seconds": seconds}, config, start)
+            facts |= {"seconds": seconds, "resumed_from_step": progress.first_step}
+            _leave(trainer, folder / "final", output, facts, config, start)
         torch.distributed.barrier()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-class _CheckpointReporter(TrainerCallback):
-    """Hands checkpoints to Ray Train.
-
-    Every rank reports what it wrote to its own folder, and Ray merges the folders: model and optimiser state of
-    rank 0, and each rank's random state and ZeRO shard. The stock callback races on a shared folder.
-    """
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        last = get_last_checkpoint(args.output_dir)
-        checkpoint = ray.train.Checkpoint.from_directory(last) if last else None
-        ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
-
-
-def _resume_folder(folder: Path) -> str | None:
-    """Return a local copy of the last checkpoint that Ray Train holds for this attempt, if there is one."""
-    checkpoint = ray.train.get_checkpoint()
-    return checkpoint.to_directory(str(folder / "resume")) if checkpoint else None
 
 
 def _leave(

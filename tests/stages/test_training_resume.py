@@ -1,0 +1,102 @@
+"""Trainings that lose workers, their driver, and half of their machines; the run is in an S3 bucket."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+import pytest
+from moto.server import ThreadedMotoServer
+
+from stic_ray.core.errors import StageError
+from stic_ray.core.rundir import RunDir
+from stic_ray.stages.training.launch import train_dpo
+from stic_ray.stages.training.setup import make_dpo_trainer
+from tests.stages.builders import pairs_in
+from tests.stages.test_training import losses
+from tests.stages.test_training_batches import config_for, write_pairs
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+NUM_STEPS = 30
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dpo": {"num_steps": NUM_STEPS, "learning_rate": 0.002, "schedule": "linear"},
+    "tuning": {"lora_dropout": 0.0},
+}
+WORKERS = {"num_workers": 2, "micro_batch": 2, "zero_stage": 2, "save_every_steps": 3, "keep_checkpoints": 2}
+
+
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A bucket on loopback; its address carries the server's, the credentials are tests/conftest.py's."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(Bucket="runs")
+    yield f"s3://runs/one?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def checkpoints(run: RunDir) -> list[str]:
+    """The checkpoints that Ray Train holds as whole, by name, oldest first."""
+    found = [file for file in (run / "dpo").location.files(recursive=True) if "snapshot" in file.base_name]
+    if not found:
+        return []
+    text = (run / "dpo").location.at(found[0].path).read().decode()
+    return [entry["checkpoint_dir_name"] for entry in json.loads(text)["checkpoint_results"]]
+
+
+def workers() -> list[psutil.Process]:
+    """The training workers of our Ray."""
+    mine = psutil.Process().children(recursive=True)
+    return [process for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+def kill_workers(run: RunDir, times: int, killed: list[int]) -> None:
+    """Kill one of the workers whenever there is a checkpoint that was not there the last time."""
+    known: set[str] = set()
+    for _ in range(times):
+        while not set(checkpoints(run)) - known:
+            time.sleep(0.05)
+        known = set(checkpoints(run))
+        victim = workers()[-1]
+        os.kill(victim.pid, signal.SIGKILL)
+        killed.append(victim.pid)
+        psutil.wait_procs([victim], timeout=30)
+
+
+def test_a_training_that_is_killed_ends_as_one_that_is_not(
+    bucket: str, tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two workers dies twice, which is once too often; the same command goes on with a single worker."""
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    alone = config_for(tiny_llava, workers={"zero_stage": 0}, **SETTINGS)
+    quiet: Any = make_dpo_trainer(alone, pairs_in(alone, write_pairs(tmp_path / "pairs", 12)), tmp_path / "quiet")
+    quiet.train()
+
+    run = RunDir.of(bucket)
+    (run / "preferences").location.upload_folder(tmp_path / "pairs")
+    config = config_for(tiny_llava, workers={**WORKERS, "max_failures": 1}, **SETTINGS)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_workers, args=(run, 2, killed), daemon=True)
+    killer.start()
+    with pytest.raises(StageError, match="restarts were used up.*The same command goes on"):
+        train_dpo(config, run)
+    killer.join()
+    assert len(killed) == 2 and (run / "dpo").read_json("result.json") is None
+    assert len(checkpoints(run)) == 2, "the last two are kept"
+
+    half = config_for(tiny_llava, workers={**WORKERS, "num_workers": 1, "micro_batch": 4}, **SETTINGS)
+    train_dpo(half, run)
+    result = (run / "dpo").read_json("result.json")
+    assert result["num_steps"] == NUM_STEPS
+    assert result["resumed_from_step"] >= 6, "the second victim died behind a checkpoint of its own"
+    found = losses(run, "dpo", "loss")
+    expected = [entry["loss"] for entry in quiet.state.log_history if "loss" in entry]
+    assert len(found) == NUM_STEPS
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)

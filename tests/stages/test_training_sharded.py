@@ -1,0 +1,173 @@
+"""Two processes under every ZeRO stage give the losses of one process at the same global batch; no Ray."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.weight_names import has_hub_names, use_hub_names
+from stic_ray.engines.loading import parts_of_adapter
+from stic_ray.stages.training.checkpoints import make_universal
+from stic_ray.stages.training.saved import check_changed
+from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
+from stic_ray.stages.training.tuning import describe_parts, model_of
+from tests import tiny_models
+from tests.stages.builders import conversations_in, pairs_in
+from tests.stages.groups import run_group
+from tests.stages.test_training_batches import config_for, write_pairs, write_rows
+
+TOLERANCE = 2e-4
+"""Relative: float32 sums in another order, behind two steps of an optimiser with a large learning rate."""
+PROJECTOR = {"tuning": {"projector_learning_rate": 0.003}}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "lora-zero1": {"workers": {"offload_optimizer": True}},
+    "lora-zero2": PROJECTOR,
+    "lora-zero3": {"workers": {"gradient_checkpointing": True}, **PROJECTOR},
+    "full-zero1": {},
+    "full-zero2": {"workers": {"gradient_checkpointing": True}, "model": {"dtype": "bfloat16"}},
+    "full-zero3": {"workers": {"offload_optimizer": True, "offload_parameters": True}, **PROJECTOR},
+}
+"""What each combination trains with; of what is no ZeRO stage, only bfloat16 and the projector's rate change a loss."""
+
+
+def config_of(base: Path, name: str, **workers: Any) -> RunConfig:
+    method, stage = name.split("-zero")
+    given = SETTINGS[name]
+    sharded = {"num_workers": 2, "micro_batch": 1, "zero_stage": int(stage), "save_every_steps": 2}
+    config = config_for(
+        base,
+        tuning={"method": method, **given.get("tuning", {})},
+        dpo={"num_steps": 3, "schedule": "constant", "learning_rate": 0.003},
+        sft={"num_steps": 1, "global_batch": 2, "learning_rate": 0.003},
+        workers={**sharded, **given.get("workers", {}), **workers},
+    )
+    return config.model_copy(update={"model": config.model.model_copy(update=given.get("model", {}))})
+
+
+def train(config: RunConfig, folder: Path, files: list[Path], resume: Path | None = None) -> dict[str, Any]:
+    """Train by DPO, save, and return losses and what the settings came to."""
+    trainer: Any = make_dpo_trainer(config, pairs_in(config, *files), folder, universal=resume is not None)
+    facts = describe_parts(trainer)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.save_model(str(folder / "final"))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    engine = getattr(trainer, "deepspeed", None)
+    return facts | {
+        "losses": [entry["loss"] for entry in logs],
+        "checkpointing": model_of(trainer).is_gradient_checkpointing,
+        "offloads": [
+            bool(engine and place and place.device == "cpu")
+            for place in (engine and engine.zero_offload_optimizer(), engine and engine.zero_offload_param())
+        ],
+        "num_shards": engine.dp_world_size if engine else 1,
+        "dtype": str(next(p for p in model_of(trainer).parameters() if p.requires_grad).dtype),
+    }
+
+
+def train_both(config: RunConfig, folder: Path, pairs: list[Path], rows: list[Path]) -> dict[str, Any]:
+    """Train by DPO, then go on with likelihood from what it left, as the stages do; under ZeRO-3, where it is hard."""
+    found = train(config, folder / "dpo", pairs)
+    if config.workers.zero_stage < 3:
+        return found
+    # Every process saves to a folder of its own, and rank 0 alone has the weights.
+    start = folder.with_name(folder.name.replace("rank1", "rank0")) / "dpo" / "final"
+    torch.distributed.barrier()
+    sft = make_sft_trainer(config, conversations_in(config, *rows), folder / "sft", start)
+    sft.train()
+    sft.save_model(str(folder / "sft" / "final"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.build("llava", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [write_pairs(tmp_path_factory.mktemp("pairs"), 8)]
+
+
+@pytest.fixture(scope="module")
+def group(base: Path, pairs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What two processes found with all settings, and the folder that they wrote to."""
+    folder = tmp_path_factory.mktemp("group")
+    rows = [write_rows(folder / "rows", [True, True])]
+    look = partial(train_both, pairs=pairs, rows=rows)
+    return run_group(look, {name: config_of(base, name) for name in SETTINGS}, folder / "runs"), folder / "runs"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_have_the_losses_of_one(
+    name: str, base: Path, pairs: list[Path], group: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """One process without DeepSpeed, and none of the settings that trade time for memory."""
+    found, settings = group[0][name], SETTINGS[name].get("workers", {})
+    plain = dict.fromkeys(settings, False)
+    alone = train(config_of(base, name, num_workers=1, micro_batch=4, zero_stage=0, **plain), tmp_path, pairs)
+    assert len(set(alone["losses"])) == 3
+    is_rounded = "model" in SETTINGS[name]
+    assert found["losses"] == pytest.approx(alone["losses"], rel=0.02 if is_rounded else TOLERANCE)
+
+    asked = [settings.get(f"offload_{what}", False) for what in ("optimizer", "parameters")]
+    assert (found["num_shards"], found["offloads"]) == (2, asked)
+    assert found["checkpointing"] == settings.get("gradient_checkpointing", False) and not alone["checkpointing"]
+    has_projector = name.startswith("full") or "tuning" in SETTINGS[name]
+    assert found["trained"] == ["language_model", *(["projector"] if has_projector else [])] == alone["trained"]
+    assert alone["dtype"] == "torch.float32", "what is trained without DeepSpeed is held in float32"
+    assert found["dtype"] == ("torch.bfloat16" if is_rounded else "torch.float32")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_saved_loads_with_the_plain_libraries(
+    name: str, base: Path, group: tuple[dict[str, Any], Path]
+) -> None:
+    for stage in ("dpo", "sft") if name.endswith("3") else ("dpo",):
+        final = group[1] / f"{name}-rank0" / stage / "final"
+        start = group[1] / f"{name}-rank0" / "dpo" / "final" if stage == "sft" else None
+        facts = check_changed(final, config_of(base, name).model, start)
+        if name.startswith("lora"):
+            assert facts["num_nonzero_lora_b"] > 0
+            model: Any = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), final)
+            parts = {"language_model", "projector"} if "tuning" in SETTINGS[name] else {"language_model"}
+            assert parts_of_adapter(final) == parts
+            whole = {n: p for n, p in model.named_parameters() if ".modules_to_save." in n}
+            assert bool(whole) == ("projector" in parts)
+            assert not any(
+                p.equal(model.get_parameter(n.replace("modules_to_save.default", "original_module")))
+                for n, p in whole.items()
+            )
+        else:
+            use_hub_names(final)
+            assert has_hub_names(final)
+            _, report = AutoModelForImageTextToText.from_pretrained(final, output_loading_info=True)
+            assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    base: Path, pairs: list[Path], group: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """The last of three steps is done by a single process, which the state of the optimiser was not cut for."""
+    configs = {}
+    for name in ("lora-zero3", "full-zero1"):
+        for rank in (0, 1):  # Ray Train puts the parts together so
+            shutil.copytree(
+                group[1] / f"{name}-rank{rank}" / "dpo" / "checkpoint-2", tmp_path / name, dirs_exist_ok=True
+            )
+        make_universal(tmp_path / name)
+        configs[name] = config_of(base, name, num_workers=1)
+    found = run_group(partial(resume, checkpoints=tmp_path, pairs=pairs), configs, tmp_path / "one", num_processes=1)
+    for name in configs:
+        assert found[name]["num_shards"] == 1
+        assert found[name]["losses"] == pytest.approx(group[0][name]["losses"], rel=TOLERANCE)
+
+
+def resume(config: RunConfig, folder: Path, checkpoints: Path, pairs: list[Path]) -> dict[str, Any]:
+    name = folder.name.removesuffix("-rank0")
+    return train(config, folder, pairs, resume=checkpoints / name)
