@@ -126,7 +126,7 @@ def warn_of_easy_pairs(history: Sequence[dict[str, Any]], num_steps: int) -> str
     """Say so if almost all pairs are told apart within a few steps while the preferred answers become less likely.
 
     The known failure of pairs that are too easy: the margin grows by pushing both answers down, and nothing is
-    learned about images (docs/method.md). A few steps are the first fifth of the training, or twenty.
+    learned about images (docs/architecture.md). A few steps are the first fifth of the training, or twenty.
     """
     steps = [entry for entry in history if "loss" in entry and "rewards/accuracies" in entry]
     for end in range(_EASY_WINDOW, len(steps) + 1):
