@@ -57,19 +57,19 @@ def index_pairs(config: RunConfig, shards: Iterable[Location]) -> Rows:
     Raises SourceError for a shard that is no whole Parquet file, and where no pair is left, or too few to exchange
     their pictures.
     """
-    settings = config.dpo
-    found = list(_read_footers(shards))
-    groups = [group for group, _ in found]
+    settings, found = config.dpo, list(_read_footers(shards))
+    if not found:
+        raise SourceError("Stage preferences left no pairs to train on; see its rejected-*.parquet.")
     if settings.num_images is not None:
-        groups = [_below(group, facts, settings.num_images) for group, facts in found]
-        found = [(group, facts) for group, (_, facts) in zip(groups, found, strict=True) if group.rows]
-        groups = [group for group in groups if group.rows]
+        cut = [(_below(group, facts, settings.num_images), facts) for group, facts in found]
+        found = [(group, facts) for group, facts in cut if group.rows]
+    groups = [group for group, _ in found]
     num_pairs = sum(len(group.rows) for group in groups)
     if not num_pairs:
         raise SourceError(f"dpo.num_images={settings.num_images} leaves none of the pairs; use more images.")
     if num_pairs == 1 and settings.image == "shuffled":
         raise SourceError("dpo.image=shuffled needs at least 2 pairs to exchange their pictures, there is 1.")
-    stored = settings.image == "own" and _have_reference_logps(fingerprint(config.model), [f for _, f in found])
+    stored = settings.image == "own" and _have_reference_logps(fingerprint(config.model), [facts for _, facts in found])
     return Rows(*_hold_out(groups, "image_id", settings.num_held_out), has_reference_logps=stored)
 
 
