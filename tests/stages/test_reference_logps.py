@@ -48,6 +48,7 @@ def test_they_are_what_training_would_work_out(tmp_path: Path, tiny_llava: Path)
         expected = trainer._reference_logps(batch)
         trainer._reference_logps = None  # is not asked again
         trainer._compute_loss(model_of(trainer).eval(), dict(batch), False)
+    assert not set(REFERENCE_LOGPS) & set(trainer.eval_dataset.columns), "evaluation compares tokens"
     stored = torch.stack([batch[name] for name in REFERENCE_LOGPS])
     torch.testing.assert_close(stored, torch.stack(expected[:2]), atol=1e-4, rtol=1e-6)
     assert trainer._metrics["eval"]["loss/dpo"][-1] == pytest.approx(LN_2, abs=1e-5)

@@ -163,16 +163,18 @@ class Conversations(Dataset[Example]):
 def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]:
     """Return the pairs that stage `dpo` trains on and those held out, with the pictures that `dpo.image` asks for.
 
-    They have REFERENCE_LOGPS where all pairs carry those of the model that training begins with.
+    The former have REFERENCE_LOGPS where all pairs carry those of the model that training begins with; evaluation
+    asks the reference itself, as it compares the tokens.
     """
-    columns = ["image", "prompt", "chosen", "rejected", *(REFERENCE_LOGPS if rows.has_reference_logps else ())]
+    columns = ["image", "prompt", "chosen", "rejected"]
+    stored = REFERENCE_LOGPS if rows.has_reference_logps else ()
     kinds: dict[Literal["own", "blank", "shuffled"], type[ParquetRows]] = {
         "own": ParquetRows,
         "blank": BlankPictures,
         "shuffled": ExchangedPictures,
     }
     kind = kinds[config.dpo.image]
-    trained = kind(rows.trained, columns, seed=config.seed, global_batch=config.dpo.global_batch)
+    trained = kind(rows.trained, [*columns, *stored], seed=config.seed, global_batch=config.dpo.global_batch)
     return trained, kind(rows.held_out, columns)
 
 
