@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.rundir import RunDir
+from stic_ray.engines.shared_prefix import split_pair
 from stic_ray.preparation import check_before_work
 from stic_ray.stages.training.batches import WEIGHT
 from stic_ray.stages.training.measured import flops_per_token, totals
@@ -98,12 +99,10 @@ def test_held_out_rows_are_evaluated_along_the_way_and_at_the_end(
     }
     found = {name: lines[-1][name] for name in expected}
     assert found == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
-    said = [row["chosen"][0]["content"] for row in held_out]
-    end = trainer.processing_class.tokenizer.eos_token
-    tokens = [
-        len(trainer.processing_class.tokenizer(f" {text}{end}", add_special_tokens=False).input_ids) for text in said
-    ]
-    assert lines[-1]["eval_lengths/chosen"] == pytest.approx(sum(tokens) / 3, abs=1)
+    processor = trainer.processing_class
+    answers = [split_pair(processor, "Describe.", row["chosen"][0]["content"])[1] for row in held_out]
+    lengths = [len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
+    assert lines[-1]["eval_lengths/chosen"] == pytest.approx(sum(lengths) / 3)
     assert lines[-1]["eval_kl"] > 0 and lines[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
@@ -142,7 +141,9 @@ def test_metrics_and_event_files_go_on_after_a_resume(tmp_path: Path, tiny_llava
     make_trainer(config, tmp_path / "killed", output).train(resume_from_checkpoint=True)
 
     figures = ("step", "loss", "grad_norm", "logps/chosen", "eval_loss", "eval_kl")
-    undisturbed, resumed = ([[line.get(name) for name in figures] for line in lines_of(of)] for of in (quiet, output))
+    undisturbed, resumed = (
+        [[line.get(name, 0.0) for name in figures] for line in lines_of(of)] for of in (quiet, output)
+    )
     for before, after in zip(undisturbed, resumed, strict=True):
         assert after == pytest.approx(before, rel=1e-5)
     first, second = sorted((tmp_path / "killed" / "dpo" / FOLDER).iterdir(), key=lambda file: file.stat().st_ctime_ns)
