@@ -134,7 +134,7 @@ def load_model(
 
 def check_adapter_active(model: PeftModel, adapter: Path) -> None:
     """Raise ModelError unless every tensor of the adapter's file is loaded, active, and not all are zero."""
-    name_of_adapter = model.active_adapter
+    name_of_adapter = str(model.active_adapter)
     loaded = get_peft_model_state_dict(model, adapter_name=name_of_adapter, save_embedding_layers=False)
     num_active = 0
     for key, expected in read_adapter(adapter).items():
@@ -154,7 +154,7 @@ def read_adapter(adapter: Path) -> dict[str, torch.Tensor]:
 
 def parts_of_adapter(adapter: Path) -> set[Part]:
     """Return the parts of a model that a saved adapter changes."""
-    known = {name: part for part, names in _PART_NAMES.items() for name in names}
+    known: dict[str, Part] = {name: part for part, names in _PART_NAMES.items() for name in names}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         words = [name.split(".") for name in file.offset_keys()]
     return {part for names in words if (part := next((known[name] for name in names if name in known), None))}

@@ -2,18 +2,22 @@
 
 Ray tries again without end, wherever an actor dies. These files count the deaths, so that an image or a model that
 kills every actor is found out. They are there only while a shard is being made, or a model loaded.
+
+A first attempt at a shard leaves one note for all of it. Only where somebody has died over the shard is every part
+noted: each note is a file replaced, which a disk may take milliseconds for, and an object store more.
 """
 
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import ATTEMPTS_FAMILY, RunDir
 
+_WHOLE_SHARD = "shard"
 _MAX_DEATHS_ELSEWHERE = 5
 """So many actors may die over a shard while no image is to blame."""
 
@@ -25,26 +29,32 @@ class Attempts:
         """Begin an attempt at shard `number`: what the last one was working on has died."""
         self._output = output
         self._number = number
-        before = _read(output, attempts_name(number)) or {"working_on": [], "deaths": {}}
-        self.deaths = Counter[str](before["deaths"])
-        """By part."""
-        self.deaths.update(before["working_on"])
+        before = _read(output, attempts_name(number))
+        self._is_first = before is None
+        self.deaths = Counter[str](before["deaths"] if before else {})
+        """By part, without those of the first attempt."""
+        self.deaths.update(before["working_on"] if before else {})
         self._working_on: set[str] = set()
         self._lock = threading.Lock()
+        if self._is_first:
+            self._write([_WHOLE_SHARD])
 
     @contextmanager
     def working_on(self, part: str) -> Iterator[None]:
         """Note that `part` is being worked on until the end of the block; an error that ends it is no death."""
+        if self._is_first:
+            yield
+            return
         with self._lock:
             self._working_on.add(part)
-            self._write()
+            self._write(self._working_on)
         try:
             yield
         finally:
             with self._lock:
                 self._working_on.remove(part)
                 del self.deaths[part]
-                self._write()
+                self._write(self._working_on)
 
     @contextmanager
     def handling(self, what: str) -> Iterator[None]:
@@ -58,8 +68,8 @@ class Attempts:
         with self.working_on(what):
             yield
 
-    def _write(self) -> None:
-        state = {"working_on": sorted(self._working_on), "deaths": dict(self.deaths)}
+    def _write(self, working_on: Collection[str]) -> None:
+        state = {"working_on": sorted(working_on), "deaths": dict(self.deaths)}
         self._output.write_text(attempts_name(self._number), json.dumps(state))
 
 

@@ -1,5 +1,6 @@
 """QLoRA trains an adapter on a language model of 4 bits; the adapter is for the model as it was."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ def train(config: RunConfig, folder: Path, pairs: list[Path]) -> dict[str, Any]:
     held = {name for name, p in model_of(trainer).named_parameters() if isinstance(p, Params4bit)}
     trainer.train()
     trainer.save_model(str(folder / "final"))
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "held": sorted(held)}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6), "policy and reference begin as one"
+    return {"losses": [entry["loss"] for entry in logs], "held": sorted(held)}
 
 
 def qlora(base: Path, **workers: Any) -> RunConfig:

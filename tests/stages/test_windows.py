@@ -156,18 +156,23 @@ def test_an_engine_that_every_image_kills_stops_the_stage(tmp_path: Path) -> Non
         do(Asker(tmp_path), tmp_path)
 
 
-def test_what_is_being_worked_on_is_in_the_file_before_it_begins(tmp_path: Path) -> None:
+@pytest.mark.parametrize("somebody_died", [False, True])
+def test_what_is_being_worked_on_is_in_the_file_before_it_begins(tmp_path: Path, somebody_died: bool) -> None:
+    """As one note for a shard that nobody has died over, and part by part from the first death on."""
+
     class Reader(Asker):
         def __call__(self, window: list[dict[str, Any]]) -> Rows:
             state = json.loads((tmp_path / attempts_name(0)).read_text())
             seen.append((len(window), state["working_on"]))
             return super().__call__(window)
 
+    if somebody_died:
+        died(tmp_path, "shard")
     seen: list[tuple[int, list[str]]] = []
     one_by_one = ActorsConfig(batch_size=4, windows_in_flight=1)
     do(Reader(tmp_path, "faults: [{prompt: <1>, happens: raise}]"), tmp_path, one_by_one)
-    alone = [(1, [str(n)]) for n in range(4)]
-    assert seen == [(4, ["0-4"]), *alone, (4, ["4-8"]), (2, ["8-10"])]
+    parts = ["0-4", "0", "1", "2", "3", "4-8", "8-10"] if somebody_died else ["shard"] * 7
+    assert seen == [(size, [part]) for size, part in zip([4, 1, 1, 1, 1, 4, 2], parts, strict=True)]
 
 
 def test_images_are_tried_alone_with_nothing_beside_them(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
+from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
 from stic_ray.engines.vllm_engine import VllmEngine
 
@@ -27,4 +28,4 @@ def vllm_engine(tiny_llava: Path) -> Iterator[VllmEngine]:
 @pytest.fixture(scope="session")
 def transformers_engine(tiny_llava: Path) -> TransformersEngine:
     """What the answers are compared with."""
-    return TransformersEngine(ModelConfig(path=str(tiny_llava)), batch_size=16, on_gpu=False)
+    return TransformersEngine(ModelConfig(path=str(tiny_llava)), limits=BatchLimits(16, None), on_gpu=False)

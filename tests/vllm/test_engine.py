@@ -14,6 +14,7 @@ import pytest
 from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import EngineError, EngineLost
 from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
 from stic_ray.engines.vllm_engine import VllmEngine
 from tests.engines.families import mixed_requests, scene
@@ -101,7 +102,7 @@ def test_an_adapter_is_applied_and_a_dead_engine_is_told(tiny_llava: Path, tmp_p
     engine = VllmEngine(model, ACTORS, adapter=adapter)
     answers = engine.generate(PICTURES, GREEDY)
     for applied in (None, adapter):
-        reference = TransformersEngine(model, batch_size=16, on_gpu=False, adapter=applied)
+        reference = TransformersEngine(model, limits=BatchLimits(16, None), on_gpu=False, adapter=applied)
         assert (answers == reference.generate(PICTURES, GREEDY)) == (applied is not None)
     assert engine.name == str(adapter)
 

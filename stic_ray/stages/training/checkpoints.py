@@ -31,6 +31,7 @@ class CheckpointReporter(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Report the checkpoint that was just written; its local folder goes when it is uploaded."""
+        assert args.output_dir is not None, "training_arguments gives one"
         last = get_last_checkpoint(args.output_dir)
         assert last is not None, "transformers calls this behind a save"
         checkpoint = Checkpoint.from_directory(last)

@@ -88,7 +88,7 @@ def make_dpo_trainer(
     trainer.has_reference_pass = not rows.has_reference_logps
     _choose_trained(trainer, config, weights)
     if isinstance(trainer.ref_model, nn.Module) and config.workers.zero_stage == 0:
-        hold_alike(trainer.accelerator.unwrap_model(trainer.ref_model), model_of(trainer))
+        hold_alike(cast(nn.Module, trainer.accelerator.unwrap_model(trainer.ref_model)), model_of(trainer))
     reason = _why_no_shared_prefix(config, trainer)
     if reason is None:
         trainer.data_collator = SharedPrefixCollator(processor)
@@ -154,4 +154,4 @@ def _choose_trained(trainer: RegularisedDPOTrainer | LikelihoodTrainer, config: 
     trainer.tuning = config.tuning
     if weights.adapter is not None:
         draw_adapter(model_of(trainer), config.seed)
-    choose_trained(model_of(trainer), config.tuning, in_float32=config.workers.zero_stage == 0)
+    choose_trained(model_of(trainer), config.tuning, weights.dtype if config.workers.zero_stage else torch.float32)

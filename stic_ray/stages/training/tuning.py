@@ -8,6 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -76,18 +77,17 @@ def make_quantization(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
-def choose_trained(model: nn.Module, tuning: TuningConfig, *, in_float32: bool) -> None:
-    """Leave the frozen parts of a model out of training, where it is trained whole.
+def choose_trained(model: nn.Module, tuning: TuningConfig, dtype: torch.dtype) -> None:
+    """Leave frozen parts out of training, where a model is trained whole, and hold what is trained in `dtype`.
 
-    `in_float32` is for training without DeepSpeed, which keeps copies in float32 of what it trains: small steps vanish
-    in bfloat16.
+    That is float32 without DeepSpeed, which keeps copies in float32 of what it trains: small steps vanish in bfloat16.
     """
     parts = _prefixes(model)
     for name, parameter in model.named_parameters():
         if tuning.method == "full" and _part_of(name, parts) in tuning.frozen:
             parameter.requires_grad_(False)
-        if in_float32 and parameter.requires_grad:
-            parameter.data = parameter.data.float()
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def hold_alike(reference: nn.Module, policy: nn.Module) -> None:
@@ -103,12 +103,22 @@ def draw_adapter(model: nn.Module, seed: int) -> None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.reset_lora_parameters("default", init_lora_weights=True)
+        elif isinstance(layer, ModulesToSaveWrapper):
+            for name, copy in layer.modules_to_save["default"].named_parameters():
+                original = layer.original_module.get_parameter(name)
+                if copy.dtype != original.dtype:  # TRL rounds what is trained beside weights of 4 bits
+                    copy.data = original.data.clone()
 
 
 class PartTrainer(Trainer):
-    """Gives the projector a learning rate of its own."""
+    """Gives the projector a learning rate of its own, and takes no step behind the last."""
 
     tuning: TuningConfig
+
+    def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
+        # transformers 5.19 goes on for a step when it resumes from the last one, unless an epoch ends there.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **keywords)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return transformers' optimiser with the projector in parameter groups of its own."""
@@ -158,4 +168,5 @@ def _prefixes(model: nn.Module) -> dict[str, Part]:
 
 def _part_of(name: str, parts: Mapping[str, Part]) -> Part:
     """Return the part that a parameter belongs to; what is in no other belongs to the language model, as its head."""
-    return next((part for prefix, part in parts.items() if name.startswith(prefix)), "language_model")
+    language: Part = "language_model"
+    return next((part for prefix, part in parts.items() if name.startswith(prefix)), language)
