@@ -182,7 +182,7 @@ class WithReference(torch.utils.data.Dataset[dict[str, Any]]):
     def __init__(self, trainer: Any, num_pairs: int) -> None:
         self.pairs = trainer.train_dataset
         self.num_rows = self.pairs.num_rows
-        self.values: list[dict[str, float]] = []
+        self.values: list[dict[Any, Any]] = []
         for start in range(0, len(self.pairs), num_pairs):
             rows = [self.pairs[start + number] for number in range(num_pairs)]
             with torch.no_grad():

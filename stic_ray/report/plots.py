@@ -89,8 +89,8 @@ def training_plot(stage: str, chart: Chart, curves: dict[str, Any]) -> str | Non
     for (key, name), colour, style in zip(lines, SERIES, cycle(_STYLES)):
         steps, values = _points(key, curves)
         alone = range(len(values)) if key.startswith(_HELD_OUT) else list(_isolated(values))
-        dots = [steps[i] for i in alone], [values[i] for i in alone]
         drawn = [float("nan") if value is None else value for value in values]
+        dots = [steps[i] for i in alone], [drawn[i] for i in alone]
         axes.plot(steps, drawn, style, color=colour, linewidth=1.6, label=name, gid=key)
         axes.plot(*dots, "o", color=colour, markersize=3)
     if chart.limits:

@@ -262,6 +262,7 @@ def test_other_trackers_go_on_in_the_same_run(
         monkeypatch.setenv(name, "")  # so that what is set below does not outlive this test
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
     output = RunDir.of(str(tmp_path / "dpo"))
     config = config_for(tiny_llava, dpo={"num_steps": 2}, workers={"trackers": [tracker], "save_every_steps": 1})

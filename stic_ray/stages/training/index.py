@@ -124,8 +124,8 @@ def _facts(group: pq.RowGroupMetaData) -> _Facts:
     columns = [group.column(number) for number in range(group.num_columns)]
     known = {column.path_in_schema: column.statistics for column in columns if column.is_stats_set}
     limits = {name: (s.min, s.max) if s.has_min_max and s.null_count == 0 else None for name, s in known.items()}
-    absent = [known[name].null_count if name in known else None for name in REFERENCE_LOGPS]
-    num_absent = None if None in absent else sum(absent)
+    absent = [known[name].null_count for name in REFERENCE_LOGPS if name in known]
+    num_absent = sum(absent) if len(absent) == len(REFERENCE_LOGPS) else None
     return _Facts(limits.get("position"), limits.get("model_revision"), num_absent)
 
 

@@ -109,7 +109,7 @@ class _EndOfWandb(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
             wandb.finish()
 
@@ -122,7 +122,7 @@ class _IdOfMLflow(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            import mlflow
+            import mlflow  # pyright: ignore[reportMissingImports]  # an extra
 
             active = mlflow.active_run()
             assert active is not None, "MLflowCallback has begun a run"

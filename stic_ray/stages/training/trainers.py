@@ -33,11 +33,11 @@ class AnswerLogps(NamedTuple):
     """Of the last K tokens of each sequence, 0 outside the answers; None where tokens were not scored as they are."""
 
 
-class LikelihoodTrainer(PartTrainer, MeasuredTrainer, SFTTrainer):
+class LikelihoodTrainer(PartTrainer, MeasuredTrainer, SFTTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """TRL's trainer of likelihood."""
 
 
-class RegularisedDPOTrainer(PartTrainer, MeasuredTrainer, DPOTrainer):
+class RegularisedDPOTrainer(PartTrainer, MeasuredTrainer, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Minimises `method.objectives.regularised_dpo`; data, reference model and bookkeeping are TRL's.
 
     Batches are `SharedPrefixCollator`'s, or TRL's: the B chosen sequences first and the B rejected ones behind them.
@@ -54,7 +54,7 @@ class RegularisedDPOTrainer(PartTrainer, MeasuredTrainer, DPOTrainer):
         stored = [inputs.pop(name) for name in REFERENCE_LOGPS if name in inputs]
         policy = self._logps(model, inputs)
         with torch.no_grad():
-            reference = AnswerLogps(*stored, None) if stored else self._reference_logps(inputs)
+            reference = AnswerLogps(stored[0], stored[1], None) if stored else self._reference_logps(inputs)
         logps = PairLogps(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
         terms = regularised_dpo(logps, beta=self.settings.beta, alpha=self.settings.alpha, weights=weights)
         with torch.no_grad():
@@ -134,4 +134,5 @@ def _drift(policy: AnswerLogps, reference: AnswerLogps, inputs: dict[str, torch.
     if policy.by_token is None or reference.by_token is None:
         return drift
     change = policy.by_token - reference.by_token
-    return {**drift, "kl": sum(_by_answer(change.expm1() - change, inputs)) / sum(lengths)}
+    chosen, rejected = _by_answer(change.expm1() - change, inputs)
+    return {**drift, "kl": (chosen + rejected) / (lengths[0] + lengths[1])}

@@ -102,7 +102,7 @@ def write_metrics(output: RunDir, state: TrainerState) -> None:
     lines: dict[int, dict[str, Any]] = {}
     for entry in state.log_history:
         if "loss" in entry or "eval_loss" in entry:
-            lines.setdefault(entry["step"], {}).update(entry)
+            lines.setdefault(int(entry["step"]), {}).update(entry)
     output.write_text(METRICS, "".join(json.dumps(line) + "\n" for line in lines.values()))
 
 
