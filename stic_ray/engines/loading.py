@@ -157,7 +157,8 @@ def parts_of_adapter(adapter: Path) -> set[Part]:
     known: dict[str, Part] = {name: part for part, names in _PART_NAMES.items() for name in names}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         words = [name.split(".") for name in file.offset_keys()]
-    return {part for names in words if (part := next((known[name] for name in names if name in known), None))}
+    found = ([known[name] for name in names if name in known] for names in words)
+    return {parts[0] for parts in found if parts}
 
 
 def is_adapter(checkpoint: Path) -> bool:

@@ -94,6 +94,7 @@ def _gpus_of_this_machine(config: RunConfig) -> dict[str, float]:
     if not config.actors.num_gpus and not config.workers.num_gpus:
         return {}
     manager = get_accelerator_manager_for_resource("GPU")
+    assert manager is not None, "Ray knows GPUs"
     visible = manager.get_current_process_visible_accelerator_ids()
     num_gpus = manager.get_current_node_num_accelerators()
     kind = manager.get_current_node_accelerator_type() if config.workers.accelerator_type else None

@@ -64,7 +64,7 @@ def test_workers_that_have_no_place_are_given_up(
 ) -> None:
     pairs = write_pairs(tmp_path / "run" / "preferences", 4)
     RunDir.of(str(pairs.parent)).write_manifest({"stage": "preferences", "num_rows_written": 4})
-    asked = config_for(tiny_llava, workers={"num_workers": 3, "num_gpus": 1}, dpo={"global_batch": 3})
+    asked = config_for(tiny_llava, workers={"num_workers": 3, "num_gpus": 1, "micro_batch": 1}, dpo={"global_batch": 3})
     asked = asked.model_copy(update={"dpo": asked.dpo.model_copy(update={"pairs": str(pairs.parent)})})
     asked = asked.model_copy(update={"cluster": asked.cluster.model_copy(update={"resource_timeout_s": 4.0})})
     with pytest.raises(StageError) as gave_up:
