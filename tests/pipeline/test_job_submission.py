@@ -55,7 +55,7 @@ def start(head: Head, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(submitted: subprocess.Popen[str]) -> str:
-    return submitted.communicate(timeout=250)[0]
+    return submitted.communicate(timeout=500)[0]
 
 
 def listening(head: Head) -> set[str]:
