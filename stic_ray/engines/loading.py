@@ -157,7 +157,7 @@ def parts_of_adapter(adapter: Path) -> set[Part]:
     known: dict[str, Part] = {name: part for part, names in _PART_NAMES.items() for name in names}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         words = [name.split(".") for name in file.offset_keys()]
-    found = ([known[name] for name in names if name in known] for names in words)
+    found: list[list[Part]] = [[known[name] for name in names if name in known] for names in words]
     return {parts[0] for parts in found if parts}
 
 

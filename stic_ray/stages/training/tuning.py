@@ -168,5 +168,5 @@ def _prefixes(model: nn.Module) -> dict[str, Part]:
 
 def _part_of(name: str, parts: Mapping[str, Part]) -> Part:
     """Return the part that a parameter belongs to; what is in no other belongs to the language model, as its head."""
-    found = [part for prefix, part in parts.items() if name.startswith(prefix)]
+    found: list[Part] = [part for prefix, part in parts.items() if name.startswith(prefix)]
     return found[0] if found else "language_model"
