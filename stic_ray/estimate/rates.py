@@ -69,8 +69,11 @@ def measure(run: RunDir | None) -> Measured:
 
 
 def _means(stage: RunDir, family: str, schema: pa.Schema, columns: tuple[str, ...]) -> dict[str, float]:
-    """Return the means of some columns over the first shard, which is a random sample of the images."""
-    shards = stage.shards(family)
+    """Return the means of some columns over the first shard, which is a random sample of the images.
+
+    Of a finished stage: the shards of another may be damaged, which its rerun mends.
+    """
+    shards = stage.shards(family) if stage.manifest else []
     if not shards:
         return {}
     table = read_shard(shards[0], pa.schema([schema.field(name) for name in columns]))

@@ -36,7 +36,8 @@ def with_other_rejected(folder: Path) -> Path:
 def test_likelihood_alone_learns_the_preferred_answers_and_reads_no_other(
     method: str, tmp_path: Path, tiny_llava: Path
 ) -> None:
-    config = config_for(tiny_llava, tuning={"method": method}, dpo={"objective": "sft", "num_steps": 3})
+    dpo = {"objective": "sft", "num_steps": 3, "learning_rate": {"lora": 0.01, "full": 0.0003}[method]}
+    config = config_for(tiny_llava, tuning={"method": method}, dpo=dpo)
     pairs = write_pairs(tmp_path / "pairs", 8)
     found = []
     for name, file in (("one", pairs), ("other", with_other_rejected(tmp_path / "pairs"))):
