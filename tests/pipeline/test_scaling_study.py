@@ -20,6 +20,7 @@ SETTINGS = {
     "workers.num_workers": 1,
     "workers.zero_stage": 0,
     "dpo.global_batch": 4,
+    "dpo.num_held_out": 0,  # so that all pairs of a size are counted
 }
 
 
