@@ -34,7 +34,7 @@ from stic_ray.core.storage import Location
 from stic_ray.engines.watched import WatchedEngine
 from stic_ray.method.preferences import Rejection
 from stic_ray.stages import cluster, shards
-from stic_ray.stages.pool import index_shards
+from stic_ray.stages.extents import index_shards
 from stic_ray.stages.windows import Rows
 
 

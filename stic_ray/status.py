@@ -10,6 +10,7 @@ from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import ATTEMPTS_FAMILY, STARTED, RunDir
 from stic_ray.pipeline import STAGES
 from stic_ray.report.formats import duration, number
+from stic_ray.stages.extents import index_shards
 
 _TRAINING = "training"
 """Folder of Ray Train's checkpoints while a training is not finished."""
@@ -59,11 +60,7 @@ def _progress(stage: RunDir, name: str, run: RunDir, config: dict[str, Any]) -> 
 
 def _num_shards(run: RunDir, config: dict[str, Any]) -> int | None:
     """Return how many shards the pool cuts the images of `preferences` into, or None while there is no pool."""
-    pool, size = (run / "pool").manifest, config["pool"]["shard_size"]
-    if pool is None:
+    pool = run / "pool"
+    if pool.manifest is None:
         return None
-    left, total = config["preferences"]["num_images"] or pool["num_rows_written"], 0
-    for extent in pool["extents"]:
-        taken = min(left, extent["num_rows"])
-        total, left = total + -(-taken // size), left - taken
-    return total
+    return len(index_shards(pool, config["pool"]["shard_size"], config["preferences"]["num_images"]))

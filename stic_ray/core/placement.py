@@ -11,7 +11,6 @@ from stic_ray.core.errors import ConfigError
 TASK_CPUS = 0.25
 """CPUs reserved by a task that mostly waits for storage, so that actors cannot starve it."""
 
-
 ACCELERATOR = "accelerator_type:"
 """Ray's name of the resource that a machine has of its kind of GPU, and processes that want one take a little of."""
 _SHARE_OF_ACCELERATOR = 0.001
@@ -76,13 +75,8 @@ def need_of(stage: str, config: RunConfig) -> Need:
         selector, strategy = dict(workers.label_selector), workers.placement_strategy
         return Need("workers", workers.num_workers, each, selector, placement_strategy=strategy)
     actors = config.actors
-    return actors_need(config, actors.min_actors or actors.num_actors)
-
-
-def actors_need(config: RunConfig, num: int) -> Need:
-    """Return the need of so many generation actors."""
-    actors = config.actors
     each = {"CPU": actors.num_cpus, "GPU": actors.num_gpus}
+    num = actors.min_actors or actors.num_actors
     return Need("actors", num, each, dict(actors.label_selector), reads_with_tasks=True)
 
 

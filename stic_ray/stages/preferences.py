@@ -26,8 +26,8 @@ from stic_ray.method.preferences import (
     plan_pair,
 )
 from stic_ray.method.prompts import PromptSet, load_prompts
+from stic_ray.stages.extents import index_shards
 from stic_ray.stages.fetch import fetch_indexed, with_images
-from stic_ray.stages.pool import index_shards
 from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
 from stic_ray.stages.windows import Rows
 

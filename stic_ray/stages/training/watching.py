@@ -71,7 +71,9 @@ class Progress(TrainerCallback):
                 flush=True,
             )
         if state.is_world_process_zero and not self.is_warned:
-            warning = warn_of_easy_pairs(state.log_history, state.max_steps)
+            # Windows that ended earlier were looked at then; an evaluation may stand behind every step.
+            recent = state.log_history[-2 * _EASY_WINDOW :]
+            warning = warn_of_easy_pairs(recent, state.max_steps)
             self.is_warned = warning is not None
             if warning:
                 logger.warning("%s: %s", self.stage, warning)

@@ -9,10 +9,7 @@ from typing import Any
 
 import ray.train
 import torch.distributed
-from transformers import (
-    PrinterCallback,
-    Trainer,
-)
+from transformers import PrinterCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from stic_ray.core.config import RunConfig
