@@ -17,7 +17,7 @@ demo: $(INSTALLED)  ## run the whole pipeline on a toy world: minutes on 2 CPU c
 	$(BIN)/python jobs/full_pipeline.py
 
 test: $(INSTALLED)  ## run all tests: fast ones first, then those that start Ray
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(INSTALLED_VLLM)  ## test the vllm engine on vLLM's CPU build, in an environment of its own
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm

@@ -1,13 +1,11 @@
 """Stages `dpo` and `sft` on the driver: what they read, the worker group, and what is left at the end."""
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
+import ray
 import ray.exceptions
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -57,7 +55,7 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Locati
     # Another ZeRO stage has checkpoints of another form, so it starts afresh under another name.
     identity = digest([config.model_dump(exclude=set(MAY_CHANGE)), num_rows, workers.zero_stage])
     attempts = (output / _ATTEMPTS).location
-    trainer = TorchTrainer(
+    trainer = _InterruptibleTrainer(
         train_worker,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
@@ -72,8 +70,7 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Locati
         ),
     )
     try:
-        with _plain_interrupts():
-            trainer.fit()
+        trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise _explain(stage, error) from error
     result = output.read_json("result.json")
@@ -96,6 +93,28 @@ def scaling_of(workers: WorkersConfig) -> ScalingConfig:
     )
 
 
+class _InterruptibleTrainer(TorchTrainer):
+    """Ends at once on Ctrl-C, with Python's own exception.
+
+    Ray Train asks its controller to end, and is never answered while that waits for a place for its workers, as its
+    event loop stands still. It also turns the interrupt into an exit with status 0.
+    """
+
+    _controller: Any = None
+
+    def fit(self) -> Result:
+        """Train; Ctrl-C ends the controller, and with it its workers."""
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            if self._controller is not None:
+                ray.kill(self._controller)
+            raise
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+
 class _Restarts(UserCallback):
     """Says when training lost workers, and what comes of it; Ray Train keeps that to itself."""
 
@@ -111,19 +130,6 @@ class _Restarts(UserCallback):
             f"{self.num_failures}, workers.max_failures={self.max_failures}: {goes_on}",
             flush=True,
         )
-
-
-@contextmanager
-def _plain_interrupts() -> Iterator[None]:
-    """Turn Ray Train's answer to Ctrl-C, an exit with status 0, into Python's own, and take its handler away again."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
 
 
 def _last_lines(failures: Mapping[int, BaseException]) -> str:
