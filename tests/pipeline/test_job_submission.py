@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import yaml
 
 from stic_ray.core.rundir import RunDir
 from tests.pipeline.test_scaling_study import SETTINGS
-from tests.ray_head import Head, ray_head
+from tests.ray_head import RAY, Head, ray_head
 from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,14 @@ def start(head: Head, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
     )
+
+
+def ray(head: Head, *arguments: str) -> str:
+    """Return what a command of Ray's says about the head, as docs/operations.md has it."""
+    environment = {**head.environment, "RAY_ADDRESS": head.dashboard}
+    done = subprocess.run([RAY, *arguments], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def finish(submitted: subprocess.Popen[str]) -> str:
@@ -104,6 +113,34 @@ def test_a_killed_job_fails_and_the_same_command_finishes_it(head: Head, setting
     assert {"jobs", "stic_ray"} <= packed and not packed & {"tests", "docs", "benchmarks", ".git", "runs", ".venv"}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert yaml.safe_load((run / "config.yaml").read_text())["git_commit"].startswith(commit)
+
+
+def test_a_job_is_watched_and_stopped_with_the_commands_of_the_page(
+    head: Head, settings: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    slow = fake_script(tmp_path, f"{TELLING}\nseconds_per_batch: 4\n")  # a minute at least, of which seconds are used
+    job = ["jobs/full_pipeline.py", "--stages", "pool,preferences", "--run", str(run), *settings]
+    job += ["--set", f"model.path={slow}", "--set", "actors.num_actors=1"]
+    assert finish(start(head, "--no-wait", "--submission-id", "night", "--", *job))
+    while not list(run.glob("preferences/pairs-*.parquet")):
+        assert "FAILED" not in ray(head, "job", "status", "night")
+    assert "RUNNING" in ray(head, "job", "status", "night") and "night" in ray(head, "job", "list")
+    assert "1.0/2.0 GPU" in ray(head, "status", "--address", head.address)
+    told = subprocess.run(
+        [sys.executable, "jobs/status.py", "--run", str(run)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "preferences  begun" in told.stdout, told.stdout + told.stderr
+    ray(head, "job", "stop", "night")
+    assert "'night' was stopped" in ray(head, "job", "status", "night")
+    assert "preferences: started" in ray(head, "job", "logs", "night")
+
+    planned = start(head, *job, "--dry-run", "--set", "actors.num_gpus=3")
+    log = finish(planned)
+    assert planned.returncode == 1 and "1 actor of 1 CPU, 3 GPU" in log, log
+    fits = start(head, *job, "--dry-run")
+    log = finish(fits)
+    assert fits.returncode == 0 and "1 x 4 CPU, 2 GPU" in log, log
 
 
 def test_a_mistake_is_one_line_of_the_log_and_status_1(head: Head) -> None:
