@@ -39,7 +39,7 @@ def main() -> None:
 
     seconds, texts = {}, {}
     for name, batch_size in (("one_at_a_time", 1), ("batched", options.batch_size)):
-        engine.limits = BatchLimits(batch_size, None)
+        engine.batches.limits = BatchLimits(batch_size, None)
         began_s = time.perf_counter()
         answers = engine.generate(requests, sampling)
         seconds[name] = time.perf_counter() - began_s

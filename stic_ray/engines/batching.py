@@ -1,7 +1,15 @@
 """Which requests share a forward pass: as many as fit, of like length, the requests of one image together."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from stic_ray.core.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,3 +51,46 @@ def plan_batches(lengths: Sequence[int], groups: Sequence[str], limits: BatchLim
         most = limits.most_rows(max(lengths[row] for row in rows))
         batches += [rows[start : start + most] for start in range(0, len(rows), most)]
     return batches
+
+
+class FittingBatches:
+    """Work in batches that fit: one that runs out of memory is halved, and the smaller size kept.
+
+    Threads may share it.
+    """
+
+    def __init__(self, limits: BatchLimits, out_of_memory: tuple[type[Exception], ...] = (MemoryError,)) -> None:
+        """Begin with `limits`; `out_of_memory` are the errors by which an engine tells it."""
+        self.limits = limits
+        self._out_of_memory = out_of_memory
+
+    def run(
+        self,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        groups: Sequence[str],
+        work: Callable[[list[int]], Sequence[Result]],
+    ) -> dict[int, Result]:
+        """Return what `work` gives for each of `rows`, which index `lengths` and `groups` (see `plan_batches`).
+
+        Raises EngineError when a single row does not fit, and what `work` raises otherwise.
+        """
+        results: dict[int, Result] = {}
+        waiting = list(rows)
+        while waiting:
+            plan = plan_batches([lengths[row] for row in waiting], [groups[row] for row in waiting], self.limits)
+            batch = [waiting[place] for place in plan[0]]
+            try:
+                found = work(batch)
+            except self._out_of_memory as error:
+                self._shrink(len(batch), max(lengths[row] for row in batch), error)
+                continue  # and so let go of the traceback, which holds what the batch had allocated
+            results.update(zip(batch, found, strict=True))
+            waiting = [row for row in waiting if row not in results]
+        return results
+
+    def _shrink(self, num_rows: int, length: int, error: Exception) -> None:
+        if num_rows == 1:
+            raise EngineError(f"out of memory with a single request of about {length} tokens: {error}") from error
+        self.limits = self.limits.halved(num_rows, length)
+        logger.warning("out of memory with %d requests of %d tokens, going on with half of them", num_rows, length)

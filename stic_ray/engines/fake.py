@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from stic_ray.core.errors import EngineLost, ModelError
 from stic_ray.core.rundir import digest
 from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.batching import BatchLimits, FittingBatches
 from stic_ray.method.prompts import fill
 
 
@@ -55,9 +56,9 @@ class Script(BaseModel):
     faults: tuple[Fault, ...] = ()
     dies_while_loading: bool = False
     max_requests: int | None = None
-    """More requests in one call do not fit into memory."""
+    """More requests in one batch do not fit into memory."""
     journal: str | None = None
-    """File that gets a line for every call that was answered: the number of its requests."""
+    """File that gets a line for every batch that was answered: the number of its requests."""
     num_image_tokens: int = 16
 
 
@@ -79,7 +80,7 @@ class FakeEngine:
         self.script = read_script(path)
         if self.script.dies_while_loading:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.batch_size = batch_size
+        self.batches = FittingBatches(BatchLimits(batch_size, None))
         self._one_call = threading.Lock()
         self.name = path
         self.revision = digest(self.script.model_dump(include={"rules", "default", "num_image_tokens"}))
@@ -90,15 +91,14 @@ class FakeEngine:
             for fault in self.script.faults:
                 if any(fault.prompt in r.prompt and fault.size in (None, _size(r.image)) for r in requests):
                     _happen(fault)
-            if self.script.max_requests is not None and len(requests) > self.script.max_requests:
-                raise MemoryError(f"{len(requests)} requests do not fit")
-            for _ in range(0, len(requests), self.batch_size):
-                time.sleep(self.script.seconds_per_batch)
-            answers = [self._answer(request, sampling) for request in requests]
-            if self.script.journal:
-                with open(self.script.journal, "a", encoding="ascii") as journal:
-                    journal.write(f"{len(requests)}\n")
-            return answers
+            lengths = [self.script.num_image_tokens + sampling.max_new_tokens] * len(requests)
+            answers = self.batches.run(
+                range(len(requests)),
+                lengths,
+                [request.image_id for request in requests],
+                lambda batch: self._answer_batch([requests[row] for row in batch], sampling),
+            )
+            return [answers[row] for row in range(len(requests))]
 
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
         """Count words."""
@@ -107,6 +107,15 @@ class FakeEngine:
     def count_added_tokens(self, images: Sequence[Image.Image]) -> list[int]:
         """Return the script's number for each image."""
         return [self.script.num_image_tokens for _ in images]
+
+    def _answer_batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
+        if self.script.max_requests is not None and len(requests) > self.script.max_requests:
+            raise MemoryError(f"{len(requests)} requests do not fit")
+        time.sleep(self.script.seconds_per_batch)
+        if self.script.journal:
+            with open(self.script.journal, "a", encoding="ascii") as journal:
+                journal.write(f"{len(requests)}\n")
+        return [self._answer(request, sampling) for request in requests]
 
     def _answer(self, request: Request, sampling: Sampling) -> Answer:
         rule = next((rule for rule in self.script.rules if rule.prompt in request.prompt), None)

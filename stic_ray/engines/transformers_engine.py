@@ -1,26 +1,21 @@
 """The default engine: batched generation with transformers, on a GPU or a CPU."""
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.core.errors import EngineError, EngineLost, ModelError
+from stic_ray.core.errors import EngineLost, ModelError
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
-from stic_ray.engines.batching import BatchLimits, plan_batches
+from stic_ray.engines.batching import BatchLimits, FittingBatches, Result
 from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, load_model, load_processor
 from stic_ray.engines.rendering import end_token_ids, read_answer, render
 from stic_ray.engines.shared_prefix import Batch, make_batch, score, split_pair, why_not
-
-logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
@@ -81,7 +76,7 @@ class TransformersEngine(TransformersCounter):
         """Load the model, and the adapter onto it or, with `merge`, into it. Raises ModelError."""
         self.name = str(adapter) if adapter else model.path
         self.revision = fingerprint(model)
-        self.limits = limits
+        self.batches = FittingBatches(limits, OUT_OF_MEMORY)
         self.device = torch.device("cuda" if on_gpu else "cpu")
         super().__init__(model)
         weights: Any = load_model(model, dtype=choose_dtype(model, on_gpu=on_gpu), adapter=adapter, merge=merge)
@@ -92,8 +87,7 @@ class TransformersEngine(TransformersCounter):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request, in batches that depend on the requests alone (`batching.plan_batches`).
 
-        A batch that does not fit the memory is halved, and the smaller size kept. Raises EngineLost when the GPU has
-        failed.
+        Raises EngineError for a request that does not fit the memory by itself, and EngineLost when the GPU has failed.
         """
         texts = [self._render(request) for request in requests]
         lengths = [
@@ -147,22 +141,10 @@ class TransformersEngine(TransformersCounter):
         groups: Sequence[str],
         work: Callable[[list[int]], Sequence[Result]],
     ) -> dict[int, Result]:
-        """Return what `work` gives for each of `rows`, called with as many of them at a time as the memory takes."""
-        results: dict[int, Result] = {}
-        waiting = list(rows)
-        while waiting:
-            plan = plan_batches([lengths[row] for row in waiting], [groups[row] for row in waiting], self.limits)
-            batch = [waiting[place] for place in plan[0]]
-            try:
-                found = work(batch)
-            except OUT_OF_MEMORY as error:
-                self._shrink(len(batch), max(lengths[row] for row in batch), error)
-                continue
-            except torch.AcceleratorError as error:  # every later call on this GPU would fail too
-                raise EngineLost(str(error).splitlines()[0]) from error
-            results.update(zip(batch, found, strict=True))
-            waiting = [row for row in waiting if row not in results]
-        return results
+        try:
+            return self.batches.run(rows, lengths, groups, work)
+        except torch.AcceleratorError as error:  # every later call on this GPU would fail too
+            raise EngineLost(str(error).splitlines()[0]) from error
 
     def _score(self, batch: Batch) -> list[tuple[float, float]]:
         moved = {
@@ -172,14 +154,6 @@ class TransformersEngine(TransformersCounter):
         with self._busy:
             chosen, rejected = score(self.model, moved)
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
-
-    def _shrink(self, num_rows: int, length: int, error: Exception) -> None:
-        """Keep to half of a batch from now on. Raises EngineError when it was a single row."""
-        if num_rows == 1:
-            raise EngineError(f"out of memory with a single request of about {length} tokens: {error}") from error
-        torch.cuda.empty_cache()
-        self.limits = self.limits.halved(num_rows, length)
-        logger.warning("out of memory with %d requests of %d tokens, going on with half of them", num_rows, length)
 
     def _render(self, request: Request) -> str:
         question = [{"role": "user", "content": request.prompt}]

@@ -1,4 +1,4 @@
-"""What stands between a stage and its engine: a time limit, smaller calls after running out of memory, an account.
+"""What stands between a stage and its engine: a time limit, one kind of error, an account.
 
 An engine below it must be safe to call from several threads, raise what goes wrong and stay usable after that, or
 raise EngineLost where it cannot.
@@ -72,20 +72,22 @@ class WatchedEngine:
         self._lock = threading.Lock()
         self._running: dict[int, float] = {}
         """Thread and start of the running calls, the oldest first."""
-        self._num_requests_that_fit: int | None = None
         self._work = Work()
         self._since_s = self._busy_since_s = math.inf
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request, in order. Raises UserError as it came, and EngineError for what else went wrong.
 
-        Calls that do not fit into memory are halved, and the smaller size kept. Where the engine is lost or takes
-        too long the process ends: whoever started it notices, and starts another.
+        Where the engine is lost or takes too long the process ends: whoever started it notices, and starts another.
         """
         if not requests:
             return []
         with self._call(len(requests)), _named_errors():
-            return self._generate_what_fits(requests, sampling)
+            answers = self._engine.generate(requests, sampling)
+            with self._lock:
+                num_tokens = sum(answer.num_tokens for answer in answers)
+                self._work += Work(num_calls=1, num_requests=len(requests), num_tokens=num_tokens)
+            return answers
 
     def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
         """Return log p of the chosen and the rejected answer of each pair; raises and ends as `generate` does."""
@@ -105,24 +107,6 @@ class WatchedEngine:
             work, self._work = self._work + Work(elapsed_s=max(now_s - self._since_s, 0.0)), Work()
             self._since_s = now_s
         return work
-
-    def _generate_what_fits(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
-        answers: list[Answer] = []
-        while len(answers) < len(requests):
-            part = requests[len(answers) :][: self._num_requests_that_fit]
-            try:
-                found = self._engine.generate(part, sampling)
-            except Exception as error:
-                if not _is_out_of_memory(error) or len(part) == 1:
-                    raise
-                self._num_requests_that_fit = len(part) // 2
-                logger.warning("out of memory with %d requests, going on with %d", len(part), len(part) // 2)
-                continue  # and so let go of the traceback, which holds what the call had allocated
-            answers += found
-            with self._lock:
-                num_tokens = sum(answer.num_tokens for answer in found)
-                self._work += Work(num_calls=1, num_requests=len(part), num_tokens=num_tokens)
-        return answers
 
     @contextmanager
     def _call(self, num_requests: int) -> Iterator[None]:
@@ -164,15 +148,10 @@ def _named_errors() -> Iterator[None]:
     """Leave UserError as it came, raise EngineError for what else goes wrong, end the process of a lost engine."""
     try:
         yield
-    except UserError:
+    except (UserError, EngineError):
         raise
     except EngineLost as error:
         logger.error("ending this process, its engine is lost: %s", error)
         os._exit(1)
     except Exception as error:
         raise EngineError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of the host, or of a GPU, told by its name so that torch need not be there."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

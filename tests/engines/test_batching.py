@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from stic_ray.engines.batching import BatchLimits, plan_batches
+from stic_ray.core.errors import EngineError
+from stic_ray.engines.batching import BatchLimits, FittingBatches, plan_batches
 
 
 def drawn(seed: int) -> tuple[list[int], list[str], BatchLimits]:
@@ -54,3 +55,26 @@ def test_half_of_what_did_not_fit_is_the_new_limit() -> None:
     assert shrunk == BatchLimits(16, 1200)
     assert shrunk.most_rows(300) == 4
     assert shrunk.most_rows(100) == 12, "short rows are not made to suffer for long ones"
+
+
+def answers_of(batch: list[int], most: int, tried: list[int]) -> list[str]:
+    tried.append(len(batch))
+    if len(batch) > most:
+        raise MemoryError(f"{len(batch)} do not fit")
+    return [f"answer {row}" for row in batch]
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_size_kept(caplog: pytest.LogCaptureFixture) -> None:
+    batches, tried = FittingBatches(BatchLimits(16, None)), []
+    for _ in range(2):
+        found = batches.run(range(10), [5] * 10, [""] * 10, lambda batch: answers_of(batch, 3, tried))
+        assert found == {row: f"answer {row}" for row in range(10)}
+    assert tried == [10, 5, *[2] * 10]
+    said = [record.message for record in caplog.records]
+    assert said == [f"out of memory with {n} requests of 5 tokens, going on with half of them" for n in (10, 5)]
+
+
+def test_one_row_that_does_not_fit_is_an_error_of_its_own() -> None:
+    batches = FittingBatches(BatchLimits(16, None))
+    with pytest.raises(EngineError, match="out of memory with a single request of about 7 tokens: 1 do not fit"):
+        batches.run([0, 1], [7, 7], ["", ""], lambda batch: answers_of(batch, 0, []))

@@ -39,7 +39,7 @@ def test_a_batch_says_what_each_request_says_alone(
     alone = one_at_a_time(engine, requests, sampling)
     assert len({answer.text for answer in alone}) > 3, "the requests have different answers"
     for batch_size in (2, 3, 8):
-        monkeypatch.setattr(engine, "limits", BatchLimits(batch_size, None))
+        monkeypatch.setattr(engine.batches, "limits", BatchLimits(batch_size, None))
         assert engine.generate(requests, sampling) == alone
         order = random.Random(batch_size).sample(range(len(requests)), len(requests))
         shuffled = engine.generate([requests[place] for place in order], sampling)
@@ -229,7 +229,7 @@ def test_tokens_bound_a_batch(own_engine: TransformersEngine, monkeypatch: pytes
     requests = mixed_requests()
     expected = own_engine.generate(requests, SAMPLED)
     sizes = fit_at_most(own_engine, 8, monkeypatch)
-    monkeypatch.setattr(own_engine, "limits", BatchLimits(8, 80))
+    monkeypatch.setattr(own_engine.batches, "limits", BatchLimits(8, 80))
     assert own_engine.generate(requests, SAMPLED) == expected
     assert max(sizes) == 2
     assert len(sizes) > len(requests) / 2
@@ -247,7 +247,7 @@ def test_the_requests_of_one_image_share_a_batch(
         batches.append({request.image_id for request in asked})
         return generate_batch(asked, *arguments)
 
-    monkeypatch.setattr(own_engine, "limits", BatchLimits(4, None))
+    monkeypatch.setattr(own_engine.batches, "limits", BatchLimits(4, None))
     monkeypatch.setattr(own_engine, "_generate_batch", observe)
     own_engine.generate(requests, GREEDY)
     assert [len(images) for images in batches] == [2, 2]

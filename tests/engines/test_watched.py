@@ -1,4 +1,4 @@
-"""What stands around every engine: the time limit, smaller calls after running out of memory, the account."""
+"""What stands around every engine: the time limit, one kind of error, the account."""
 
 import subprocess
 import sys
@@ -23,21 +23,6 @@ def engine(folder: Path, script: str, timeout_s: float | None = None) -> Watched
     (folder / "script.yaml").write_text(script)
     model = ModelConfig(engine="fake", path=str(folder / "script.yaml"))
     return open_engine(model, ActorsConfig(timeout_s=timeout_s))
-
-
-def test_a_call_that_does_not_fit_is_halved_and_the_size_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    small = engine(tmp_path, "default: '{seed}'\nmax_requests: 3")
-    for _ in range(2):
-        assert [answer.text for answer in small.generate(REQUESTS, SAMPLING)] == [str(seed) for seed in range(10)]
-    said = [record.message for record in caplog.records]
-    assert said == [f"out of memory with {n} requests, going on with {n // 2}" for n in (10, 5)]
-    work = small.take_work()
-    assert (work.num_calls, work.num_requests, work.num_tokens) == (10, 20, 20)
-
-
-def test_one_request_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="MemoryError: 1 requests do not fit"):
-        engine(tmp_path, "max_requests: 0").generate(REQUESTS[:1], SAMPLING)
 
 
 def test_an_engine_that_raises_says_so_and_goes_on(tmp_path: Path) -> None:
