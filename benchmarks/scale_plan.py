@@ -21,8 +21,8 @@ class Assumptions:
     image_bytes: Annotated[float, "STIC's 6,099 COCO photographs, published"] = 162_000
     index_bytes: Annotated[float, "per image; measured, shards of 4,096 with addresses of 60 characters"] = 50
     task_bytes: Annotated[float, "of driver memory per shard, our own list; measured"] = 605
-    ray_bytes: Annotated[float, "of driver memory per shard, Ray Data's; measured growth of the peak"] = 11_000
-    driver_cpu_s: Annotated[float, "of driver CPU per shard; measured, on a machine with other work"] = 0.037
+    ray_bytes: Annotated[float, "of driver memory per shard, Ray Data's; measured over 4,087 shards"] = 16_000
+    driver_cpu_s: Annotated[float, "of driver CPU per shard; measured"] = 0.026
     requests_per_image: Annotated[float, "to the store: size, then content; pyarrow"] = 2
     writes_per_shard: Annotated[float, "note, rejected rows, pairs; the note is deleted, which is free"] = 3
     list_page: Annotated[float, "names per LIST; S3, documented"] = 1000
