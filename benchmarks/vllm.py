@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="requests that vLLM computes at once")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="cores that vLLM computes on")
-    parser.add_argument("--quick", action="store_true", help="192 images")
+    parser.add_argument("--quick", action="store_true", help="128 images")
     options = parser.parse_args()
     from fake_stage import draw_pictures, write_index
 
