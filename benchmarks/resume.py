@@ -62,9 +62,9 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=4096)
     parser.add_argument("--shard-size", type=int, default=32)
     parser.add_argument("--seconds-per-batch", type=float, default=0.1)
-    parser.add_argument("--quick", action="store_true", help="1,024 images")
+    parser.add_argument("--quick", action="store_true", help="2,048 images")
     options = parser.parse_args()
-    num_images = 1024 if options.quick else options.num_images
+    num_images = 2048 if options.quick else options.num_images
     num_shards = -(-num_images // options.shard_size)
     seconds, requests = {}, {}
     with tempfile.TemporaryDirectory() as name:

@@ -1,7 +1,8 @@
 """The default engine: batched generation with transformers, on a GPU or a CPU."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import EngineLost, ModelError
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
-from stic_ray.engines.batching import BatchLimits, FittingBatches, Result
+from stic_ray.engines.batching import BatchLimits, FittingBatches
 from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, load_model, load_processor
 from stic_ray.engines.rendering import end_token_ids, read_answer, render
 from stic_ray.engines.shared_prefix import Batch, make_batch, score, split_pair, why_not
@@ -101,7 +102,8 @@ class TransformersEngine(TransformersCounter):
         answers: dict[int, Answer] = {}
         for with_image in (True, False):  # processors take images for every text of a batch, or for none
             rows = [row for row, request in enumerate(requests) if (request.image is not None) == with_image]
-            answers |= self._in_batches(rows, lengths, [request.image_id for request in requests], answer)
+            with _lost_with_its_gpu():
+                answers |= self.batches.run(rows, lengths, [request.image_id for request in requests], answer)
         return [answers[row] for row in range(len(requests))]
 
     def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
@@ -131,20 +133,9 @@ class TransformersEngine(TransformersCounter):
                 )
             return self._score(batch)
 
-        scores = self._in_batches(range(len(pairs)), lengths, [""] * len(pairs), score_rows)
+        with _lost_with_its_gpu():
+            scores = self.batches.run(range(len(pairs)), lengths, [""] * len(pairs), score_rows)
         return [scores[row] for row in range(len(pairs))]
-
-    def _in_batches(
-        self,
-        rows: Sequence[int],
-        lengths: Sequence[int],
-        groups: Sequence[str],
-        work: Callable[[list[int]], Sequence[Result]],
-    ) -> dict[int, Result]:
-        try:
-            return self.batches.run(rows, lengths, groups, work)
-        except torch.AcceleratorError as error:  # every later call on this GPU would fail too
-            raise EngineLost(str(error).splitlines()[0]) from error
 
     def _score(self, batch: Batch) -> list[tuple[float, float]]:
         moved = {
@@ -193,6 +184,14 @@ class TransformersEngine(TransformersCounter):
                     new_ids, num_image_tokens, num_prompt_tokens, texts, strict=True
                 )
             ]
+
+
+@contextmanager
+def _lost_with_its_gpu() -> Iterator[None]:
+    try:
+        yield
+    except torch.AcceleratorError as error:  # every later call on this GPU would fail too
+        raise EngineLost(str(error).splitlines()[0]) from error
 
 
 class SeededNoise(LogitsProcessor):
