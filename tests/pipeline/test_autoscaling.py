@@ -21,6 +21,7 @@ from stic_ray.core.rundir import RunDir
 from tests.ray_head import Head, free_ports, ray_head
 from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
 from tests.stages.test_training_batches import write_pairs
+from tests.stages.test_training_resume import checkpoints
 
 JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
 HEAD_ID = "f" * 51 + "00000"
@@ -30,6 +31,7 @@ GROUPS = {
     "training": {"CPU": 1, "object_store_memory": 100_000_000},
 }
 NUM_PICTURES, SHARD_SIZE = 40, 2
+NUM_STEPS = 20
 
 
 def cluster_of(gcs_port: int) -> dict[str, Any]:
@@ -169,19 +171,19 @@ def test_training_goes_on_when_its_machine_is_taken_away(head: Head, tmp_path: P
     pairs.write_manifest({"stage": "preferences", "num_rows_written": 8})
     settings = {
         "dpo.pairs": pairs.uri,
-        "dpo.num_steps": 40,
+        "dpo.num_steps": NUM_STEPS,
         "dpo.global_batch": 4,
         "model.path": tiny_llava,
         "workers.num_workers": 1,
         "workers.zero_stage": 0,
-        "workers.save_every_steps": 2,
+        "workers.save_every_steps": 4,
         "workers.max_failures": 1,
         "workers.label_selector": "{group: training}",
     }
     process = start(head, run, "dpo", settings)
-    wait_for(lambda: list(run.glob("dpo/training/*/checkpoint_*/*")), process, run)
+    wait_for(lambda: checkpoints(RunDir.of(str(run))), process, run)
     kill_machine(head, "training")
     log = finish(process, run)
     assert "failure 1, workers.max_failures=1: restarts from its last checkpoint" in log, log
-    assert json.loads((run / "dpo" / "result.json").read_text())["num_steps"] == 40
+    assert json.loads((run / "dpo" / "result.json").read_text())["num_steps"] == NUM_STEPS
     wait_for(lambda: machines(head) == {"ray.head.default": 1}, None, run)

@@ -1,0 +1,61 @@
+"""Ctrl-C in the middle of a training: it ends at once, leaves nothing behind, and the same command goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from stic_ray.core.rundir import RunDir
+from tests.stages.test_training_batches import write_pairs
+from tests.stages.test_training_resume import checkpoints
+
+NUM_STEPS = 20
+JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
+
+
+def start(tmp_path: Path, model: Path) -> subprocess.Popen[str]:
+    pairs = RunDir.of(str(tmp_path / "pairs" / "preferences"))
+    settings = {
+        "dpo.pairs": pairs.uri,
+        "dpo.num_steps": NUM_STEPS,
+        "dpo.global_batch": 4,
+        "model.path": model,
+        "workers.num_workers": 1,
+        "workers.zero_stage": 0,
+        "workers.save_every_steps": 4,
+    }
+    given = [part for setting in settings.items() for part in ("--set", "=".join(map(str, setting)))]
+    command = [sys.executable, str(JOB), "--run", str(tmp_path / "run"), "--stages", "dpo", *given]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+
+
+def processes_of(session: int) -> list[str]:
+    """Return the command lines of a session: what a terminal's window would hold."""
+    found = subprocess.run(["ps", "-o", "args=", "-s", str(session)], capture_output=True, text=True)
+    return found.stdout.splitlines()
+
+
+def test_ctrl_c_ends_a_training_and_the_same_command_goes_on(tmp_path: Path, tiny_llava: Path) -> None:
+    write_pairs(tmp_path / "pairs" / "preferences", 8)
+    pairs = RunDir.of(str(tmp_path / "pairs" / "preferences"))
+    pairs.write_manifest({"stage": "preferences", "num_rows_written": 8})
+    process = start(tmp_path, tiny_llava)
+    while not checkpoints(RunDir.of(str(tmp_path / "run"))):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes in it
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 130 and "interrupted; the same command goes on from here" in said, said
+    assert "Traceback" not in said, said
+    while processes_of(process.pid):
+        time.sleep(0.1)
+
+    process = start(tmp_path, tiny_llava)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    result = json.loads((tmp_path / "run" / "dpo" / "result.json").read_text())
+    assert result["num_steps"] == NUM_STEPS and result["resumed_from_step"] >= 4
