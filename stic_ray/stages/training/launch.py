@@ -8,6 +8,7 @@ import ray.exceptions
 from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, UserCallback
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from stic_ray.core.config import MAY_CHANGE, RunConfig, WorkersConfig
@@ -55,7 +56,7 @@ def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Locati
     # Another ZeRO stage has checkpoints of another form, so it starts afresh under another name.
     identity = digest([config.model_dump(exclude=set(MAY_CHANGE)), num_rows, workers.zero_stage])
     attempts = (output / _ATTEMPTS).location
-    trainer = _InterruptibleTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
@@ -93,7 +94,7 @@ def scaling_of(workers: WorkersConfig) -> ScalingConfig:
     )
 
 
-class _InterruptibleTrainer(TorchTrainer):
+class _Trainer(TorchTrainer):
     """Ends at once on Ctrl-C, with Python's own exception.
 
     Ray Train asks its controller to end, and is never answered while that waits for a place for its workers, as its
@@ -113,6 +114,12 @@ class _InterruptibleTrainer(TorchTrainer):
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # The cleaner frees the place of a controller that died while its driver lives on, which ours does not. It
+        # would outlive both, and complain every second in a cluster without a dashboard.
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
 
 
 class _Restarts(UserCallback):
