@@ -37,6 +37,8 @@ class ModelConfig(Section):
     """Directory or hub id that transformers loads; for the fake engine, its YAML script."""
     revision: str | None = None
     """Revision of a hub id."""
+    adapter: str | None = None
+    """PEFT adapter on top of `path` that the run starts from: a folder or URI, as a training stage leaves it."""
     engine: Literal["transformers", "vllm", "fake"] = "transformers"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and activations; auto is bfloat16 on a GPU and float32 on a CPU."""
