@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import EngineLost, ModelError
@@ -83,6 +90,7 @@ class TransformersEngine(TransformersCounter):
         weights: Any = load_model(model, dtype=choose_dtype(model, on_gpu=on_gpu), adapter=adapter, merge=merge)
         self.model: Any = weights.to(self.device).eval()
         self.end_ids = end_token_ids(self.processor, self.model.generation_config)
+        self._ignore_generation_config()
         self._busy = threading.Lock()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
@@ -146,6 +154,16 @@ class TransformersEngine(TransformersCounter):
             chosen, rejected = score(self.model, moved)
         return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
+    def _ignore_generation_config(self) -> None:
+        """Drop the penalties, beams, suppressed tokens and the like of the checkpoint's generation_config.json.
+
+        vLLM is not given them either: both engines draw from the model's own distribution, which training trains.
+        transformers would fill up the settings of a call with those of the model, and those of an adapter's base.
+        """
+        self.model.generation_config = GenerationConfig()
+        if isinstance(self.model, PeftModel):
+            self.model.get_base_model().generation_config = GenerationConfig()
+
     def _render(self, request: Request) -> str:
         question = [{"role": "user", "content": request.prompt}]
         return render(self.processor, question, with_image=request.image is not None, add_generation_prompt=True)
@@ -167,13 +185,12 @@ class TransformersEngine(TransformersCounter):
         with self._busy:
             sequences = self.model.generate(
                 **inputs.to(self.device, dtype=self.model.dtype),
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=False,  # sampling is done by the seeded noise below
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=self.end_ids or None,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
+                generation_config=GenerationConfig(
+                    max_new_tokens=sampling.max_new_tokens,
+                    do_sample=False,  # sampling is done by the seeded noise below
+                    eos_token_id=self.end_ids or None,
+                    pad_token_id=self.processor.tokenizer.pad_token_id,
+                ),
                 logits_processor=_processors([request.seed for request in requests], sampling, self.device),
             )
             new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()

@@ -1,9 +1,12 @@
 """Generation with transformers: batches change nothing, seeds decide, counts are right."""
 
+import json
 import logging
 import random
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from stic_ray.engines.transformers_engine import SeededNoise, TransformersCounte
 from stic_ray.toyworld.lessons import PROMPTS
 from tests.engines.conftest import Checkpoints, Engines
 from tests.engines.families import EMBEDDED, IMAGE_TOKENS, NEED_TORCHVISION, WITH_BOS, mixed_requests, scene
+from tests.engines.test_adapters import make_adapter
 
 GREEDY = Sampling(max_new_tokens=12)
 SAMPLED = Sampling(max_new_tokens=12, temperature=0.8, top_p=0.95)
@@ -66,6 +70,42 @@ def test_the_picture_and_the_prompt_decide_what_is_said(family: str, loaded: Eng
     by_prompt = [Request(prompt, scene(1)) for prompt in ("Describe this picture.", "How many shapes are there?", "Hi")]
     for requests in (by_picture, by_prompt):
         assert len({answer.text for answer in engine.generate(requests, GREEDY)}) > 1
+
+
+ODD_GENERATION = {
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 2,
+    "num_beams": 2,
+    "length_penalty": 0.1,
+    "suppress_tokens": list(range(40, 120)),
+    "bad_words_ids": [[60], [61]],
+    "min_new_tokens": 40,
+    "forced_eos_token_id": 3,
+    "temperature": 0.1,
+    "top_k": 1,
+    "do_sample": True,
+    "guidance_scale": 2.0,
+}
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_answers_are_drawn_from_the_model_alone(
+    where: str, with_adapter: bool, sampling: Sampling, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """What a checkpoint asks of `generate` (Qwen2.5-VL: a repetition penalty) is not asked of vLLM either."""
+    odd = Path(shutil.copytree(checkpoint("toyworld"), tmp_path / "odd"))
+    content = json.loads((odd / where).read_text(encoding="utf-8"))
+    (odd / where).write_text(json.dumps(content | ODD_GENERATION), encoding="utf-8")
+    adapter = make_adapter(checkpoint("toyworld"), tmp_path / "adapter") if with_adapter else None
+    said, expected = (
+        TransformersEngine(
+            ModelConfig(path=str(path)), limits=BatchLimits(8, None), on_gpu=False, adapter=adapter
+        ).generate(mixed_requests(), sampling)
+        for path in (odd, checkpoint("toyworld"))
+    )
+    assert said == expected
 
 
 @pytest.mark.parametrize("family", EMBEDDED)
