@@ -48,3 +48,34 @@ def tiny_llava() -> Path:
     from stic_ray.toyworld.model import WEIGHTS
 
     return WEIGHTS
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """An S3 server on loopback: host and port. One for the whole session, as pyarrow's clients are kept."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def endpoint(s3_server: str) -> Iterator[str]:
+    """A server with the bucket `pictures`; address and credentials are in the environment and nowhere else."""
+    import boto3
+
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{s3_server}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="pictures")
+        yield s3_server

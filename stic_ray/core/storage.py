@@ -1,5 +1,6 @@
 """Files on a local disk or an object store, behind one address."""
 
+import mmap
 import os
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
@@ -144,23 +146,29 @@ class Location:
         with self.open() as stream:
             return stream.read_at(num_bytes, offset)
 
-    def write(self, content: bytes | pa.Buffer) -> None:
+    def write(self, content: bytes | pa.Buffer | mmap.mmap) -> None:
         """Write the whole file at once: a reader sees the old content or the new, never a part."""
+        if self.filesystem.type_name in _STORES_WITHOUT_RENAME:
+            with self.filesystem.open_output_stream(self.path) as stream:
+                stream.write(content)  # one call, which a store takes whole or refuses
+            return
         with self.writing() as stream:
             stream.write(content)
 
     @contextmanager
-    def writing(self) -> Iterator[pa.NativeFile]:
+    def writing(self) -> Iterator[pa.NativeFile | IO[bytes]]:
         """Open the file for writing; it is there, whole, when the block ends, and as before when it raises.
 
-        Where the store can rename, a temporary file is moved into place; object stores publish a file when it
-        is closed, which is the same promise for what is written at once.
+        Where the store can rename, a temporary file is moved into place. Object stores publish a file when it is
+        closed, even by an error: what is for them is collected on the local disk and sent at the end.
         """
-        parent = self.path.rsplit("/", 1)[0]
         if self.filesystem.type_name in _STORES_WITHOUT_RENAME:
-            with self.filesystem.open_output_stream(self.path) as stream:
-                yield stream
+            with tempfile.TemporaryFile() as collected:
+                yield collected
+                collected.flush()
+                self.write(mmap.mmap(collected.fileno(), 0, access=mmap.ACCESS_READ) if collected.tell() else b"")
             return
+        parent = self.path.rsplit("/", 1)[0]
         self.filesystem.create_dir(parent, recursive=True)
         temporary = f"{parent}/.{self.name}.{uuid.uuid4().hex}.tmp"
         try:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -58,7 +58,9 @@ def _scan_part(part: pa.Table, pool: PoolConfig, listing: RunDir, output: RunDir
     return {REJECTED_FAMILY: table_of(rejected, REJECTED), "scan": table_of(accepted, SCAN)}
 
 
-def _place_of(image: Found, encoded: bytes, copies: Location, stream: pa.NativeFile | None) -> dict[str, Any]:
+def _place_of(
+    image: Found, encoded: bytes, copies: Location, stream: pa.NativeFile | IO[bytes] | None
+) -> dict[str, Any]:
     """Return where the bytes are found again; with a stream, those that lie compressed in a table are copied to it."""
     if stream is None or image.row is None or image.offset is not None:
         return {"path": image.path, "row": image.row, "offset": image.offset}

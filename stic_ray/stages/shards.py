@@ -135,8 +135,11 @@ def _finished(job: ShardJob) -> set[int]:
 
 
 def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | None) -> Dataset:
+    context = DataContext.get_current()
     # Every second Ray Data would add up the memory of every task's process, 5 ms of CPU and more with a large model.
-    DataContext.get_current().memory_usage_poll_interval_s = None
+    context.memory_usage_poll_interval_s = None
+    # It would end a stage that reports nothing for half an hour; a shard may take hours, and so may finding a place.
+    context.execution_no_progress_timeout_s = -1
     rows = [{"number": task.number, "payload": json.dumps(task.payload)} for task in todo]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset.set_name(job.stage.replace(" ", "_"))

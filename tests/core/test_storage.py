@@ -118,6 +118,27 @@ def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Pa
     assert names_below(tmp_path) == ["pairs-000000.parquet"]
 
 
+@pytest.mark.usefixtures("endpoint")
+@pytest.mark.parametrize("size", [0, 10, 12 * MEGABYTE])
+def test_a_block_that_raises_leaves_an_object_of_a_bucket_as_it_was(size: int) -> None:
+    """S3's streams publish what they have when they are closed, even by an error."""
+    file = Location.of("s3://pictures") / "blocks" / f"{size}.bin"
+    for content in (b"old", None):
+        with pytest.raises(ConnectionError, match="interrupted"), file.writing() as stream:
+            stream.write(b"new" * size)
+            raise ConnectionError("interrupted")
+        assert file.read() == b"old" if content is None else not file.exists()
+        file.write(b"old")
+    with file.writing() as stream:
+        stream.write(b"x" * size)
+        assert stream.tell() == size
+        stream.write(b"y")
+    assert file.read() == b"x" * size + b"y"
+    with file.writing():
+        pass
+    assert file.read() == b""
+
+
 def test_a_write_that_cannot_be_published_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "taken" / "inner").mkdir(parents=True)
     with pytest.raises(OSError):

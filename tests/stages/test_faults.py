@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from ray.data import DataContext
 
 from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import RunDir
@@ -64,6 +65,15 @@ def test_an_actor_that_dies_while_it_loads_stops_the_stage(tmp_path: Path) -> No
     with pytest.raises(StageError, match="^preferences stopped: an actor died 2 times while it loaded") as caught:
         run_stages(config, tmp_path / "run", "pool", "preferences")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_shard_may_take_longer_than_ray_waits_for_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default half an hour."""
+    pictures = draw_pictures(tmp_path / "pictures", 2)
+    config = fake_config(tmp_path, pictures, f"{TELLING}\nseconds_per_batch: 6", actors={"num_actors": 1})
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 2)
+    assert pairs_of(run_stages(config, tmp_path / "run", "pool", "preferences")).num_rows == 2
 
 
 @pytest.mark.usefixtures("ray_session")
