@@ -67,7 +67,7 @@ def _schema(*columns: pa.Field) -> pa.Schema:
 def _feature(kind: pa.DataType) -> Any:
     """Describe an Arrow type in the JSON of `datasets.Features`."""
     if kind == IMAGE:
-        return {"_type": "Image"}
+        return {"_type": "Image", "mode": "RGB"}
     if pa.types.is_struct(kind):
         return {kind.field(i).name: _feature(kind.field(i).type) for i in range(kind.num_fields)}
     if pa.types.is_list(kind):
@@ -104,7 +104,7 @@ REJECTED = _schema(
 PAIRS = _schema(
     _column("image_id", pa.string(), "as in the index"),
     _column("position", pa.int64(), "as in the index"),
-    _column("image", IMAGE, "the clean image, upright; as it came, or PNG where it was not plain RGB"),
+    _column("image", IMAGE, "the clean image as it came; PNG where `datasets` would not show it as the model saw it"),
     _column("prompt", MESSAGES, "the plain prompt that both answers are filed under"),
     _column("chosen", MESSAGES, "answer to the step-by-step prompt on the clean image"),
     _column("rejected", MESSAGES, "answer to the hallucination prompt, or to the corrupted image"),

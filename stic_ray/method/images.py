@@ -3,26 +3,30 @@
 import hashlib
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stic_ray.core.config import PoolConfig
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.schemas import Reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _ORIENTATION = 0x0112  # EXIF tag
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-
-
-class ImageRejected(Exception):
-    """An image that cannot be used, and why."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(f"{reason}: {message}")
-        self.reason = reason
-        self.message = message
+_Turn = Image.Transpose
+_TURNS = {
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}
+"""By EXIF orientation, what makes the picture upright."""
 
 
 @dataclass(frozen=True)
@@ -65,51 +69,41 @@ def inspect(encoded: bytes, limits: ImageLimits, *, with_hash: bool = False) -> 
     """Check that an image can be used, decoding it whole, and return its facts.
 
     With `with_hash` they include the 64-bit perceptual hash (pHash) of the picture as a viewer sees it. Raises
-    ImageRejected. Size limits are applied to the header, before a decompression bomb is unpacked.
+    Rejected. Size limits are applied to the header, before a decompression bomb is unpacked.
     """
-    with _open(encoded) as image:
-        _check_limits(*image.size, limits)
+    with _opened(encoded, limits) as image:
         mode = image.mode
-        _load(image)
-        width, height = image.size  # of a TIFF, Pillow has turned it upright by now
-        if _orientation(image) in _TRANSPOSED:
-            width, height = height, width
-        hashed = _perceptual_hash(_upright_rgb(image)) if with_hash else None
-        return ImageFacts(width, height, _format_name(image), mode, hashed)
+        picture = _upright_rgb(image)
+        return ImageFacts(*picture.size, _format_name(image), mode, _perceptual_hash(picture) if with_hash else None)
 
 
 def decode(encoded: bytes, limits: ImageLimits | None = None) -> Image.Image:
     """Return the picture upright and in 8-bit RGB, whatever its mode; of an animation, the first frame.
 
     Transparent parts become white, 16-bit values are scaled to 8 bits. Images that did not pass `inspect` need
-    `limits`. Raises ImageRejected.
+    `limits`. Raises Rejected.
     """
-    with _open(encoded) as image:
-        if limits is not None:
-            _check_limits(*image.size, limits)
-        _load(image)
+    with _opened(encoded, limits) as image:
         return _upright_rgb(image)
 
 
 def decode_for_storage(encoded: bytes, limits: ImageLimits | None = None) -> tuple[Image.Image, bytes]:
-    """Return the picture as `decode` does, and the bytes to store so that every reader sees the same one.
+    """Return the picture as `decode` does, and bytes from which the Image feature of our tables gives the same one.
 
-    Bytes that any reader would show alike (upright, RGB, one frame) are kept as they came, others become PNG.
-    Raises ImageRejected.
+    The feature turns a picture by its orientation and converts it to RGB, so photographs, greys too, are kept as they
+    came. What it would show otherwise (transparent parts, more than 8 bits, a palette, several frames), or could not
+    read for damaged metadata, becomes an RGB PNG. Raises Rejected.
     """
-    with _open(encoded) as image:
-        if limits is not None:
-            _check_limits(*image.size, limits)
-        _load(image)
-        plain = (
-            image.mode == "RGB"
-            and _format_name(image) in ("JPEG", "PNG", "WEBP", "BMP")
-            and _orientation(image) == 1
-            and "transparency" not in image.info
-            and getattr(image, "n_frames", 1) == 1
-        )
+    with _opened(encoded, limits) as image:
         picture = _upright_rgb(image)
-    return picture, encoded if plain else encode_png(picture)
+        is_kept = (
+            image.mode in ("RGB", "L")
+            and _format_name(image) in ("JPEG", "PNG", "WEBP", "BMP")
+            and "transparency" not in image.info
+            and (image.format == "MPO" or getattr(image, "n_frames", 1) == 1)  # phones put a preview behind the picture
+            and _is_turned_by_readers(image)
+        )
+        return picture, encoded if is_kept else encode_png(picture)
 
 
 def encode_png(picture: Image.Image) -> bytes:
@@ -119,52 +113,63 @@ def encode_png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _open(encoded: bytes) -> Image.Image:
+@contextmanager
+def _opened(encoded: bytes, limits: ImageLimits | None) -> Iterator[Image.Image]:
+    """Open an image within its limits: the one place where a stranger's bytes become a picture.
+
+    Pillow's decoders raise all kinds of errors on damaged data; whatever the block raises is a rejection.
+    """
     if not encoded:
-        raise ImageRejected(Reason.EMPTY_FILE, "0 bytes")
+        raise Rejected(Reason.EMPTY_FILE, "0 bytes")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `inspect` has its own limit
-            return Image.open(io.BytesIO(encoded), formats=FORMATS)
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there are limits of our own
+            image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        with image:
+            if limits is not None:
+                _check_limits(*image.size, limits)
+            yield image
+    except Rejected:
+        raise
     except UnidentifiedImageError:
         allowed = ", ".join(FORMATS)
-        raise ImageRejected(Reason.UNSUPPORTED_FORMAT, f"starts with {encoded[:8]!r}, none of {allowed}") from None
+        raise Rejected(Reason.UNSUPPORTED_FORMAT, f"starts with {encoded[:8]!r}, none of {allowed}") from None
     except Image.DecompressionBombError as error:
-        raise ImageRejected(Reason.TOO_MANY_PIXELS, str(error)) from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise ImageRejected(Reason.UNDECODABLE_IMAGE, _one_line(error)) from None
-
-
-def _load(image: Image.Image) -> None:
-    # Pillow's decoders raise any of these on damaged data.
-    try:
-        image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError) as error:
-        raise ImageRejected(Reason.UNDECODABLE_IMAGE, _one_line(error)) from None
+        raise Rejected(Reason.TOO_MANY_PIXELS, str(error)) from None
+    except Exception as error:
+        raise Rejected(Reason.UNDECODABLE_IMAGE, f"{type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 def _check_limits(width: int, height: int, limits: ImageLimits) -> None:
     if width * height > limits.max_pixels:
-        raise ImageRejected(
+        raise Rejected(
             Reason.TOO_MANY_PIXELS, f"{width} x {height} px, more than pool.max_image_pixels={limits.max_pixels}"
         )
     if min(width, height) < limits.min_side_px:
-        raise ImageRejected(Reason.TOO_SMALL, f"{width} x {height} px, less than pool.min_side_px={limits.min_side_px}")
+        raise Rejected(Reason.TOO_SMALL, f"{width} x {height} px, less than pool.min_side_px={limits.min_side_px}")
     if max(width, height) > limits.max_aspect_ratio * min(width, height):
-        raise ImageRejected(
+        raise Rejected(
             Reason.ASPECT_RATIO, f"{width} x {height} px, over pool.max_aspect_ratio={limits.max_aspect_ratio:g}"
         )
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation, 1 for none; None when the EXIF block is damaged, on which other readers fail.
-
-    Only for loaded images: of a PNG, Pillow reads the whole picture to find its EXIF block.
-    """
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    """Return how an image is turned upright; a block that cannot be read, or no such orientation, turns nothing."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError):
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
         return None
+
+
+def _is_turned_by_readers(image: Image.Image) -> bool:
+    """Whether a reader can turn the image as Pillow offers it (`datasets` does): it writes the metadata anew."""
+    small = Image.new("L", (1, 1))
+    small.info = dict(image.info)
+    try:
+        ImageOps.exif_transpose(small)
+    except Exception:
+        return False
+    return True
 
 
 def _format_name(image: Image.Image) -> str:
@@ -172,7 +177,9 @@ def _format_name(image: Image.Image) -> str:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    return _to_rgb(ImageOps.exif_transpose(image) if _orientation(image) not in (None, 1) else image)
+    image.load()
+    turn = _turn_of(image)
+    return _to_rgb(image if turn is None else image.transpose(turn))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -202,7 +209,3 @@ def _perceptual_hash(picture: Image.Image) -> int:
     import imagehash  # brings scipy's transforms: only for pools that ask for it
 
     return int(np.packbits(imagehash.phash(picture).hash).view(">i8")[0])
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import PAIRS, check
 from stic_ray.core.storage import Location
 from stic_ray.method.corruption import corrupt
-from stic_ray.method.images import ImageRejected, decode
+from stic_ray.method.images import decode
 from stic_ray.report.formats import UNKNOWN, shortened, signed
 
 MAX_SHARDS = 16
@@ -133,7 +134,7 @@ def _item(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
     }
     try:
         clean = decode(row["image"]["bytes"] or b"")
-    except ImageRejected as error:  # one damaged picture must not cost the whole page
+    except Rejected as error:  # one damaged picture must not cost the whole page
         return {**item, "image_problem": str(error)}
     corrupted = corrupt(clean, corruption) if corruption else None
     return {

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stic_ray.core.errors import SourceError, nearest
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
-from stic_ray.method.images import ImageRejected
 
 Kind = Literal["image", "parquet", "tar", "arrow", "list"]
 
@@ -38,7 +38,7 @@ class Found:
     """An image of a source: where it is, and its bytes or why there are none."""
 
     path: str
-    encoded: bytes | ImageRejected
+    encoded: bytes | Rejected
     row: int | None = None
     offset: int | None = None
 
@@ -215,7 +215,7 @@ def _values(
             if isinstance(value, str):
                 yield next(addressed)
             elif value is None:
-                yield Found(file.uri, ImageRejected(Reason.EMPTY_FILE, "no value"), row)
+                yield Found(file.uri, Rejected(Reason.EMPTY_FILE, "no value"), row)
             elif len(value) > max_bytes:
                 yield Found(file.uri, _too_large(len(value), max_bytes), row)
             else:
@@ -235,12 +235,12 @@ def image_value(value: Any) -> bytes | str | None:
     return value
 
 
-def _unreadable(error: Exception) -> ImageRejected:
-    return ImageRejected(Reason.UNREADABLE_FILE, " ".join(str(error).split()) or type(error).__name__)
+def _unreadable(error: Exception) -> Rejected:
+    return Rejected(Reason.UNREADABLE_FILE, " ".join(str(error).split()) or type(error).__name__)
 
 
-def _too_large(num_bytes: int, max_bytes: int) -> ImageRejected:
-    return ImageRejected(Reason.TOO_MANY_BYTES, f"{num_bytes} bytes; no image within the limits has over {max_bytes}")
+def _too_large(num_bytes: int, max_bytes: int) -> Rejected:
+    return Rejected(Reason.TOO_MANY_BYTES, f"{num_bytes} bytes; no image within the limits has over {max_bytes}")
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from stic_ray.core.config import EvaluationConfig, RunConfig
 from stic_ray.core.errors import SourceError
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
 from stic_ray.core.schemas import PREDICTIONS, REJECTED, Reason
 from stic_ray.core.storage import Location
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
-from stic_ray.method.images import ImageLimits, ImageRejected, decode
+from stic_ray.method.images import ImageLimits, decode
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.scoring import METRICS, choice_lines, read_choice
@@ -138,7 +139,7 @@ class Examinee:
             return Rejection(Reason.UNREADABLE_FILE, row["fetch_error"])
         try:
             return decode(row["encoded"] or b"", self.limits)
-        except ImageRejected as error:
+        except Rejected as error:
             return Rejection(error.reason, error.message)
 
     def _answer(self, asked: list[tuple[dict[str, Any], Any]]) -> list[dict[str, Any]]:

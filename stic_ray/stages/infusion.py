@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from stic_ray.core.config import InfusionConfig, RunConfig
 from stic_ray.core.errors import ModelError, SourceError, nearest
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
 from stic_ray.core.schemas import INFUSED, REJECTED, Reason
@@ -21,7 +22,7 @@ from stic_ray.core.storage import Location
 from stic_ray.engines.base import Answer, Request, Sampling, TokenCounter
 from stic_ray.engines.opening import open_counter, open_engine
 from stic_ray.engines.watched import WatchedEngine
-from stic_ray.method.images import ImageLimits, ImageRejected, decode_for_storage
+from stic_ray.method.images import ImageLimits, decode_for_storage
 from stic_ray.method.infusion import Messages, infuse, read_conversation
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, load_prompts
@@ -153,7 +154,7 @@ class Infuser:
             return Rejection(Reason.UNREADABLE_FILE, row["fetch_error"])
         try:
             picture, stored = decode_for_storage(row["encoded"] or b"", self.limits)
-        except ImageRejected as error:
+        except Rejected as error:
             return Rejection(error.reason, error.message)
         return {**found, "picture": picture, "image": {"bytes": stored, "path": row["path"]}}
 

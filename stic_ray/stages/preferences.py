@@ -9,13 +9,14 @@ from PIL import Image
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import SourceError
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, row_counts
 from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, Reason
 from stic_ray.core.storage import Location
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.opening import open_engine
-from stic_ray.method.images import ImageRejected, decode_for_storage
+from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import (
     AnswerText,
     PairPlan,
@@ -119,7 +120,7 @@ class PairMaker:
             return Rejection(Reason.UNREADABLE_FILE, row["fetch_error"])
         try:
             clean, stored = decode_for_storage(row["encoded"])
-        except ImageRejected as error:
+        except Rejected as error:
             return Rejection(error.reason, error.message)
         plan = plan_pair(row["image_id"], self.config.seed, self.config.preferences, self.prompts)
         picture = picture_for_rejected(plan, clean)

@@ -9,10 +9,11 @@ from typing import IO, Any
 import pyarrow as pa
 
 from stic_ray.core.config import PoolConfig
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, shard_name
 from stic_ray.core.schemas import REJECTED, table_of
 from stic_ray.core.storage import Location
-from stic_ray.method.images import ImageLimits, ImageRejected, image_id, inspect
+from stic_ray.method.images import ImageLimits, image_id, inspect
 from stic_ray.stages.containers import Found, images_in
 from stic_ray.stages.listing import FAMILY, LISTING, Part
 from stic_ray.stages.ordering import SCAN
@@ -47,10 +48,10 @@ def _scan_part(part: pa.Table, pool: PoolConfig, listing: RunDir, output: RunDir
             encoded = image.encoded
             identity = {"image_id": image_id(encoded if isinstance(encoded, bytes) else b""), "path": image.path}
             try:
-                if isinstance(encoded, ImageRejected):
+                if isinstance(encoded, Rejected):
                     raise encoded
                 facts = inspect(encoded, limits, with_hash=with_hash)
-            except ImageRejected as error:
+            except Rejected as error:
                 rejected.append({**identity, "reason": error.reason, "message": error.message})
                 continue
             place = _place_of(image, encoded, copies, stream)

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 
 from stic_ray.core.errors import SourceError
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.rundir import RunDir
-from stic_ray.method.images import ImageRejected, image_id
+from stic_ray.method.images import image_id
 from stic_ray.stages.containers import Found, images_in
 from stic_ray.stages.fetch import fetch_indexed
 from stic_ray.stages.listing import Part, compare, entries, read_parts, write_listing
@@ -31,7 +32,7 @@ def encoded(found: list[Found]) -> list[bytes]:
 
 
 def reasons(found: list[Found]) -> list[str]:
-    return [str(image.encoded.reason) for image in found if isinstance(image.encoded, ImageRejected)]
+    return [str(image.encoded.reason) for image in found if isinstance(image.encoded, Rejected)]
 
 
 def place_of(image: Found) -> dict:

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.randomness import seed_for
+from stic_ray.method.images import decode
 from stic_ray.stages.training.batches import REFERENCE_LOGPS, WEIGHT
 from stic_ray.stages.training.index import RowGroup, Rows, read_group
 
@@ -29,7 +30,7 @@ MAX_LANES = 16
 """A batch comes from at most so many row groups: more mix no better and cost memory."""
 
 _GREY = (128, 128, 128)
-_DECODER = datasets.Image()
+_DECODER = datasets.Image(mode="RGB")
 
 Example = dict[str, Any]
 
@@ -120,11 +121,11 @@ class ParquetRows(Dataset[Example]):
 
 
 class BlankPictures(ParquetRows):
-    """The control with a uniform grey picture of the same size in the place of each; none is decoded."""
+    """The control with a uniform grey picture of the same size in the place of each."""
 
     def _picture(self, own: dict[str, Any] | None, group: int, offset: int) -> dict[str, Any] | None:
         assert own is not None, "a pair has a picture"
-        return {"bytes": _grey(PIL.Image.open(io.BytesIO(own["bytes"])).size), "path": None}
+        return {"bytes": _grey(decode(own["bytes"]).size), "path": None}
 
 
 class ExchangedPictures(ParquetRows):
