@@ -27,9 +27,9 @@ from stic_ray.core.overrides import build_config
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX, PAIRS
-from stic_ray.core.weight_names import use_hub_names
 from stic_ray.engines.base import Request
 from stic_ray.engines.loading import load_processor
+from stic_ray.engines.weight_names import use_hub_names
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import Rejection, picture_for_rejected, plan_pair
 from stic_ray.method.prompts import PromptSet, load_prompts

@@ -16,11 +16,14 @@ def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | Non
 def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None) -> Engine:
     if model.engine == "fake":
         return FakeEngine(model.path, actors.batch_size)
-    from stic_ray.engines.loading import is_adapter  # the fake engine starts without torch
+    from stic_ray.engines.adapters import adapter_of, is_adapter  # the fake engine starts without torch
 
-    adapter = checkpoint if checkpoint is not None and is_adapter(checkpoint) else None
-    if checkpoint is not None and adapter is None:
-        model = model.model_copy(update={"path": str(checkpoint), "revision": None})
+    if checkpoint is None:
+        adapter = adapter_of(model)
+    elif is_adapter(checkpoint):  # went on from the adapter that the run starts from, and holds it
+        model, adapter = model.model_copy(update={"adapter": str(checkpoint)}), checkpoint
+    else:
+        model, adapter = model.model_copy(update={"path": str(checkpoint), "revision": None, "adapter": None}), None
     if model.engine == "vllm":
         from stic_ray.engines.vllm_engine import VllmEngine
 
@@ -51,7 +54,7 @@ def check_engine(model: ModelConfig) -> None:
     if model.engine == "fake":
         read_script(model.path)
         return
-    from stic_ray.engines.loading import check_model
+    from stic_ray.engines.checking import check_model
 
     check_model(model)
     if model.engine == "vllm":

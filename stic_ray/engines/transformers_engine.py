@@ -21,7 +21,8 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import EngineLost, ModelError
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, FittingBatches
-from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, load_model, load_processor
+from stic_ray.engines.fingerprints import fingerprint
+from stic_ray.engines.loading import choose_dtype, image_token_id, load_model, load_processor, read_generation_config
 from stic_ray.engines.rendering import end_token_ids, read_answer, render
 from stic_ray.engines.shared_prefix import Batch, make_batch, score, split_pair, why_not
 
@@ -87,9 +88,9 @@ class TransformersEngine(TransformersCounter):
         self.batches = FittingBatches(limits, OUT_OF_MEMORY)
         self.device = torch.device("cuda" if on_gpu else "cpu")
         super().__init__(model)
-        weights: Any = load_model(model, dtype=choose_dtype(model, on_gpu=on_gpu), adapter=adapter, merge=merge)
-        self.model: Any = weights.to(self.device).eval()
-        self.end_ids = end_token_ids(self.processor, self.model.generation_config)
+        dtype = choose_dtype(model, on_gpu=on_gpu)
+        self.model: Any = load_model(model, dtype=dtype, adapter=adapter, merge=merge, device=self.device).eval()
+        self.end_ids = end_token_ids(self.processor, read_generation_config(model))
         self._ignore_generation_config()
         self._busy = threading.Lock()
 
@@ -160,9 +161,9 @@ class TransformersEngine(TransformersCounter):
         vLLM is not given them either: both engines draw from the model's own distribution, which training trains.
         transformers would fill up the settings of a call with those of the model, and those of an adapter's base.
         """
-        self.model.generation_config = GenerationConfig()
-        if isinstance(self.model, PeftModel):
-            self.model.get_base_model().generation_config = GenerationConfig()
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        for holder in {self.model, base}:
+            holder.generation_config = GenerationConfig()
 
     def _render(self, request: Request) -> str:
         question = [{"role": "user", "content": request.prompt}]

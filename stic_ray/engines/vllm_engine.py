@@ -20,15 +20,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from PIL import Image
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import EngineError, EngineLost, ModelError, UserError
-from stic_ray.core.weight_names import has_hub_names, link_with_hub_names
+from stic_ray.engines.adapters import parts_of_adapter
 from stic_ray.engines.base import Answer, Request, Sampling
-from stic_ray.engines.loading import choose_dtype, fingerprint, image_token_id, parts_of_adapter
+from stic_ray.engines.fingerprints import fingerprint
+from stic_ray.engines.loading import choose_dtype, image_token_id, read_generation_config
 from stic_ray.engines.rendering import end_token_ids, read_answer, render
 from stic_ray.engines.transformers_engine import TransformersCounter
+from stic_ray.engines.weight_names import has_hub_names, link_with_hub_names
 
 Result = TypeVar("Result")
 
@@ -81,7 +83,7 @@ class VllmEngine(TransformersCounter):
         super().__init__(model)
         self.name = str(adapter) if adapter else model.path
         self.revision = fingerprint(model)
-        self.end_ids = end_token_ids(self.processor, _generation_config(model))
+        self.end_ids = end_token_ids(self.processor, read_generation_config(model))
         self.image_token_id = image_token_id(self.processor)
         self._numbers = itertools.count()
         self._adapter: Any = None
@@ -239,14 +241,6 @@ def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | N
             raise ModelError(f"The adapter '{adapter}' has rank {rank}, vLLM takes up to {LORA_RANKS[-1]}.")
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
     return arguments
-
-
-def _generation_config(model: ModelConfig) -> GenerationConfig:
-    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    try:
-        return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
-    except OSError:  # the checkpoint has no such file
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model.path, **where))
 
 
 def _end_with_us(process_ids: Sequence[int | None]) -> subprocess.Popen[bytes]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from stic_ray.core.weight_names import use_hub_names
+from stic_ray.engines.weight_names import use_hub_names
 from stic_ray.toyworld.language import sample_sentences
 from stic_ray.toyworld.lessons import COURSES, PROMPTS, Course, Lesson, lesson_of
 from stic_ray.toyworld.model import HIDDEN_SIZE, IMAGE, NUM_IMAGE_TOKENS, make_model, make_processor, make_tokenizer

@@ -1,5 +1,6 @@
 """Tiny checkpoints of real families, written once per session."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,3 +43,9 @@ def loaded(checkpoint: Checkpoints) -> Engines:
         return engines[family]
 
     return load
+
+
+@pytest.fixture
+def spoiled(checkpoint: Checkpoints, tmp_path: Path) -> Path:
+    """A copy of a good checkpoint, to be damaged."""
+    return Path(shutil.copytree(checkpoint("llava"), tmp_path / "model"))

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import ModelError
+from stic_ray.engines.adapters import check_adapter_active, is_adapter, read_adapter
 from stic_ray.engines.base import Answer, Request, Sampling
-from stic_ray.engines.loading import check_adapter_active, is_adapter, load_model, read_adapter
+from stic_ray.engines.loading import load_model
 from stic_ray.engines.opening import open_engine
 from tests.engines.conftest import Checkpoints
 from tests.engines.families import scene

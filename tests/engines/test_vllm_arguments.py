@@ -8,8 +8,8 @@ import pytest
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import ModelError
-from stic_ray.core.weight_names import has_hub_names
 from stic_ray.engines.vllm_engine import engine_arguments
+from stic_ray.engines.weight_names import has_hub_names
 from tests.engines.conftest import Checkpoints
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from stic_ray.core.errors import ConfigError, StageError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, table_of
-from stic_ray.core.weight_names import has_hub_names
+from stic_ray.engines.weight_names import has_hub_names
 from stic_ray.stages.training.launch import train_dpo, train_sft
 from tests import tiny_models
 from tests.stages.test_training_batches import config_for, encoded, write_pairs

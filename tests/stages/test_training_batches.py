@@ -1,7 +1,9 @@
 """Batches and objectives inside TRL's trainer, against plain forward passes of the tiny model; no Ray."""
 
 import io
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,22 @@ def test_full_fine_tuning_freezes_what_it_is_told_and_keeps_a_reference(tmp_path
     first, second = [entry["loss/dpo"] for entry in trainer.state.log_history if "loss/dpo" in entry]
     assert first == pytest.approx(0.6931472, abs=1e-6)
     assert second != pytest.approx(0.6931472, abs=1e-4), "the reference stayed behind when the policy moved"
+
+
+def test_settings_of_generation_that_cannot_be_saved_end_no_training(tmp_path: Path, tiny_llava: Path) -> None:
+    """Vicuna's temperature without sampling: transformers refuses it when all steps are done."""
+    model = Path(shutil.copytree(tiny_llava, tmp_path / "vicuna"))
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.9, "top_p": 0.6}))
+    config = config_for(model, tuning={"method": "full"}, sft={"global_batch": 4})
+    pairs = write_pairs(tmp_path / "pairs", 4)
+    dpo: Any = make_dpo_trainer(config, pairs_in(config, pairs), tmp_path / "dpo")
+    dpo.train()
+    dpo.save_model(str(tmp_path / "tuned"))
+    rows = write_rows(tmp_path / "rows", [True] * 4)
+    sft: Any = make_sft_trainer(config, conversations_in(config, rows), tmp_path / "sft", tmp_path / "tuned")
+    sft.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "generation_config.json").is_file()
 
 
 @pytest.mark.parametrize("family", EMBEDDED)

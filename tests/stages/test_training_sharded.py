@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.weight_names import has_hub_names, use_hub_names
-from stic_ray.engines.loading import parts_of_adapter
+from stic_ray.engines.adapters import parts_of_adapter
+from stic_ray.engines.weight_names import has_hub_names, use_hub_names
 from stic_ray.stages.training.checkpoints import make_universal
 from stic_ray.stages.training.saved import check_changed
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer

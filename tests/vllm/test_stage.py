@@ -17,10 +17,10 @@ from stic_ray.core.config import ModelConfig, RunConfig
 from stic_ray.core.errors import ModelError
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.weight_names import has_hub_names
 from stic_ray.engines.base import Request, Sampling
 from stic_ray.engines.opening import check_engine, open_engine
 from stic_ray.engines.vllm_engine import VllmEngine
+from stic_ray.engines.weight_names import has_hub_names
 from stic_ray.method.images import decode
 from stic_ray.stages.training.launch import train_dpo
 from tests import tiny_models

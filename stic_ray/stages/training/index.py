@@ -12,7 +12,7 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.storage import Location
-from stic_ray.engines.loading import fingerprint
+from stic_ray.engines.fingerprints import fingerprint
 from stic_ray.stages.training.batches import REFERENCE_LOGPS
 
 ONE_IN = 16

@@ -7,7 +7,8 @@ import torch
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import StageError
-from stic_ray.engines.loading import is_adapter, load_model, read_adapter
+from stic_ray.engines.adapters import is_adapter, read_adapter
+from stic_ray.engines.loading import load_model
 
 
 def check_changed(saved: Path, model: ModelConfig, start: Path | None) -> dict[str, Any]:

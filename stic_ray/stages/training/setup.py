@@ -13,7 +13,8 @@ from trl.trainer.dpo_config import DPOConfig as TRLDPOConfig
 from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
 
 from stic_ray.core.config import OptimisationConfig, RunConfig
-from stic_ray.engines.loading import choose_dtype, is_adapter, load_model, load_processor
+from stic_ray.engines.adapters import is_adapter
+from stic_ray.engines.loading import choose_dtype, load_model, load_processor, make_savable
 from stic_ray.engines.shared_prefix import why_not
 from stic_ray.stages.training.arguments import training_arguments
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
@@ -152,6 +153,8 @@ def _make_likelihood_trainer(
 
 def _choose_trained(trainer: RegularisedDPOTrainer | LikelihoodTrainer, config: RunConfig, weights: _Weights) -> None:
     trainer.tuning = config.tuning
+    if config.tuning.method == "full":
+        make_savable(cast(Any, model_of(trainer)))  # TRL has loaded the policy of `dpo` itself
     if weights.adapter is not None:
         draw_adapter(model_of(trainer), config.seed)
     choose_trained(model_of(trainer), config.tuning, weights.dtype if config.workers.zero_stage else torch.float32)

@@ -5,23 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
     BitsAndBytesConfig,
-    PreTrainedModel,
     Trainer,
     set_seed,
 )
 
 from stic_ray.core.config import ModelConfig, Part, TuningConfig
 from stic_ray.core.errors import ConfigError, ModelError
-from stic_ray.engines.loading import parts_of
+from stic_ray.engines.loading import make_skeleton, parts_of
 
 
 def check_tuning(model: ModelConfig, tuning: TuningConfig) -> None:
@@ -32,15 +28,6 @@ def check_tuning(model: ModelConfig, tuning: TuningConfig) -> None:
         raise ConfigError(
             f"tuning.projector_learning_rate is set, but no part of model.path='{model.path}' is known as a projector."
         )
-
-
-def make_skeleton(model: ModelConfig) -> PreTrainedModel:
-    """Return the model without its weights."""
-    with init_empty_weights():
-        settings = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-        return AutoModelForImageTextToText.from_config(settings, trust_remote_code=model.trust_remote_code)
 
 
 def make_adapter(model: ModelConfig, tuning: TuningConfig) -> LoraConfig:

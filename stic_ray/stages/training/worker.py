@@ -15,8 +15,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from stic_ray.core.config import RunConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
-from stic_ray.core.weight_names import use_hub_names
-from stic_ray.engines.loading import is_adapter
+from stic_ray.engines.adapters import is_adapter
+from stic_ray.engines.weight_names import use_hub_names
 from stic_ray.stages.training.arguments import start_deepspeed
 from stic_ray.stages.training.checkpoints import CheckpointReporter, last_checkpoint
 from stic_ray.stages.training.feeding import num_rows_of

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 _OWN_NAME = re.compile(r"^((?:model\.)?vision_tower\.)(?!vision_model\.)")
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 def has_hub_names(folder: Path) -> bool:
     """Return whether the checkpoint in `folder` has the names of the Hub; reads headers, no weights."""
     return not _has_clip_tower(folder) or all(
-        name == _hub_name(name) for file in folder.glob("*.safetensors") for name in _read_header(file)
+        name == _hub_name(name) for file in folder.glob("*.safetensors") for name in read_header(file)
     )
 
 
@@ -33,16 +33,16 @@ def use_hub_names(folder: Path) -> None:
     if has_hub_names(folder):
         return
     for file in sorted(folder.glob("*.safetensors")):
-        header = _read_header(file)
+        header = read_header(file)
         renamed = {_hub_name(name): entry for name, entry in header.items()}
         if renamed.keys() != header.keys():
             _write_header(file, renamed)
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         index["weight_map"] = {_hub_name(name): file for name, file in index["weight_map"].items()}
-        partial = folder / f".{_INDEX}.tmp"
+        partial = folder / f".{INDEX}.tmp"
         partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / _INDEX)
+        os.replace(partial, folder / INDEX)
 
 
 def link_with_hub_names(folder: Path, target: Path) -> None:
@@ -62,7 +62,7 @@ def _has_clip_tower(folder: Path) -> bool:
     return config.get("vision_config", {}).get("model_type") == "clip_vision_model"
 
 
-def _read_header(file: Path) -> dict[str, Any]:
+def read_header(file: Path) -> dict[str, Any]:
     """Return the header of a safetensors file: what it holds by name, under a length of 8 bytes."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from stic_ray.core.weight_names import has_hub_names, link_with_hub_names, use_hub_names
+from stic_ray.engines.weight_names import has_hub_names, link_with_hub_names, use_hub_names
 from tests import tiny_models
 
 INDEX = "model.safetensors.index.json"
