@@ -12,6 +12,7 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX, table_of
+from stic_ray.core.steps import StepRun
 from stic_ray.method.images import image_id
 from stic_ray.stages import cluster
 
@@ -69,6 +70,6 @@ def make_preferences(config: RunConfig, run: RunDir) -> dict[str, Any]:
     from stic_ray.stages.preferences import build_preferences
 
     with cluster.connected(config):
-        accounts = build_preferences(config, run)
+        accounts = build_preferences(StepRun("preferences", config, run / "preferences", {"index": run / "pool"}))
     assert not accounts["num_rows_rejected"], accounts
     return accounts["throughput"]

@@ -67,6 +67,7 @@ def build(source: str, run: str, near_duplicate_bits: int | None) -> dict[str, f
     """Build the pool in this process, the driver, and say what it took."""
     from stic_ray.core.overrides import build_config
     from stic_ray.core.rundir import RunDir
+    from stic_ray.core.steps import StepRun
     from stic_ray.stages import cluster
     from stic_ray.stages.pool import build_pool
 
@@ -75,7 +76,7 @@ def build(source: str, run: str, near_duplicate_bits: int | None) -> dict[str, f
     with cluster.connected(config):
         connected_mib = memory_mib("VmRSS")
         began_s = time.perf_counter()
-        accounts = build_pool(config, RunDir.of(run))
+        accounts = build_pool(StepRun("pool", config, RunDir.of(run) / "pool"))
         seconds = time.perf_counter() - began_s
     num_images, num_rejected = accounts["num_rows_written"], accounts["num_rows_rejected"]
     return {

@@ -27,6 +27,7 @@ from stic_ray.core.overrides import build_config
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX, PAIRS
+from stic_ray.core.steps import StepRun
 from stic_ray.engines.base import Request
 from stic_ray.engines.loading import load_processor
 from stic_ray.engines.weight_names import use_hub_names
@@ -112,9 +113,9 @@ def time_bare_call(config: RunConfig, requests: Sequence[Request]) -> dict[str, 
 class TimedPairMaker(preferences.PairMaker):
     """Says when its engine is ready."""
 
-    def __init__(self, config: RunConfig, prompts: PromptSet) -> None:
+    def __init__(self, config: RunConfig, *arguments: Any) -> None:
         """Load the model, and leave the time beside it."""
-        super().__init__(config, prompts)
+        super().__init__(config, *arguments)
         Path(config.model.path, READY).write_text(str(time.time()), encoding="utf-8")
 
 
@@ -125,7 +126,9 @@ def time_stage(config: RunConfig, run: RunDir) -> dict[str, Any]:
     preferences.PairMaker = TimedPairMaker
     with cluster.connected(config):
         began_s = time.time()
-        accounts = preferences.build_preferences(config, run)
+        accounts = preferences.build_preferences(
+            StepRun("preferences", config, run / "preferences", {"index": run / "pool"})
+        )
         ended_s = time.time()
     ready_s = float(Path(config.model.path, READY).read_text(encoding="utf-8"))
     rows = (run / "preferences").read_table("pairs", PAIRS).to_pylist()

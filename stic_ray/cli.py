@@ -10,15 +10,17 @@ from typing import Any, NoReturn
 
 import yaml
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import RunConfig, is_toy
 from stic_ray.core.errors import ConfigError, SourceError, SticError
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.rundir import RunDir
-from stic_ray.estimate.stages import estimate_run
+from stic_ray.core.steps import Recipe, Step, Steps, check_given
+from stic_ray.estimate.steps import estimate_run
 from stic_ray.estimate.table import table
-from stic_ray.pipeline import STAGE_NAMES, run_evaluation_alone, run_pipeline, stages_needed
+from stic_ray.pipeline import names_of, run_evaluation_alone, run_pipeline
 from stic_ray.plan import check_room, machines_for, placement, plan
-from stic_ray.recipes import RECIPES, recipe
+from stic_ray.recipes import RECIPES, recipe, stic
+from stic_ray.stages.evaluation import EVALUATION
 from stic_ray.status import run_status
 
 
@@ -32,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that every job has."""
     found = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--recipe", help=f"named run: {', '.join(RECIPES)} (default: demo)")
+    found.add_argument("--recipe", help=f"named run: {', '.join(RECIPES)} (default: demo, on its own model)")
     found.add_argument("--config", metavar="FILE", help="YAML run configuration, instead of a recipe")
     found.add_argument("--run", metavar="URI", help="run directory, local or s3://, gs:// (default: runs/<name>)")
     found.add_argument(
@@ -42,33 +44,44 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def read_config(options: argparse.Namespace) -> tuple[RunConfig, str, dict[str, Any]]:
-    """Return configuration, address of the run, and what config.yaml records of the command. Raises ConfigError."""
+def read_config(options: argparse.Namespace) -> tuple[RunConfig, Recipe, str, dict[str, Any]]:
+    """Return configuration, recipe, address of the run, and what config.yaml records of the command.
+
+    Raises ConfigError, also where a model of the user's own would be run with the toy world's settings.
+    """
     if options.recipe and options.config:
         raise ConfigError("Give --recipe or --config, not both.")
-    config = load_config(Path(options.config)) if options.config else recipe(options.recipe or "demo")
-    config = apply_overrides(config, options.overrides)
+    chosen = Recipe(load_config(Path(options.config)), stic) if options.config else recipe(options.recipe or "demo")
+    config = apply_overrides(chosen.config, options.overrides)
+    if not options.recipe and not options.config and not is_toy(config.model.path) and config.model.engine != "fake":
+        raise ConfigError(
+            f"model.path='{config.model.path}' is not the demo's model, and the demo's settings (learning rates, 64 "
+            "tokens an answer) suit no other: add --recipe any_model, or another of "
+            f"{', '.join(RECIPES)}, or give a --config FILE."
+        )
     name = options.config or options.recipe or "demo"
     facts = {"recipe": name, "overrides": list(options.overrides)}
-    return config, options.run or f"runs/{config.name}", facts
+    return config, chosen, options.run or f"runs/{config.name}", facts
 
 
 def full_pipeline(description: str | None, arguments: Sequence[str] | None = None) -> None:
     """Run the pipeline as the command line says."""
     options_of = parser(description)
     options_of.add_argument(
-        "--stages", metavar="A,B", help=f"only these of: {', '.join(STAGE_NAMES)} (default: all that the scores need)"
+        "--stages", metavar="A,B", help="only these steps of the recipe, and report (default: all that the scores need)"
     )
     options = options_of.parse_args(arguments)
-    config, address, facts = read_config(options)
-    named = stages_needed(config) if options.stages is None else options.stages.split(",")
-    stages = [name.strip() for name in named if name.strip()]
+    config, chosen, address, facts = read_config(options)
+    steps = chosen.steps(config)
+    named = names_of(steps) if options.stages is None else options.stages.split(",")
+    names = [name.strip() for name in named if name.strip()]
     if options.dry_run:
-        print_plan(config, address, stages)
+        print_plan(config, steps, address, names)
         return
+    check_given(config, steps, names)
     run = RunDir.of(address)
-    run_pipeline(config, run, stages, facts)
-    print_results(run)
+    run_pipeline(config, steps, run, names, facts)
+    print_results(run, steps)
 
 
 def evaluate(description: str | None, arguments: Sequence[str] | None = None) -> None:
@@ -82,13 +95,15 @@ def evaluate(description: str | None, arguments: Sequence[str] | None = None) ->
         options.overrides.append(f"model.path={options.model}")
     if options.benchmark:
         options.overrides.append(f"evaluation.benchmarks={json.dumps(options.benchmark)}")
-    config, address, facts = read_config(options)
+    config, _, address, facts = read_config(options)
+    step = Step(EVALUATION)
     if options.dry_run:
-        print_plan(config, address, ["evaluation"])
+        print_plan(config, [step], address, [step.name])
         return
+    check_given(config, [step], [step.name])
     run = RunDir.of(address)
-    run_evaluation_alone(config, run, options.checkpoint, facts)
-    for row in (run / "evaluation").read_json("scores.json"):
+    run_evaluation_alone(config, step, run, options.checkpoint, facts)
+    for row in (run / step.name).read_json(step.stage.writes):
         known = row["low"] is not None  # one question has no spread
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]" if known else "[interval not known]"
         print(
@@ -104,36 +119,33 @@ def status(description: str | None, arguments: Sequence[str] | None = None) -> N
     print(*run_status(RunDir.of(options_of.parse_args(arguments).run)), sep="\n")
 
 
-def print_plan(config: RunConfig, address: str, stages: Sequence[str]) -> None:
+def print_plan(config: RunConfig, steps: Steps, address: str, names: Sequence[str]) -> None:
     """Print configuration, plan and estimate. A run that cannot be reached is planned as a new one, and said so.
 
-    Raises ConfigError, behind the plan, when a stage can never run on the machines that the run would find.
+    Raises ConfigError, behind the plan, when a step can never run on the machines that the run would find.
     """
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     try:
         run, note = RunDir.of(address), ""
     except SourceError as error:
         run, note = None, f" (what is done is not known: {error})"
-    print(f"run: {run.uri if run else address}{note}", *plan(config, run, stages), sep="\n")
+    print(f"run: {run.uri if run else address}{note}", *plan(config, steps, run, names), sep="\n")
     machines = machines_for(config)
-    print(*placement(config, stages, machines), sep="\n")
-    print("", *table(estimate_run(config, run, stages), config), sep="\n")
-    check_room(config, stages, machines)
+    print(*placement(config, steps, names, machines), sep="\n")
+    print("", *table(estimate_run(config, steps, run, names), config), sep="\n")
+    check_room(config, steps, names, machines)
 
 
-def print_results(run: RunDir) -> None:
+def print_results(run: RunDir, steps: Steps) -> None:
     """Say where a run's results are, as far as they are there."""
-    places = {
-        "report": "report.html",
-        "model after dpo": "dpo/checkpoint",
-        "model after sft": "sft/checkpoint",
-        "pairs": "preferences",
-        "scores": "evaluation/scores.json",
-    }
+    places = {"report": "report.html"}
+    for step in steps:
+        left = f"{step.name}/{step.stage.writes}"
+        places[f"left by {step.name}"] = left.rstrip("/") if "*" not in left else step.name
     for what, name in places.items():
         location = run.location / name
         if location.exists():
-            print(f"{what + ':':<16} {location.uri}")
+            print(f"{what + ':':<20} {location.uri}")
 
 
 def main(job: Callable[[str | None], None], description: str | None) -> NoReturn:

@@ -6,15 +6,15 @@ from multiprocessing import get_context
 
 from stic_ray.core.config import RunConfig, is_toy
 from stic_ray.core.errors import SourceError
-from stic_ray.core.rundir import STARTED, RunDir
+from stic_ray.core.rundir import RunDir
 from stic_ray.stages.listing import BUILDING, Change, compare
 
 logger = logging.getLogger(__name__)
 
 
-def takes_in_more(config: RunConfig, run: RunDir) -> bool:
+def takes_in_more(config: RunConfig, pool: RunDir, *, has_trained: bool) -> bool:
     """Whether the source has new images that this run can still use; logs how the source differs from the index."""
-    pool, training, asked = run / "pool", run / "dpo", config.preferences.num_images
+    asked = config.preferences.num_images
     manifest = pool.manifest
     if manifest is None or is_toy(config.pool.source):
         return False
@@ -30,7 +30,7 @@ def takes_in_more(config: RunConfig, run: RunDir) -> bool:
         )
     if not change.num_new:
         return False
-    if training.manifest or training.read_json(STARTED):
+    if has_trained:
         stays = "this run has begun to train and stays with the images it has; another --run takes all"
     elif asked is not None and asked <= manifest["num_rows_written"]:
         stays = f"this run has the {asked} images that preferences.num_images asks for and stays with them"

@@ -1,25 +1,30 @@
 """What a command would do, said without touching anything."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from stic_ray.core.config import RunConfig, sources_of
-from stic_ray.core.placement import Machines, check_fits, lacks_of, lacks_told
+from stic_ray.core.config import RunConfig
+from stic_ray.core.placement import Machines, Need, check_fits, format_unplaced, unplaced
 from stic_ray.core.resources import LabelSelector, accumulation_steps
 from stic_ray.core.rundir import RunDir
-from stic_ray.pipeline import REPORT, STAGES, check_stage_names, inputs_of
+from stic_ray.core.steps import Step, Steps
+from stic_ray.pipeline import REPORT, check_names
 
 
-def plan(config: RunConfig, run: RunDir | None, stages: Sequence[str]) -> list[str]:
-    """Return a line per stage: what it would do, or that it is done. Touches nothing."""
-    check_stage_names(stages)
+def plan(config: RunConfig, steps: Steps, run: RunDir | None, names: Sequence[str]) -> list[str]:
+    """Return a line per step: what it would do, or that it is done. Touches nothing."""
+    check_names(names, steps)
     lines = []
-    for stage in STAGES:
-        if stage.name in stages:
-            state = "done" if run and (run / stage.name).manifest else "to do"
-            reads = ", ".join(inputs_of(stage, config)) or ", ".join(sources_of(stage.name, config))
-            with_what = _processes(stage.name, config)
-            lines.append(f"{stage.name:<12} {state:<6} reads {reads}; {with_what}; leaves {stage.name}/{stage.leaves}")
-    if REPORT in stages:
+    for step in steps:
+        if step.name in names:
+            own = step.configured(config)
+            state = "done" if run and (run / step.name).manifest else "to do"
+            sources = [source for field in step.stage.sources for source in own.sources(field)]
+            reads = ", ".join(dict.fromkeys(step.inputs.values())) or ", ".join(sources)
+            lines.append(
+                f"{step.name:<12} {state:<6} reads {reads}; {_processes(step, own)}; "
+                f"leaves {step.name}/{step.stage.writes}"
+            )
+    if REPORT in names:
         lines.append(f"{REPORT:<12} {'':<6} reads manifests, metrics, scores; leaves report.html, report.json")
     return lines
 
@@ -31,38 +36,39 @@ def machines_for(config: RunConfig) -> Machines:
     return cluster.machines(config)
 
 
-def placement(config: RunConfig, stages: Sequence[str], machines: Machines) -> list[str]:
-    """Return lines about the machines, and about stages for which others have to be started."""
-    lacks = lacks_of(config, _with_processes(stages), machines) if machines.may_grow else {}
-    return [f"{machines}", *([f"to be started first: {lacks_told(lacks, machines)}"] if lacks else [])]
+def placement(config: RunConfig, steps: Steps, names: Collection[str], machines: Machines) -> list[str]:
+    """Return lines about the machines, and about steps for which others have to be started."""
+    missing = unplaced(needs_of(config, steps, names), machines) if machines.may_grow else {}
+    return [f"{machines}", *([f"to be started first: {format_unplaced(missing, machines)}"] if missing else [])]
 
 
-def check_room(config: RunConfig, stages: Sequence[str], machines: Machines, num_runs: int = 1) -> None:
-    """Raise ConfigError when so many runs at once can never have what one of the stages asks for."""
-    check_fits(config, _with_processes(stages), machines, num_runs)
+def check_room(config: RunConfig, steps: Steps, names: Collection[str], machines: Machines, num_runs: int = 1) -> None:
+    """Raise ConfigError when so many runs at once can never have what one of the steps needs."""
+    check_fits(needs_of(config, steps, names), machines, num_runs)
 
 
-def _with_processes(stages: Sequence[str]) -> list[str]:
-    return [stage.name for stage in STAGES if stage.name in stages]
+def needs_of(config: RunConfig, steps: Steps, names: Collection[str]) -> dict[str, Need]:
+    """Return the processes of the named steps."""
+    return {step.name: step.stage.need(step.configured(config)) for step in steps if step.name in names}
 
 
-def _processes(name: str, config: RunConfig) -> str:
-    """Say with how many processes a stage runs, and for training how the global batch comes about."""
-    actors, workers = config.actors, config.workers
-    if name == "pool":
-        return "tasks"
-    if name in ("dpo", "sft"):
-        stage = config.dpo if name == "dpo" else config.sft
+def _processes(step: Step, config: RunConfig) -> str:
+    """Say with how many processes a step runs, and for training how the global batch comes about."""
+    actors, workers, what = config.actors, config.workers, step.stage.need(config).what
+    if what == "tasks":
+        return what
+    if what == "workers":
+        global_batch = getattr(config, step.stage.section).global_batch
         return (
             f"{workers.num_workers} workers of {workers.num_cpus:g} CPU, {workers.num_gpus:g} GPU"
             f"{_selected(workers.label_selector)}, "
-            f"ZeRO {workers.zero_stage}, {config.tuning.method}, global batch {stage.global_batch} = "
-            f"{workers.num_workers} x {workers.micro_batch} x {accumulation_steps(stage.global_batch, workers)} steps"
+            f"ZeRO {workers.zero_stage}, {config.tuning.method}, global batch {global_batch} = "
+            f"{workers.num_workers} x {workers.micro_batch} x {accumulation_steps(global_batch, workers)} steps"
         )
     parallel = f", tensor parallel {actors.num_gpus:g}" if config.model.engine == "vllm" and actors.num_gpus > 1 else ""
     least = f"{actors.min_actors} to " if actors.min_actors else ""
     return (
-        f"{least}{actors.num_actors} actors of {actors.num_cpus:g} CPU, {actors.num_gpus:g} GPU"
+        f"{least}{actors.num_actors} actors of {actors.num_cpus:g} CPU, {step.stage.need(config).each['GPU']:g} GPU"
         f"{parallel}{_selected(actors.label_selector)}, batch {actors.batch_size}"
     )
 

@@ -1,8 +1,9 @@
-"""Named runs. A recipe is a function that returns a complete configuration; its docstring says what it costs."""
+"""Named runs: a recipe returns a configuration, and the steps that follow from it; its docstring says what it costs."""
 
 from collections.abc import Callable
 
 from stic_ray.core.config import (
+    MISSING,
     ActorsConfig,
     DPOConfig,
     EvaluationConfig,
@@ -16,16 +17,38 @@ from stic_ray.core.config import (
     WorkersConfig,
 )
 from stic_ray.core.errors import ConfigError, nearest
+from stic_ray.core.rundir import RunDir
+from stic_ray.core.steps import BASE, Recipe, Step
+from stic_ray.stages.dpo import DPO
+from stic_ray.stages.evaluation import EVALUATION
+from stic_ray.stages.infusion import INFUSION
+from stic_ray.stages.pool import POOL
+from stic_ray.stages.preferences import PREFERENCES
+from stic_ray.stages.sft import SFT
 
 
-def demo() -> RunConfig:
+def stic(config: RunConfig) -> tuple[Step, ...]:
+    """Return the steps of STIC: describe well and badly, prefer, infuse a little instruction data, fine-tune, score."""
+    pairs = RunDir.of(config.dpo.pairs).uri if config.dpo.pairs else "preferences"
+    start = {"model": "dpo"} if config.sft.start == "dpo" else {}
+    return (
+        Step(POOL),
+        Step(PREFERENCES, inputs={"index": "pool"}),
+        Step(DPO, inputs={"pairs": pairs}),
+        Step(INFUSION, inputs=start if config.infusion.describe else {}),
+        Step(SFT, inputs={**start, "rows": "infusion"}),
+        Step(EVALUATION, inputs={model: model for model in config.evaluation.models if model != BASE}),
+    )
+
+
+def demo() -> Recipe:
     """Run every stage on the toy world, where self-training can be seen to work: minutes on 2 CPU cores, no download.
 
     1,000 drawn pictures and a tiny model whose captions leave objects out and add what is not there. The settings were
     chosen on the toy world's tuning scenes (docs/results/toyworld.md). Answers that reach the token limit are
     kept, which an untrained model of yours may need.
     """
-    return RunConfig(
+    config = RunConfig(
         name="demo",
         pool=PoolConfig(shard_size=128),
         preferences=PreferencesConfig(temperature=0.2, max_new_tokens=64, allow_truncated=True),
@@ -37,35 +60,55 @@ def demo() -> RunConfig:
         actors=ActorsConfig(num_actors=2, batch_size=128),
         workers=WorkersConfig(num_workers=2, micro_batch=4, save_every_steps=50),
     )
+    return Recipe(config, stic)
 
 
-def llava16_7b() -> RunConfig:
+def any_model() -> Recipe:
+    """Run STIC on a model, images and instruction data of your own, on one GPU unless you ask for more.
+
+    The published settings of STIC (docs/method.md), with nothing of the toy world: give model.path, pool.source,
+    infusion.source and evaluation.benchmarks with --set, and actors.* and workers.* for the GPUs that you have.
+    """
+    config = RunConfig(
+        name="any_model",
+        model=ModelConfig(path=MISSING),
+        pool=PoolConfig(source=MISSING),
+        infusion=InfusionConfig(source=MISSING),
+        evaluation=EvaluationConfig(benchmarks=(MISSING,)),
+        actors=ActorsConfig(num_gpus=1, num_cpus=2, batch_size=16, timeout_s=1800),
+        workers=WorkersConfig(num_gpus=1, num_cpus=2, gradient_checkpointing=True),
+    )
+    return Recipe(config, stic)
+
+
+def llava16_7b() -> Recipe:
     """Run STIC's published settings for LLaVA-v1.6-Mistral-7B on a GPU cluster (docs/method.md).
 
     6,000 images and 5,000 instruction rows, 8 generation actors and 4 training workers with one 80 GB GPU each.
     Give pool.source, infusion.source and evaluation.benchmarks with --set.
     """
-    return RunConfig(
+    config = RunConfig(
         name="llava16_7b",
         seed=42,
         model=ModelConfig(path="llava-hf/llava-v1.6-mistral-7b-hf", dtype="bfloat16"),
-        pool=PoolConfig(source="images"),
+        pool=PoolConfig(source=MISSING),
         preferences=PreferencesConfig(num_images=6000, temperature=0.2, max_new_tokens=1024),
         tuning=TuningConfig(method="lora", lora_rank=128, lora_alpha=256, lora_dropout=0.05),
         dpo=DPOConfig(learning_rate=1e-7, global_batch=8, beta=0.1, alpha=1 / 1024),
-        infusion=InfusionConfig(source="instructions.json", num_rows=5000, temperature=0.2, max_new_tokens=1024),
+        infusion=InfusionConfig(source=MISSING, num_rows=5000, temperature=0.2, max_new_tokens=1024),
         sft=SFTConfig(learning_rate=2e-5, global_batch=32),
-        evaluation=EvaluationConfig(benchmarks=("benchmark.jsonl",)),
+        evaluation=EvaluationConfig(benchmarks=(MISSING,)),
         actors=ActorsConfig(num_actors=8, num_gpus=1, num_cpus=4, batch_size=64, batch_tokens=65_536, timeout_s=1800),
         workers=WorkersConfig(num_workers=4, num_gpus=1, num_cpus=4, zero_stage=2, gradient_checkpointing=True),
     )
+    return Recipe(config, stic)
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {"demo": demo, "llava16_7b": llava16_7b}
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "any_model": any_model, "llava16_7b": llava16_7b}
 
 
-def recipe(name: str) -> RunConfig:
-    """Return the configuration of a recipe. Raises ConfigError naming the valid ones."""
+def recipe(name: str) -> Recipe:
+    """Return a recipe. Raises ConfigError naming the valid ones."""
     if name not in RECIPES:
         raise ConfigError(f"Unknown recipe '{name}'.{nearest(name, RECIPES)} Valid: {', '.join(RECIPES)}.")
     return RECIPES[name]()

@@ -2,65 +2,64 @@
 
 import re
 import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from stic_ray.core import history, lease
 from stic_ray.core.errors import RunError
-from stic_ray.core.rundir import ATTEMPTS_FAMILY, STARTED, RunDir
-from stic_ray.pipeline import STAGES
+from stic_ray.core.rundir import STARTED, RunDir
+from stic_ray.core.steps import CONFIG, read_record
 from stic_ray.report.formats import duration, number
-from stic_ray.stages.extents import index_shards
 
 _TRAINING = "training"
 """Folder of Ray Train's checkpoints while a training is not finished."""
 
 
 def run_status(run: RunDir) -> list[str]:
-    """Return a line per stage: finished and with what, under way and how far, or not begun.
+    """Return a line per step: finished and with what, under way and how far, or not begun; and who holds the run.
 
     Raises RunError when there is no run.
     """
-    record = run.location / "config.yaml"
-    if not record.exists():
-        raise RunError(f"No run at '{run.uri}': it has no config.yaml.")
-    config = yaml.safe_load(record.read())["config"]
-    return [f"{stage.name:<12} {_stage(run / stage.name, stage.name, run, config)}" for stage in STAGES]
+    record = read_record(run)
+    if not record.steps:
+        raise RunError(f"No run at '{run.uri}': it has no {CONFIG}.")
+    lines = [f"{step['name']:<12} {_step(run / step['name'], step)}" for step in record.steps]
+    if holder := lease.holder(run):
+        seen = duration(max(0.0, time.time() - holder["seen_at"]))
+        lines.append(f"held by process {holder['pid']} on {holder['host']}, last sign of life {seen} ago")
+    return lines
 
 
-def _stage(stage: RunDir, name: str, run: RunDir, config: dict[str, Any]) -> str:
-    if manifest := stage.manifest:
+def _step(output: RunDir, step: Mapping[str, Any]) -> str:
+    attempts = history.read_attempts(output)
+    took = history.totals(attempts, time.time())
+    times = f" in {took.num_attempts} attempts" if took.num_attempts > 1 else ""
+    if manifest := output.manifest:
         counts = ", ".join(f"{number(manifest[f'num_rows_{what}'])} {what}" for what in ("in", "written", "rejected"))
         reasons = ", ".join(f"{reason} {number(count)}" for reason, count in manifest["rejected_by_reason"].items())
-        took = f"{manifest['finished_at']} after {duration(manifest['seconds'])}"
-        return f"finished    {counts}{f' ({reasons})' if reasons else ''}; {took}"
-    if stage.read_json(STARTED) is None:
+        finished = f"{manifest['finished_at']} after {duration(manifest['seconds'])}{times}"
+        return f"finished    {counts}{f' ({reasons})' if reasons else ''}; {finished}"
+    if output.read_json(STARTED) is None:
         return "not begun"
-    files = stage.location.files()
+    files = output.location.files()
     age_s = time.time() - max(file.mtime_ns for file in files) / 1e9
-    return f"begun       {_progress(stage, name, run, config)}; last file {duration(max(0.0, age_s))} ago"
+    progress = _checkpoints(output) if step["processes"] == "workers" else _shards(output)
+    ended = f"; ended with {attempts[-1]['ended']}" if attempts and attempts[-1]["ended"] else ""
+    return f"begun       {progress}; last file {duration(max(0.0, age_s))} ago{times}{ended}"
 
 
-def _progress(stage: RunDir, name: str, run: RunDir, config: dict[str, Any]) -> str:
-    """Say how many shards are there, or checkpoints, of a stage that is not finished."""
-    if name in ("dpo", "sft"):
-        found = [file.path for file in (stage.location / _TRAINING).below(recursive=True)]
-        names = {match[0] for path in found if (match := re.search(r"checkpoint_\S+?(?=/|$)", path))}
-        return f"last checkpoint {max(names)}" if names else "no checkpoint yet"
-    families = [re.match(r"(.+)-\d{6,}\.(?:parquet|json)$", file.base_name) for file in stage.location.files()]
-    counts: dict[str, int] = {}
-    for family in (match[1] for match in families if match):
-        counts[family] = counts.get(family, 0) + 1
-    num_open = counts.pop(ATTEMPTS_FAMILY, 0)
-    total = _num_shards(run, config) if name == "preferences" else None
-    done = counts.get("pairs", 0) + counts.get("empty-pairs", 0)
-    shards = f"{done} of {total} shards" if total else ", ".join(f"{n} {family}" for family, n in counts.items())
-    return f"{shards or 'no shard yet'}, {num_open} at work or cut off"
+def _checkpoints(output: RunDir) -> str:
+    found = [file.path for file in (output.location / _TRAINING).below(recursive=True)]
+    names = {match[0] for path in found if (match := re.search(r"checkpoint_\S+?(?=/|$)", path))}
+    return f"last checkpoint {max(names)}" if names else "no checkpoint yet"
 
 
-def _num_shards(run: RunDir, config: dict[str, Any]) -> int | None:
-    """Return how many shards the pool cuts the images of `preferences` into, or None while there is no pool."""
-    pool = run / "pool"
-    if pool.manifest is None:
-        return None
-    return len(index_shards(pool, config["pool"]["shard_size"], config["preferences"]["num_images"]))
+def _shards(output: RunDir) -> str:
+    """Say how many shards are finished, of how many where that is known."""
+    names = [re.match(r"(.+)-\d{6,}\.(?:parquet|json)$", file.base_name) for file in output.location.files()]
+    counts = Counter(name[1] for name in names if name)
+    num_open, num_done = counts.pop("attempts", 0), counts.pop("shard", 0)
+    total = sum((output.read_json(STARTED) or {}).get("num_shards", {}).values())
+    shards = f"{num_done} of {total} shards" if total else f"{num_done} shards"
+    return f"{shards}, {num_open} at work or cut off"

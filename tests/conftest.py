@@ -33,7 +33,7 @@ def ray_session() -> Iterator[None]:
     from stic_ray.recipes import demo
     from stic_ray.stages import cluster
 
-    environment = cluster.process_environment(demo())
+    environment = cluster.process_environment(demo().config)
     os.environ.update(environment)
     resources = {"num_cpus": 6, "num_gpus": 2}
     runtime = {"env_vars": environment}

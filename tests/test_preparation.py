@@ -8,17 +8,18 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, SourceError
 from stic_ray.core.overrides import apply_values
 from stic_ray.core.rundir import RunDir
-from stic_ray.preparation import make_toyworld, resolve
+from stic_ray.preparation import resolve
 from stic_ray.recipes import demo
 from stic_ray.toyworld.assets import BENCHMARKS
 from stic_ray.toyworld.lessons import PROMPTS_FILE
 from stic_ray.toyworld.model import WEIGHTS
+from stic_ray.toyworld.sources import make_toyworld
 
 SMALL = {"toyworld.num_pictures": 3, "toyworld.num_instructions": 2, "toyworld.num_scenes": 2}
 
 
 def config(**settings: object) -> RunConfig:
-    return apply_values(demo(), {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}})
+    return apply_values(demo().config, {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}})
 
 
 def test_toyworld_is_a_place_for_each_stage_and_the_shipped_model(tmp_path: Path) -> None:
@@ -47,19 +48,19 @@ def test_one_benchmark_can_be_named_beside_files(tmp_path: Path) -> None:
 
 def test_only_what_the_stages_read_is_made(tmp_path: Path) -> None:
     run = RunDir.of(str(tmp_path))
-    make_toyworld(["preferences", "dpo"], config(), run)
+    make_toyworld([], config(), run)
     assert not list(tmp_path.iterdir())
-    make_toyworld(["evaluation"], config(evaluation__benchmarks=["toyworld:toy_questions"]), run)
+    make_toyworld(["evaluation.benchmarks"], config(evaluation__benchmarks=["toyworld:toy_questions"]), run)
     assert [path.name for path in (tmp_path / "toyworld").iterdir()] == ["benchmarks-test-2"]
-    make_toyworld(["pool", "infusion"], config(pool__source="photos"), run)
+    make_toyworld(["pool.source", "infusion.source"], config(pool__source="photos"), run)
     assert sorted(path.name for path in (tmp_path / "toyworld").iterdir()) == [
         "benchmarks-test-2",
         "instructions-seed0-2",
     ]
-    make_toyworld(["pool"], config(), run)
+    make_toyworld(["pool.source"], config(), run)
     assert len(list((tmp_path / "toyworld" / "pictures-seed0-3").rglob("*.jpg"))) == 3
 
 
 def test_a_run_in_an_object_store_cannot_hold_the_toy_world() -> None:
     with pytest.raises(SourceError, match="local --run"):
-        make_toyworld(["pool"], config(), RunDir.of("s3://bucket/run?region=us-east-1"))
+        make_toyworld(["pool.source"], config(), RunDir.of("s3://bucket/run?region=us-east-1"))

@@ -1,7 +1,6 @@
 """What a run directory says of how far it is."""
 
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -11,13 +10,15 @@ from stic_ray import cli
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import STARTED, RunDir, row_counts
 from stic_ray.recipes import recipe
+from stic_ray.stages.extents import index_shards
 from stic_ray.status import run_status
 
 
 def begun(folder: Path) -> RunDir:
     """A run whose pool has 1,000 images, in shards of 128 in the demo."""
-    run = RunDir.of(str(folder))
-    run.write_text("config.yaml", yaml.safe_dump({"config": recipe("demo").model_dump(mode="json")}))
+    run, config = RunDir.of(str(folder)), recipe("demo").config
+    steps = [step.record(config) for step in recipe("demo").steps(config)]
+    run.write_text("config.yaml", yaml.safe_dump({"config": config.model_dump(mode="json"), "steps": steps}))
     counts = row_counts(1010, 1000, {"duplicate": 10})
     extents = [{"first_shard": 0, "first_position": 0, "num_rows": 1000}]
     (run / "pool").write_manifest({"stage": "pool", "seconds": 4.0, "extents": extents, **counts})
@@ -41,22 +42,19 @@ def test_each_stage_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_shards_that_are_there_are_counted(tmp_path: Path) -> None:
     run = begun(tmp_path)
     stage, rows = run / "preferences", pa.table({"a": [1]})
-    stage.write_json(STARTED, {})
+    stage.write_json(STARTED, {"num_shards": {"pairs": 8}})
     assert "0 of 8 shards" in line(run, "preferences")
-    for family, number in (("pairs", 0), ("empty-pairs", 2), ("rejected", 0)):
+    for family, number in (("pairs", 0), ("rejected", 0)):
         stage.write_shard(family, number, rows, rows.schema)
+    for number in (0, 2):
+        stage.write_json(f"shard-{number:06d}.json", {})
     stage.write_json("attempts-000001.json", {})
     assert "begun       2 of 8 shards, 1 at work or cut off; last file" in line(run, "preferences")
 
 
-@pytest.mark.parametrize(("images", "shards"), [(None, "8"), (129, "2"), (128, "1")])
-def test_only_the_images_that_are_asked_for_count(images: int | None, shards: str, tmp_path: Path) -> None:
-    run = begun(tmp_path)
-    config: dict[str, Any] = yaml.safe_load((run.location / "config.yaml").read())
-    config["config"]["preferences"]["num_images"] = images
-    run.write_text("config.yaml", yaml.safe_dump(config))
-    (run / "preferences").write_json(STARTED, {})
-    assert f"of {shards} shards" in line(run, "preferences")
+@pytest.mark.parametrize(("images", "num_shards"), [(None, 8), (129, 2), (128, 1)])
+def test_only_the_images_that_are_asked_for_count(images: int | None, num_shards: int, tmp_path: Path) -> None:
+    assert len(index_shards(begun(tmp_path) / "pool", 128, images)) == num_shards
 
 
 def test_a_training_tells_its_last_checkpoint(tmp_path: Path) -> None:

@@ -4,25 +4,41 @@ A section says *what* is computed and belongs to the identity of the stages that
 `actors`, `workers` and `cluster` say *with what* it is computed, `estimate` what that is expected to cost.
 """
 
-from typing import Annotated, Literal, get_args
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stic_ray.core.cost import EstimateConfig
 from stic_ray.core.resources import ActorsConfig, ClusterConfig, WorkersConfig
-from stic_ray.core.section import Count, NotNegative, Positive, Section, Share
+from stic_ray.core.section import Count, NotNegative, Section, Share
+from stic_ray.core.training import ONLY_LANGUAGE, DPOConfig, SFTConfig, TuningConfig
 
-ScoredModel = Literal["base", "dpo", "sft"]
 AnswerMode = Literal["direct", "describe_and_respond"]
-Part = Literal["vision_tower", "projector", "language_model"]
-ONLY_LANGUAGE: frozenset[Part] = frozenset({"language_model"})
 Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
 
 MAY_CHANGE = ("actors", "workers", "cluster", "estimate")
 """Sections that may change between two invocations of the same run."""
 
+IMAGE_SETTINGS = ("pool.shard_size", "pool.min_side_px", "pool.max_image_pixels", "pool.max_aspect_ratio")
+"""Settings of the pool that also hold for images of instruction data and benchmarks."""
+
 TOYWORLD = "toyworld"
 """Value of a source or a model path that stands for the pictures, data and model made on the spot."""
+
+
+TOY_SETTINGS = {
+    "pool.source": ("toyworld.num_pictures",),
+    "infusion.source": ("toyworld.num_instructions",),
+    "evaluation.benchmarks": ("toyworld.num_scenes", "toyworld.split"),
+}
+"""Fields that may name the toy world, and the settings that say what is made of it there."""
+
+
+MISSING = "???"
+"""Stands in a recipe where its user must say what to read."""
 
 
 def is_toy(source: str) -> bool:
@@ -95,84 +111,6 @@ class PreferencesConfig(Section):
     reference model, which pays where pairs are trained on more than once."""
 
 
-class TuningConfig(Section):
-    """Which weights `dpo` and `sft` train."""
-
-    method: Literal["lora", "qlora", "full"] = "lora"
-    """An adapter, an adapter on weights that are held in 4 bits (extra stic-ray[qlora]), or the weights themselves."""
-    lora_rank: Count = 128
-    lora_alpha: Count = 256
-    lora_dropout: Share = 0.05
-    freeze: tuple[Part, ...] | None = None
-    """Parts that stay as they are; an adapter has matrices in all linear layers of the others. When unset: the vision
-    tower, and with an adapter the projector too, unless it has a learning rate of its own."""
-    projector_learning_rate: Positive | None = None
-    """Train the projector whole, beside an adapter too, with this learning rate of its own."""
-
-    @property
-    def trained(self) -> frozenset[Part]:
-        """The parts that are trained."""
-        return frozenset(get_args(Part)) - self.frozen
-
-    @property
-    def frozen(self) -> frozenset[Part]:
-        """The parts that stay as they are."""
-        if self.freeze is not None:
-            return frozenset(self.freeze)
-        keeps_projector = self.method != "full" and self.projector_learning_rate is None
-        return frozenset({"vision_tower", "projector"} if keeps_projector else {"vision_tower"})
-
-    @model_validator(mode="after")
-    def _something_is_trained(self) -> "TuningConfig":
-        if not self.trained:
-            raise ValueError("freeze names all parts of the model and leaves nothing to train")
-        if self.projector_learning_rate is not None and "projector" in self.frozen:
-            raise ValueError("freeze names the projector, and projector_learning_rate trains it: leave one of them out")
-        return self
-
-
-class OptimisationConfig(Section):
-    """What `dpo` and `sft` share: AdamW, warm-up, and a schedule behind it."""
-
-    learning_rate: Positive
-    num_epochs: Count = 1
-    """Passes over the rows; unused where `num_steps` is set."""
-    num_steps: Count | None = None
-    """Stop after so many optimiser steps, repeating the rows as needed; `num_epochs` passes when unset."""
-    global_batch: Count
-    """Rows per optimiser step, over all workers and accumulation steps."""
-    warmup_share: Share = 0.03
-    """Share of the steps in which the learning rate rises from 0."""
-    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
-    """How the learning rate goes on behind the warm-up; cosine and linear end at 0."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    max_grad_norm: Positive = 1.0
-    max_length_tokens: Count = 4096
-    """Image, prompt and answer together; longer rows are rejected when they are written, never cut."""
-    num_held_out: NotNegative = 64
-    """Rows that are not trained on but evaluated along the way: the first so many of those with 1 in 16 hashes of the
-    id, so a pool that has grown holds out the same, and a small one at most about a sixteenth."""
-
-
-class DPOConfig(OptimisationConfig):
-    """Regularised DPO (STIC Algorithm 1), and its controls."""
-
-    learning_rate: Positive = 1e-7
-    global_batch: Count = 8
-    objective: Literal["paper", "released_code", "sft"] = "paper"
-    """`sft` is the control without dispreferred answers: likelihood of the preferred ones, mean over tokens."""
-    beta: Positive = 0.1
-    """Strength of the pull to the reference model; lambda in the paper. Unused by `objective=sft`."""
-    alpha: Annotated[float, Field(ge=0.0)] = 1 / 1024
-    """Weight of the summed log-probability of the preferred answer. Unused by `objective=sft`."""
-    pairs: str | None = None
-    """Folder with the pairs of another run, its `preferences`; this run's own when unset."""
-    num_images: Count | None = None
-    """Train on the pairs of the first so many images of the pool's order; all of them when unset."""
-    image: Literal["own", "blank", "shuffled"] = "own"
-    """`blank` (uniform grey of the same size) and `shuffled` (another pair's picture) are controls."""
-
-
 class InfusionConfig(Section):
     """Instruction data, and how it is described by the model that `sft` starts from (STIC Algorithm 2)."""
 
@@ -189,24 +127,14 @@ class InfusionConfig(Section):
     allow_truncated: bool = False
 
 
-class SFTConfig(OptimisationConfig):
-    """Likelihood fine-tuning on the infused rows."""
-
-    start: Literal["dpo", "base"] = "dpo"
-    """Which model it goes on from; the same one describes the images of the rows."""
-
-    learning_rate: Positive = 2e-5
-    global_batch: Count = 32
-
-
 class EvaluationConfig(Section):
     """Benchmarks, answered directly and by describe-and-respond, greedily."""
 
     benchmarks: Annotated[tuple[str, ...], Field(min_length=1)] = (TOYWORLD,)
     """JSONL or Parquet files in the format of docs/evaluation.md; `toyworld` is all of the toy world's, `toyworld:NAME`
     one of them."""
-    models: Annotated[tuple[ScoredModel, ...], Field(min_length=1)] = ("base", "dpo", "sft")
-    """Which models are scored; differences are to `base`, and unknown without it."""
+    models: Annotated[tuple[str, ...], Field(min_length=1)] = ("base", "dpo", "sft")
+    """Which models are scored: `base`, and the steps that leave one. Differences are to `base`, unknown without it."""
     modes: Annotated[tuple[AnswerMode, ...], Field(min_length=1)] = get_args(AnswerMode)
     """How they are asked; describing every image first is most of the work."""
     max_answer_tokens: Count = 128
@@ -217,12 +145,12 @@ class EvaluationConfig(Section):
 
     @field_validator("models", "modes")
     @classmethod
-    def _each_once_in_order(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    def _each_once_in_order(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         """Order changes no score, so it must not make another run either."""
         if len(set(names)) < len(names):
-            raise ValueError(f"name each of the {info.field_name} once")
-        known = ScoredModel if info.field_name == "models" else AnswerMode
-        return tuple(name for name in get_args(known) if name in names)
+            raise ValueError("name each of them once")
+        first = ("base", "direct")
+        return tuple(sorted(names, key=lambda name: (name not in first, name)))
 
 
 class ToyworldConfig(Section):
@@ -275,13 +203,29 @@ class RunConfig(Section):
             )
         return self
 
+    def flat(self) -> dict[str, Any]:
+        """Return all settings as "section.field" -> value in JSON's own types."""
+        flat: dict[str, Any] = {}
+        for key, value in self.model_dump(mode="json").items():
+            flat |= (
+                {f"{key}.{field}": inner for field, inner in value.items()} if isinstance(value, dict) else {key: value}
+            )
+        return flat
 
-def sources_of(stage: str, config: RunConfig) -> tuple[str, ...]:
-    """Return the sources from outside the run that a stage reads."""
-    sources = {
-        "pool": (config.pool.source,),
-        "dpo": (config.dpo.pairs,) if config.dpo.pairs else (),
-        "infusion": (config.infusion.source,),
-        "evaluation": config.evaluation.benchmarks,
-    }
-    return sources.get(stage, ())
+    def identifying(self) -> dict[str, Any]:
+        """Return `flat`, of files with prompts and templates a hash of their text: that counts, not where it is."""
+        flat = self.flat()
+        for key in ("prompts", "model.chat_template"):
+            if flat[key] and os.path.isfile(flat[key]):
+                flat[key] = hashlib.blake2b(Path(flat[key]).read_bytes(), digest_size=8).hexdigest()
+        return flat
+
+    def sources(self, name: str) -> tuple[str, ...]:
+        """Return what a field says that names one source or several; nothing when it is unset."""
+        section, field = name.split(".")
+        value = getattr(getattr(self, section), field)
+        return (value,) if isinstance(value, str) else tuple(value or ())
+
+    def toy_settings(self, name: str) -> tuple[str, ...]:
+        """Return the settings of the toy world that decide what is read where a field names it."""
+        return TOY_SETTINGS.get(name, ()) if any(map(is_toy, self.sources(name))) else ()

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from stic_ray.core.config import RunConfig
@@ -38,7 +38,7 @@ class Need:
         )
         what = self.what if self.num > 1 else self.what.removesuffix("s")
         beside = f", and {TASK_CPUS:g} CPU for tasks" if self.reads_with_tasks else ""
-        return f"{self.num} {what} of {told(self.each)}{where}{beside}"
+        return f"{self.num} {what} of {format_resources(self.each)}{where}{beside}"
 
 
 @dataclass(frozen=True)
@@ -60,52 +60,57 @@ class Machines:
 
     def __str__(self) -> str:
         grows = ", and may start others" if self.may_grow else ""
-        return f"{self.whose} has {machines_told(self.nodes)}{grows}"
+        return f"{self.whose} has {format_machines(self.nodes)}{grows}"
 
 
-def need_of(stage: str, config: RunConfig) -> Need:
-    """Return what a stage starts at once when it begins."""
-    if stage == "pool":
-        return Need("tasks", 1, {"CPU": 1.0})
-    if stage in ("dpo", "sft"):
-        workers = config.workers
-        each = {"CPU": workers.num_cpus, "GPU": workers.num_gpus}
-        if workers.accelerator_type:
-            each[f"{ACCELERATOR}{workers.accelerator_type}"] = _SHARE_OF_ACCELERATOR
-        selector, strategy = dict(workers.label_selector), workers.placement_strategy
-        return Need("workers", workers.num_workers, each, selector, placement_strategy=strategy)
+def tasks_need(config: RunConfig) -> Need:
+    """Return what a stage of tasks starts at once, at least."""
+    return Need("tasks", 1, {"CPU": 1.0})
+
+
+def actors_need(config: RunConfig) -> Need:
+    """Return what a stage that generates starts at once."""
     actors = config.actors
     each = {"CPU": actors.num_cpus, "GPU": actors.num_gpus}
     num = actors.min_actors or actors.num_actors
     return Need("actors", num, each, dict(actors.label_selector), reads_with_tasks=True)
 
 
-def lacks_of(config: RunConfig, stages: Collection[str], machines: Machines, num_runs: int = 1) -> dict[str, Need]:
-    """Return the needs, by stage, that do not fit on the machines that are there, for so many runs at once."""
-    needs = {stage: need_of(stage, config) for stage in stages}
-    needs = {stage: replace(need, num=need.num * num_runs) for stage, need in needs.items()}
-    return {stage: need for stage, need in needs.items() if num_places(need, machines.nodes) < need.num}
+def workers_need(config: RunConfig) -> Need:
+    """Return what a stage that trains starts at once."""
+    workers = config.workers
+    each = {"CPU": workers.num_cpus, "GPU": workers.num_gpus}
+    if workers.accelerator_type:
+        each[f"{ACCELERATOR}{workers.accelerator_type}"] = _SHARE_OF_ACCELERATOR
+    selector, strategy = dict(workers.label_selector), workers.placement_strategy
+    return Need("workers", workers.num_workers, each, selector, placement_strategy=strategy)
 
 
-def lacks_told(lacks: Mapping[str, Need], machines: Machines) -> str:
-    """Return the needs in words, equal ones together, with how many of the processes fit."""
-    stages: dict[str, list[str]] = {}
-    for stage, need in lacks.items():
-        stages.setdefault(f"{need}, and {num_places(need, machines.nodes)} fit", []).append(stage)
+def unplaced(needs: Mapping[str, Need], machines: Machines, num_runs: int = 1) -> dict[str, Need]:
+    """Return the needs, by step, that do not fit on the machines that are there, for so many runs at once."""
+    needs = {step: replace(need, num=need.num * num_runs) for step, need in needs.items()}
+    return {step: need for step, need in needs.items() if num_places(need, machines.nodes) < need.num}
+
+
+def format_unplaced(needs: Mapping[str, Need], machines: Machines) -> str:
+    """Return such needs in words, equal ones together, with how many of the processes fit."""
+    steps: dict[str, list[str]] = {}
+    for step, need in needs.items():
+        steps.setdefault(f"{need}, and {num_places(need, machines.nodes)} fit", []).append(step)
     return "; ".join(
-        f"{', '.join(names)} {'asks' if len(names) == 1 else 'ask'} for {t}" for t, names in stages.items()
+        f"{', '.join(names)} {'asks' if len(names) == 1 else 'ask'} for {words}" for words, names in steps.items()
     )
 
 
-def check_fits(config: RunConfig, stages: Collection[str], machines: Machines, num_runs: int = 1) -> None:
-    """Raise ConfigError when so many runs at once can never be in one of the stages on these machines."""
-    lacks = lacks_of(config, stages, machines, num_runs)
-    if not lacks or machines.may_grow:
+def check_fits(needs: Mapping[str, Need], machines: Machines, num_runs: int = 1) -> None:
+    """Raise ConfigError when so many runs at once can never have what one of the steps needs on these machines."""
+    missing = unplaced(needs, machines, num_runs)
+    if not missing or machines.may_grow:
         return
-    sections = sorted({need.what for need in lacks.values()} - {"tasks"})
+    sections = sorted({need.what for need in missing.values()} - {"tasks"})
     settings = [f"{name}.num_{name}, {name}.num_gpus or {name}.num_cpus" for name in sections]
     raise ConfigError(
-        f"{lacks_told(lacks, machines)}: {machines}. "
+        f"{format_unplaced(missing, machines)}: {machines}. "
         + (f"Lower {'; '.join(settings)}; or set" if settings else "Set")
         + " RAY_ADDRESS to a cluster that has them."
     )
@@ -138,20 +143,21 @@ def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     return True
 
 
-def told(resources: Mapping[str, float]) -> str:
+def format_resources(resources: Mapping[str, float]) -> str:
     """Return CPUs and GPUs in words; CPUs without end, which are not counted, are left out."""
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     kinds = [kind.removeprefix(ACCELERATOR) for kind in resources if kind.startswith(ACCELERATOR)]
-    gpus_told = f"{gpus:g} GPU" + (f" ({', '.join(kinds)})" if gpus and kinds else "")
+    gpus_in_words = f"{gpus:g} GPU" + (f" ({', '.join(kinds)})" if gpus and kinds else "")
     if math.isinf(cpus):
-        return gpus_told
-    return f"{cpus:g} CPU, {gpus_told}" if gpus else f"{cpus:g} CPU"
+        return gpus_in_words
+    return f"{cpus:g} CPU, {gpus_in_words}" if gpus else f"{cpus:g} CPU"
 
 
-def machines_told(nodes: Sequence[Node]) -> str:
+def format_machines(nodes: Sequence[Node]) -> str:
     """Return the machines in words, equal ones together; labels that Ray itself sets are left out."""
     kinds = Counter(
-        told(node.resources) + "".join(f" [{_pairs(own)}]" for own in [_own_labels(node)] if own) for node in nodes
+        format_resources(node.resources) + "".join(f" [{_pairs(own)}]" for own in [_own_labels(node)] if own)
+        for node in nodes
     )
     counted = "; ".join(f"{number} x {kind}" for kind, number in sorted(kinds.items()))
     return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}: {counted}" if nodes else "no node"

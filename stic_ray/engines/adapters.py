@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from stic_ray.core.config import ModelConfig, Part
+from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import ModelError
 from stic_ray.core.storage import Location
+from stic_ray.core.training import Part
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PART_NAMES: dict[Part, tuple[str, ...]] = {

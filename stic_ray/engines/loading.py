@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
-from stic_ray.core.config import ModelConfig, Part
+from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import ModelError
+from stic_ray.core.training import Part
 from stic_ray.engines.adapters import PART_NAMES, check_adapter_active, check_adapter_files, merge_adapter
 from stic_ray.engines.hub import explained, hub_arguments
 

@@ -7,26 +7,7 @@ arithmetic: 2 operations per parameter and token forward, 2 for the gradients of
 
 from dataclasses import dataclass
 
-BYTES_PER_WEIGHT = 2
-"""bfloat16."""
-BYTES_PER_TEXT_TOKEN = 4
-"""English; what an answer takes in a table."""
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What the costs of a model depend on."""
-
-    num_parameters: float
-    num_image_tokens: int
-    """Positions that an image takes in the prompt."""
-    cache_bytes_per_token: float
-    """Keys and values of one token over all layers."""
-
-    @property
-    def weight_bytes(self) -> float:
-        """Bytes of the weights in memory."""
-        return self.num_parameters * BYTES_PER_WEIGHT
+from stic_ray.core.workload import BYTES_PER_WEIGHT, ModelSize
 
 
 @dataclass(frozen=True)
@@ -58,21 +39,3 @@ def generation_s(
     step_bytes = model.weight_bytes + batch_size * context_tokens * model.cache_bytes_per_token
     step_s = max(step_bytes / speed.bandwidth, speed.step_floor_s)
     return reading_s + num_answer_tokens * step_s / batch_size
-
-
-def training_flops(
-    num_parameters: float, num_tokens: float, *, full: bool, checkpointing: bool, reference_pass: bool
-) -> float:
-    """Return the operations of training on so many tokens.
-
-    Per parameter and token: forward 2, backward through activations 2; `full` fine-tuning 2 for the gradients of the
-    weights, which LoRA has of its small matrices only; `checkpointing` 2 for a second forward pass; `reference_pass` 2
-    for the reference model of DPO. Full fine-tuning alone is the 6ND of Kaplan et al. (2020).
-    """
-    passes = 2 + full + checkpointing + reference_pass
-    return 2.0 * passes * num_parameters * num_tokens
-
-
-def pair_tokens(num_prompt_tokens: float, num_answer_tokens: float, *, shared_prefix: bool) -> float:
-    """Return the tokens of a preference pair as it is trained on: the prompt once, or once for each answer."""
-    return (1 if shared_prefix else 2) * num_prompt_tokens + 2 * num_answer_tokens

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from stic_ray.core.config import TOYWORLD, RunConfig
-from stic_ray.estimate.costs import ModelSize, cache_bytes_per_token
+from stic_ray.core.workload import ModelSize
+from stic_ray.estimate.costs import cache_bytes_per_token
 
 _TOY_WEIGHTS = Path(__file__).parents[1] / "toyworld" / "weights"
 _IMAGE_TOKENS = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from stic_ray.core.config import RunConfig
 from stic_ray.core.devices import find_device
 from stic_ray.estimate.model_size import model_size
-from stic_ray.estimate.stages import StageEstimate
+from stic_ray.estimate.steps import StageEstimate
 from stic_ray.report.formats import UNKNOWN, duration
 
 _COLUMNS = "{:<12} {:>9} {:>9} {:>9} {:>10} {:>9} {:>14}  {}"

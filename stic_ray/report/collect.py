@@ -5,19 +5,19 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import yaml
-
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import ESTIMATE, RunDir, read_shard
 from stic_ray.core.schemas import REJECTED
+from stic_ray.core.steps import read_record
 from stic_ray.core.storage import Location
 from stic_ray.report.curves import read_curves
 from stic_ray.report.formats import shortened
 from stic_ray.report.gallery import collect_gallery
 from stic_ray.report.scores import collect_scores, headline
 
-STAGES = ("pool", "preferences", "dpo", "infusion", "sft", "evaluation")
-TRAINING_STAGES = ("dpo", "sft")
+SCORES, PAIRS_FILES = "scores.json", "pairs-*.parquet"
+"""What steps write that the page has a section of its own for."""
+_FACTS = ("recipe", "overrides", "package_versions", "git_commit")
 
 MAX_REJECTED_SHARDS = 64
 """Shards of rejected rows that are searched for examples; the counts come from the manifests."""
@@ -26,9 +26,10 @@ MAX_EXAMPLES = 5
 
 _MAX_MESSAGE_CHARACTERS = 400
 _MANIFEST_KEYS = (
-    "stage",
     "finished_at",
     "seconds",
+    "num_attempts",
+    "gpu_hours",
     "num_rows_in",
     "num_rows_written",
     "num_rows_rejected",
@@ -46,30 +47,41 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
     """
     if not run.location.is_folder():
         raise RunError(f"No run at '{run.uri}'; start one with --run {run.uri}.")
-    setup = _setup(run)
-    config = setup["config"] or {}
-    manifests = {stage: (run / stage).manifest for stage in STAGES}
-    statuses = {stage: _status(run / stage, manifests[stage]) for stage in STAGES}
-    scores = collect_scores(run / "evaluation", config)
+    record = read_record(run)
+    steps = {step["name"]: step for step in record.steps}
+    manifests = {name: (run / name).manifest for name in steps}
+    statuses = {name: _status(run / name, manifests[name]) for name in steps}
+    scored = [name for name, step in steps.items() if step["writes"] == SCORES]
+    scores_status = next((statuses[name] for name in scored), "not run")
+    scores = collect_scores([run / name for name in scored], record.config, list(steps))
     finished = [manifest["finished_at"] for manifest in manifests.values() if manifest]
     report = {
-        "name": config.get("name") or run.location.name,
+        "name": record.config.get("name") or run.location.name,
         "uri": run.uri,
         "finished_at": max(finished, default=None),
-        "headline": headline(scores, statuses["evaluation"]),
-        "scores": {"status": statuses["evaluation"], **scores},
-        "stages": [_stage(stage, statuses[stage], manifests[stage] or {}) for stage in STAGES],
+        "headline": headline(scores, scores_status),
+        "scores": {"status": scores_status, **scores},
+        "stages": [_stage(step, statuses[name], manifests[name] or {}) for name, step in steps.items()],
         "estimates": _estimates(run.read_json(ESTIMATE) or {}, manifests),
-        "training": [_training(run / stage, stage, statuses[stage]) for stage in TRAINING_STAGES],
-        "rejected": [_rejected(run / stage, stage, statuses[stage], manifests[stage]) for stage in STAGES],
-        "setup": setup,
+        "training": [
+            _training(run / name, name, statuses[name])
+            for name, step in steps.items()
+            if step["processes"] == "workers"
+        ],
+        "rejected": [_rejected(run / name, name, statuses[name], manifests[name]) for name in steps],
+        "setup": {**dict.fromkeys(_FACTS), **record.facts, "config": dict(record.config) or None},
     }
-    gallery = {
-        "status": statuses["preferences"],
-        "num_pairs": (manifests["preferences"] or {}).get("num_rows_written"),
-        **collect_gallery(run / "preferences", num_gallery_pairs),
-    }
-    return {**_plain(report, hide_passwords=True), "gallery": _plain(gallery, hide_passwords=False)}
+    galleries = [
+        {
+            "stage": name,
+            "status": statuses[name],
+            "num_pairs": (manifests[name] or {}).get("num_rows_written"),
+            **collect_gallery(run / name, num_gallery_pairs),
+        }
+        for name, step in steps.items()
+        if step["writes"] == PAIRS_FILES
+    ]
+    return {**_plain(report, hide_passwords=True), "galleries": _plain(galleries, hide_passwords=False)}
 
 
 def _plain(value: Any, *, hide_passwords: bool) -> Any:
@@ -88,32 +100,18 @@ def _plain(value: Any, *, hide_passwords: bool) -> Any:
     return _PASSWORD.sub("***@", str(value)) if hide_passwords else str(value)
 
 
-def _setup(run: RunDir) -> dict[str, Any]:
-    """Return config.yaml with every key present; None for what was not recorded."""
-    keys = ("config", "recipe", "overrides", "package_versions", "git_commit")
-    location = run.location / "config.yaml"
-    if not location.exists():
-        return dict.fromkeys(keys)
-    try:
-        found = yaml.safe_load(location.read())
-    except yaml.YAMLError as error:
-        raise RunError(f"'{location.uri}' is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise RunError(f"'{location.uri}' must hold a mapping, found {type(found).__name__}.")
-    return {key: found.get(key) for key in keys}
-
-
 def _status(stage: RunDir, manifest: Mapping[str, Any] | None) -> str:
     if manifest is not None:
         return "finished"
     return "not finished" if stage.location.exists() else "not run"
 
 
-def _stage(name: str, status: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _stage(step: Mapping[str, Any], status: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     num_rows, seconds = manifest.get("num_rows_in"), manifest.get("seconds")
     return {
         **{key: manifest.get(key) for key in _MANIFEST_KEYS},
-        "stage": name,
+        "stage": step["name"],
+        "reads": list(dict.fromkeys(step["inputs"].values())),
         "status": status,
         "rows_per_second": num_rows / seconds if num_rows is not None and seconds else None,
         "details": {key: value for key, value in manifest.items() if key not in _MANIFEST_KEYS},
@@ -121,14 +119,14 @@ def _stage(name: str, status: str, manifest: Mapping[str, Any]) -> dict[str, Any
 
 
 def _estimates(recorded: Mapping[str, Any], manifests: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what finished stages were expected to take, beside what they took."""
+    """Return what finished steps were expected to take, beside what all attempts at them took."""
     rows = []
-    for stage in STAGES:
-        expected, manifest = recorded.get(stage), manifests[stage]
+    for stage, manifest in manifests.items():
+        expected = recorded.get(stage)
         if not expected or not manifest or expected["wall_s"] is None:
             continue
         seconds = {"expected": expected["wall_s"], "actual": manifest["seconds"]}
-        hours = {which: expected["num_gpus"] * value / 3600 for which, value in seconds.items()}
+        hours = {"expected": expected["num_gpus"] * expected["wall_s"] / 3600, "actual": manifest["gpu_hours"]}
         price = expected["price_per_gpu_hour"]
         money = {which: None if price is None else price * value for which, value in hours.items()}
         rows.append(

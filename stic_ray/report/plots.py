@@ -35,7 +35,35 @@ _SECONDS = Chart(
         ("seconds/optimizer", "optimiser"),
     ),
 )
-_OF_BOTH = (
+CHARTS = (
+    Chart("Loss", (("loss", "loss"), ("eval_loss", "held out"))),
+    Chart("Loss, DPO part", (("loss/dpo", "DPO part"), ("eval_loss/dpo", "held out"))),
+    Chart("Loss, regulariser", (("loss/regulariser", "regulariser"), ("eval_loss/regulariser", "held out"))),
+    Chart("Reward margin", (("rewards/margins", "margin"), ("eval_rewards/margins", "held out"))),
+    Chart(
+        "Reward accuracy",
+        (("rewards/accuracies", "accuracy"), ("eval_rewards/accuracies", "held out")),
+        limits=(-0.04, 1.04),
+    ),
+    Chart(
+        "Rewards",
+        (
+            ("rewards/chosen", "chosen"),
+            ("rewards/rejected", "rejected"),
+            ("eval_rewards/chosen", "chosen, held out"),
+            ("eval_rewards/rejected", "rejected, held out"),
+        ),
+    ),
+    Chart(
+        "Log-probabilities",
+        (
+            ("logps/chosen", "chosen"),
+            ("logps/rejected", "rejected"),
+            ("eval_logps/chosen", "chosen, held out"),
+            ("eval_logps/rejected", "rejected, held out"),
+        ),
+    ),
+    Chart("KL to the reference, per token", (("kl", "KL"), ("eval_kl", "held out"))),
     Chart("Gradient norm", (("grad_norm", "norm"),)),
     Chart("Learning rate", (("learning_rate", "rate"),)),
     _SECONDS,
@@ -43,40 +71,14 @@ _OF_BOTH = (
     Chart("Model FLOP utilisation", (("mfu", "MFU"),), limits=(0.0, 1.0)),
     Chart("Peak memory, GiB", (("peak_memory_gib", "GiB"),)),
 )
-TRAINING_CHARTS: dict[str, tuple[Chart, ...]] = {
-    "dpo": (
-        Chart("Loss", (("loss", "loss"), ("eval_loss", "held out"))),
-        Chart("Loss, DPO part", (("loss/dpo", "DPO part"), ("eval_loss/dpo", "held out"))),
-        Chart("Loss, regulariser", (("loss/regulariser", "regulariser"), ("eval_loss/regulariser", "held out"))),
-        Chart("Reward margin", (("rewards/margins", "margin"), ("eval_rewards/margins", "held out"))),
-        Chart(
-            "Reward accuracy",
-            (("rewards/accuracies", "accuracy"), ("eval_rewards/accuracies", "held out")),
-            limits=(-0.04, 1.04),
-        ),
-        Chart(
-            "Rewards",
-            (
-                ("rewards/chosen", "chosen"),
-                ("rewards/rejected", "rejected"),
-                ("eval_rewards/chosen", "chosen, held out"),
-                ("eval_rewards/rejected", "rejected, held out"),
-            ),
-        ),
-        Chart(
-            "Log-probabilities",
-            (
-                ("logps/chosen", "chosen"),
-                ("logps/rejected", "rejected"),
-                ("eval_logps/chosen", "chosen, held out"),
-                ("eval_logps/rejected", "rejected, held out"),
-            ),
-        ),
-        Chart("KL to the reference, per token", (("kl", "KL"), ("eval_kl", "held out"))),
-        *_OF_BOTH,
-    ),
-    "sft": (Chart("Loss", (("loss", "loss"), ("eval_loss", "held out"))), *_OF_BOTH),
-}
+"""Of every training; one without such metrics lacks the chart."""
+_OF_PREFERENCES = ("rewards/", "logps/", "loss/", "kl")
+
+
+def charts_of(curves: dict[str, Any]) -> list[Chart]:
+    """Return the charts of a training: those about preferences only where it has logged any such metric."""
+    has_preferences = any(key.startswith(_OF_PREFERENCES) for key in curves["metrics"])
+    return [each for each in CHARTS if has_preferences or not each.metrics[0][0].startswith(_OF_PREFERENCES)]
 
 
 def training_plot(stage: str, chart: Chart, curves: dict[str, Any]) -> str | None:

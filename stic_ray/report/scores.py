@@ -4,25 +4,30 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from stic_ray.core.config import AnswerMode, ScoredModel
+from stic_ray.core.config import AnswerMode
 from stic_ray.core.rundir import RunDir
+from stic_ray.core.steps import BASE
 from stic_ray.report.formats import label, percent, points
 
-MODELS = get_args(ScoredModel)
 MODES = get_args(AnswerMode)
 
 _SCORE_KEYS = ("score", "low", "high", "difference", "difference_low", "difference_high")
 
 
-def collect_scores(evaluation: RunDir, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a table for each benchmark and metric; models and modes in the pipeline's order, unknown ones behind."""
-    rows = evaluation.read_json("scores.json") or []
+def collect_scores(
+    evaluations: Sequence[RunDir], config: Mapping[str, Any], steps: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return a table for each benchmark and metric; models in the order of the steps that left them."""
+    rows = [row for each in evaluations for row in each.read_json("scores.json") or []]
+    models = _ordered([BASE, *steps], [row["model"] for row in rows])
     keys = list(dict.fromkeys((row["benchmark"], row["metric"]) for row in rows))
-    benchmarks = [_table(key, rows, is_alone=[name for name, _ in keys].count(key[0]) == 1) for key in keys]
+    benchmarks = [_table(key, rows, models, is_alone=[name for name, _ in keys].count(key[0]) == 1) for key in keys]
     return {"confidence": (config.get("evaluation") or {}).get("confidence"), "benchmarks": benchmarks}
 
 
-def _table(key: tuple[str, str], rows: Sequence[Mapping[str, Any]], *, is_alone: bool) -> dict[str, Any]:
+def _table(
+    key: tuple[str, str], rows: Sequence[Mapping[str, Any]], models: Sequence[str], *, is_alone: bool
+) -> dict[str, Any]:
     benchmark, metric = key
     own = [row for row in rows if (row["benchmark"], row["metric"]) == key]
     found = {(row["model"], row["mode"]): {**dict.fromkeys(_SCORE_KEYS), **row} for row in own}
@@ -36,7 +41,7 @@ def _table(key: tuple[str, str], rows: Sequence[Mapping[str, Any]], *, is_alone:
         "modes": modes,
         "models": [
             {"model": model, "cells": {mode: found.get((model, mode)) for mode in modes}}
-            for model in _ordered(MODELS, [row["model"] for row in own])
+            for model in _ordered(models, [row["model"] for row in own])
         ],
     }
 
@@ -49,7 +54,7 @@ def overview(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return all scores in one table, a column for each model and mode; None where one table shows them anyway."""
     if len(benchmarks) < 2:
         return None
-    models = _ordered(MODELS, [row["model"] for benchmark in benchmarks for row in benchmark["models"]])
+    models = list(dict.fromkeys(row["model"] for benchmark in benchmarks for row in benchmark["models"]))
     cells = [{row["model"]: row["cells"] for row in benchmark["models"]} for benchmark in benchmarks]
     columns = {
         model: _ordered(MODES, [mode for each in cells for mode, cell in each.get(model, {}).items() if cell])
@@ -81,7 +86,7 @@ def headline(scores: Mapping[str, Any], status: str) -> dict[str, Any]:
         {**cell, "title": benchmark["title"]}
         for benchmark in scores["benchmarks"]
         for model in benchmark["models"]
-        if model["model"] != "base"
+        if model["model"] != BASE
         for cell in model["cells"].values()
         if cell is not None and _is_known(cell["difference"])
     ]

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from stic_ray.core.rundir import RunDir
 from stic_ray.report import formats
 from stic_ray.report.collect import collect
-from stic_ray.report.plots import TRAINING_CHARTS, score_plot, training_plot
+from stic_ray.report.plots import charts_of, score_plot, training_plot
 from stic_ray.report.scores import overview, verdict
 
 _PICTURES = ("clean_image", "corrupted_image")
@@ -26,10 +26,15 @@ def write_report(run: RunDir) -> None:
 
 
 def without_pictures(report: dict[str, Any]) -> dict[str, Any]:
-    """Return what `collect` returned without the pictures of the gallery."""
-    gallery = report["gallery"]
-    items = [{key: value for key, value in item.items() if key not in _PICTURES} for item in gallery["items"]]
-    return {**report, "gallery": {**gallery, "items": items}}
+    """Return what `collect` returned without the pictures of the galleries."""
+    galleries = [
+        {
+            **gallery,
+            "items": [{key: value for key, value in item.items() if key not in _PICTURES} for item in gallery["items"]],
+        }
+        for gallery in report["galleries"]
+    ]
+    return {**report, "galleries": galleries}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -85,6 +90,6 @@ def _training_plots(report: dict[str, Any]) -> dict[str, list[tuple[str, Markup 
     plots = {}
     for training in report["training"]:
         stage, curves = training["stage"], training["curves"]
-        drawn = [(c.title, training_plot(stage, c, curves) if curves else None) for c in TRAINING_CHARTS[stage]]
+        drawn = [(chart.title, training_plot(stage, chart, curves)) for chart in charts_of(curves)] if curves else []
         plots[stage] = [(title, Markup(svg) if svg else None) for title, svg in drawn]
     return plots

@@ -4,9 +4,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.exceptions
@@ -14,8 +14,9 @@ from ray._private import state
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import ConfigError
-from stic_ray.core.placement import ACCELERATOR, Machines, Node, check_fits
+from stic_ray.core.errors import ConfigError, UserError
+from stic_ray.core.placement import ACCELERATOR, Machines, Need, Node, check_fits
+from stic_ray.engines.opening import check_engine
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +46,24 @@ def process_environment(config: RunConfig) -> dict[str, str]:
 
 
 @contextmanager
-def connected(config: RunConfig, stages: Collection[str] = ()) -> Iterator[None]:
+def connected(config: RunConfig, needs: Mapping[str, Need] | None = None) -> Iterator[None]:
     """Join the cluster at RAY_ADDRESS or start a Ray of our own on this machine, and leave it at the end.
 
     A Ray that this process is already connected to is used and left as it is. Raises ConfigError when this machine
-    lacks the GPUs that the stages ask for, which a cluster may get yet, and when RAY_ADDRESS cannot be joined.
+    lacks the GPUs that the `needs` of a step ask for, which a cluster may get yet, and when RAY_ADDRESS cannot be
+    joined.
     """
     if ray.is_initialized():
         yield
         return
     try:
-        _connect(config, stages)
+        _connect(config, needs or {})
         yield
     finally:
         ray.shutdown()
 
 
-def _connect(config: RunConfig, stages: Collection[str]) -> None:
+def _connect(config: RunConfig, needs: Mapping[str, Need]) -> None:
     options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": process_environment(config)}}
     if address := _cluster_address():
         _join(address, **options)
@@ -69,7 +71,27 @@ def _connect(config: RunConfig, stages: Collection[str]) -> None:
     # A run of one machine needs no dashboard.
     ray.init(address="local", num_cpus=_local_cpus(config), include_dashboard=False, **options)
     here = Node({**nodes()[0].resources, "CPU": math.inf})
-    check_fits(config, stages, Machines("this machine", [here]))
+    check_fits(needs, Machines("this machine", [here]))
+
+
+def is_local() -> bool:
+    """Whether this machine does the work, and no cluster."""
+    return _cluster_address() is None
+
+
+def check_model(config: RunConfig) -> None:
+    """Look whether the model of a step loads where its actors will be: in a task that holds what an actor holds.
+
+    The machine of the driver may lack the model, the engine and GPUs. Raises ModelError.
+    """
+    actors = config.actors
+    task = cast(Any, ray.remote(check_engine)).options(
+        num_cpus=0, num_gpus=actors.num_gpus, label_selector=dict(actors.label_selector) or None
+    )
+    try:
+        ray.get(task.remote(config.model))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, UserError) else error from None
 
 
 def machines(config: RunConfig) -> Machines:

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from stic_ray.core.config import EvaluationConfig, RunConfig
+from stic_ray.core.config import IMAGE_SETTINGS, EvaluationConfig, RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.outcomes import Rejected
+from stic_ray.core.placement import actors_need
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
 from stic_ray.core.schemas import PREDICTIONS, REJECTED, Reason
+from stic_ray.core.steps import BASE, Stage, StepRun
 from stic_ray.core.storage import Location
+from stic_ray.core.workload import SHORT_ANSWER_TOKENS, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import ImageLimits, decode
@@ -26,7 +29,9 @@ from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
 from stic_ray.stages.windows import Rows
 
 DIRECT = "direct"
-BASELINE = ("base", DIRECT)
+BASELINE = (BASE, DIRECT)
+_PREDICTION_BYTES = 400
+"""Of a row of the predictions."""
 
 
 def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | None]) -> dict[str, Any]:
@@ -216,3 +221,41 @@ def _tasks(questions: list[dict[str, Any]], size: int) -> list[ShardTask]:
         ShardTask(number, {"rows": questions[start : start + size]})
         for number, start in enumerate(range(0, len(questions), size))
     ]
+
+
+def _run(step: StepRun) -> dict[str, Any]:
+    """Score the base model where `evaluation.models` names it, and every model that the step reads."""
+    base = {BASE: step.model(BASE)} if BASE in step.config.evaluation.models else {}
+    return evaluate(step.config, step.output, {**base, **{name: step.model(name) for name in step.inputs}})
+
+
+def _check(step: StepRun) -> None:
+    read_benchmarks(step.config.evaluation.benchmarks)
+
+
+def _work(config: RunConfig, sizes: Sizes) -> Work | None:
+    if not sizes.num_questions:
+        return None
+    asked, evaluation = sizes.num_prompt_tokens, config.evaluation
+    short = min(SHORT_ANSWER_TOKENS, evaluation.max_answer_tokens)
+    described = min(sizes.num_answer_tokens, evaluation.max_description_tokens)
+    requests = ((1, asked, short),) if DIRECT in evaluation.modes else ()
+    if "describe_and_respond" in evaluation.modes:
+        requests += ((1, asked, described), (1, asked + described, short))
+    rows = sizes.num_questions * len(evaluation.models)
+    return Work(rows, requests, storage_bytes=rows * len(evaluation.modes) * _PREDICTION_BYTES)
+
+
+EVALUATION = Stage(
+    name="evaluation",
+    run=_run,
+    settings=("seed", "prompts", "model", "evaluation", *IMAGE_SETTINGS),
+    need=actors_need,
+    writes="scores.json",
+    section="evaluation",
+    reads=None,
+    sources=("evaluation.benchmarks",),
+    check=_check,
+    work=_work,
+    amount="num_questions",
+)

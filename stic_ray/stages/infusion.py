@@ -7,18 +7,22 @@ through to text-*.parquet, because TRL's collator has no place for an absent ima
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from stic_ray.core.config import InfusionConfig, RunConfig
+from stic_ray.core.config import IMAGE_SETTINGS, InfusionConfig, RunConfig
 from stic_ray.core.errors import ModelError, SourceError, nearest
 from stic_ray.core.outcomes import Rejected
+from stic_ray.core.placement import Need, actors_need
 from stic_ray.core.randomness import seed_for
-from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
+from stic_ray.core.rundir import REJECTED_FAMILY, row_counts
 from stic_ray.core.schemas import INFUSED, REJECTED, Reason
+from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
+from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling, TokenCounter
 from stic_ray.engines.opening import open_counter, open_engine
 from stic_ray.engines.watched import WatchedEngine
@@ -36,13 +40,12 @@ _ROWS = pa.schema(
 )
 
 
-def build_infusion(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Write infused, text-only and rejected shards below `run`/infusion and return the manifest's row accounts.
+def build_infusion(step: StepRun) -> dict[str, Any]:
+    """Write infused, text-only and rejected shards into the step's folder and return the manifest's row accounts.
 
     Raises SourceError when the source is missing or of another format, or when no row is left.
     """
-    output = run / "infusion"
-    checkpoint = (run / "dpo").location / "checkpoint" if config.sft.start == "dpo" else None
+    config, output = step.config, step.output
     rows = _sample(read_instructions(config.infusion), config)
     size = config.pool.shard_size
     tasks = [
@@ -50,14 +53,13 @@ def build_infusion(config: RunConfig, run: RunDir) -> dict[str, Any]:
         for number, start in enumerate(range(0, len(rows), size))
     ]
     job = ShardJob(
-        stage="infusion",
+        stage=step.name,
         output=output,
         families={REJECTED_FAMILY: REJECTED, "text": INFUSED, "rows": INFUSED},
         load=lambda task: load_records(task.payload["rows"], _ROWS),
-        make_worker=partial(Infuser, config, load_prompts(config.prompts), checkpoint),
+        make_worker=partial(Infuser, config, load_prompts(config.prompts), step.model()),
     )
-    # Without a model, a GPU would only be held.
-    actors = config.actors if config.infusion.describe else config.actors.model_copy(update={"num_gpus": 0.0})
+    actors = config.actors.model_copy(update={"num_gpus": _need(config).each["GPU"]})
     throughput = run_shards(job, tasks, actors)
     accounts = row_counts(len(rows), output.num_rows(["rows", "text"]), output.rejected_by_reason())
     if not accounts["num_rows_written"]:
@@ -196,3 +198,38 @@ def _sample(rows: list[dict[str, Any]], config: RunConfig) -> list[dict[str, Any
         return rows
     drawn = sorted(range(len(rows)), key=lambda number: seed_for(config.seed, str(number), "instructions"))
     return [rows[number] for number in sorted(drawn[:wanted])]
+
+
+def _need(config: RunConfig) -> Need:
+    """Return the actors; without a model a GPU would only be held."""
+    need = actors_need(config)
+    return need if config.infusion.describe else replace(need, each={**need.each, "GPU": 0.0})
+
+
+def _check(step: StepRun) -> None:
+    read_instructions(step.config.infusion)
+
+
+def _work(config: RunConfig, sizes: Sizes) -> Work | None:
+    if not sizes.num_instructions:
+        return None
+    writes = min(sizes.num_answer_tokens, config.infusion.max_new_tokens)
+    requests = ((1, sizes.num_prompt_tokens, writes),) if config.infusion.describe else ()
+    stored = sizes.image_bytes + BYTES_PER_TEXT_TOKEN * 2 * writes
+    return Work(sizes.num_instructions, requests, storage_bytes=sizes.num_instructions * stored)
+
+
+INFUSION = Stage(
+    name="infusion",
+    run=build_infusion,
+    settings=("seed", "prompts", "model", "infusion", "sft.max_length_tokens", *IMAGE_SETTINGS),
+    need=_need,
+    writes="rows-*.parquet",
+    section="infusion",
+    reads=("model",),
+    sources=("infusion.source",),
+    check=_check,
+    work=_work,
+    amount="num_instructions",
+    amount_in_manifest="num_rows_in",
+)

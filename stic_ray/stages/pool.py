@@ -16,9 +16,12 @@ import pyarrow as pa
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import SourceError
+from stic_ray.core.placement import tasks_need
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, row_counts, shard_name
 from stic_ray.core.schemas import REJECTED
+from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
+from stic_ray.core.workload import Sizes, Work
 from stic_ray.stages import listing
 from stic_ray.stages.listing import BUILDING
 from stic_ray.stages.near_duplicates import reject_near_duplicates
@@ -27,15 +30,17 @@ from stic_ray.stages.scanning import scan_parts
 from stic_ray.stages.tasks import map_tasks
 
 _FILES_PER_TASK = 64
+_INDEX_BYTES = 120
+"""Of a row of the index."""
 
 
-def build_pool(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Write index and rejected shards below `run`/pool and return the manifest's row accounts.
+def build_pool(step: StepRun) -> dict[str, Any]:
+    """Write index and rejected shards into the step's folder and return the manifest's row accounts.
 
     What a finished manifest accounts for stays as it is; images that are new in the source go behind it. Raises
     SourceError when the source is missing, empty, or holds no image that can be used.
     """
-    output = run / "pool"
+    config, output = step.config, step.output
     building, before = output / BUILDING, output.manifest or {"extents": [], "rejected_by_reason": {}}
     first_shard = sum(-(-extent["num_rows"] // config.pool.shard_size) for extent in before["extents"])
     parts = listing.read_parts(building)
@@ -130,3 +135,33 @@ def _nothing_to_use(source: str, reasons: Counter[str]) -> SourceError:
         return SourceError(f"pool.source='{source}' is empty: its tables and tar files hold no images.")
     told = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
     return SourceError(f"pool.source='{source}' holds no image that can be used: {told}.")
+
+
+def _check_source(step: StepRun) -> None:
+    source = step.config.pool.source
+    if not Location.of(source).exists():
+        raise SourceError(f"pool.source='{source}' does not exist.")
+
+
+def _work(config: RunConfig, sizes: Sizes) -> Work | None:
+    if not sizes.num_images:
+        return None
+    copied = sizes.image_bytes if config.pool.copy_compressed else 0
+    return Work(sizes.num_images, storage_bytes=sizes.num_images * (_INDEX_BYTES + copied))
+
+
+POOL = Stage(
+    name="pool",
+    run=build_pool,
+    settings=("seed", "pool"),
+    need=tasks_need,
+    writes="index-*.parquet",
+    section="pool",
+    sources=("pool.source",),
+    check=_check_source,
+    loads_model=lambda config: False,
+    work=_work,
+    amount="num_images",
+    amount_in_manifest="num_rows_written",
+    grows=True,
+)

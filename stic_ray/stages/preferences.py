@@ -8,12 +8,15 @@ import pyarrow as pa
 from PIL import Image
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import SourceError
+from stic_ray.core.errors import ConfigError, SourceError
 from stic_ray.core.outcomes import Rejected
+from stic_ray.core.placement import actors_need
 from stic_ray.core.randomness import seed_for
-from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, row_counts
+from stic_ray.core.rundir import REJECTED_FAMILY, read_shard, row_counts
 from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, Reason
+from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
+from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_tokens
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import decode_for_storage
@@ -33,21 +36,21 @@ from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
 from stic_ray.stages.windows import Rows
 
 
-def build_preferences(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Write pairs and rejected shards below `run`/preferences and return the manifest's row accounts.
+def build_preferences(step: StepRun) -> dict[str, Any]:
+    """Write pairs and rejected shards into the step's folder and return the manifest's row accounts.
 
     Raises SourceError when not one pair is left.
     """
-    pool, output = run / "pool", run / "preferences"
-    shards = index_shards(pool, config.pool.shard_size, config.preferences.num_images)
+    config, output = step.config, step.output
+    shards = index_shards(step.inputs["index"], config.pool.shard_size, config.preferences.num_images)
     num_images = sum(shard.num_rows for shard in shards)
     tasks = [ShardTask(s.number, {"index": s.location.uri, "num_rows": s.num_rows}) for s in shards]
     job = ShardJob(
-        stage="preferences",
+        stage=step.name,
         output=output,
         families={REJECTED_FAMILY: REJECTED, "pairs": PAIRS},
         load=lambda task: _load_shard(task, config.pool.image_column),
-        make_worker=partial(PairMaker, config, load_prompts(config.prompts)),
+        make_worker=partial(PairMaker, config, load_prompts(config.prompts), step.model()),
     )
     throughput = run_shards(job, tasks, config.actors)
     accounts = row_counts(num_images, output.num_rows(["pairs"]), output.rejected_by_reason())
@@ -74,11 +77,11 @@ class _Candidate:
 class PairMaker:
     """Makes the pairs of a window; owns the model."""
 
-    def __init__(self, config: RunConfig, prompts: PromptSet) -> None:
-        """Load the base model of the run."""
+    def __init__(self, config: RunConfig, prompts: PromptSet, checkpoint: Location | None = None) -> None:
+        """Load the base model of the run, or what a training step left in `checkpoint`."""
         self.config = config
         self.prompts = prompts
-        self.engine = open_engine(config.model, config.actors)
+        self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
         self.sampling = Sampling(
             config.preferences.max_new_tokens, config.preferences.temperature, config.preferences.top_p
         )
@@ -177,3 +180,39 @@ def _text_of(answer: Answer) -> AnswerText:
 def _load_shard(task: ShardTask, image_column: str) -> pa.Table:
     index = read_shard(Location.of(task.payload["index"]), INDEX).slice(0, task.payload["num_rows"])
     return with_images(index, fetch_indexed(index.to_pylist(), image_column))
+
+
+def _check(step: StepRun) -> None:
+    model = step.config.model
+    if step.config.preferences.reference_logps and model.engine != "transformers":
+        raise ConfigError(
+            "preferences.reference_logps=true needs model.engine=transformers, which scores answers; "
+            f"model.engine={model.engine} does not."
+        )
+
+
+def _work(config: RunConfig, sizes: Sizes) -> Work | None:
+    if not sizes.num_images:
+        return None
+    reads, writes = 2 * sizes.num_prompt_tokens, min(sizes.num_answer_tokens, config.preferences.max_new_tokens)
+    if config.model.engine == "vllm":  # the image of both clean requests is computed once
+        reads -= config.preferences.hallucination_share * sizes.model.num_image_tokens
+    if config.preferences.reference_logps:
+        reads += pair_tokens(sizes.num_prompt_tokens, writes, shared_prefix=True)
+    stored = sizes.image_bytes + BYTES_PER_TEXT_TOKEN * 2 * writes
+    return Work(sizes.num_images, ((2, reads / 2, writes),), storage_bytes=sizes.num_images * stored)
+
+
+PREFERENCES = Stage(
+    name="preferences",
+    run=build_preferences,
+    settings=("seed", "prompts", "model", "preferences", "dpo.max_length_tokens", "pool.shard_size"),
+    need=actors_need,
+    writes="pairs-*.parquet",
+    section="preferences",
+    reads=("index", "model"),
+    check=_check,
+    work=_work,
+    amount="num_images",
+    grows=True,
+)

@@ -5,8 +5,6 @@ import time
 from collections import deque
 from typing import Any
 
-from ray.util.metrics import Counter, Gauge, Histogram
-
 from stic_ray.engines.watched import Work
 
 logger = logging.getLogger(__name__)
@@ -80,6 +78,8 @@ class ActorMetrics:
 
     def __init__(self, stage: str) -> None:
         """Register the metrics; Ray exports them as ray_stic_*."""
+        from ray.util.metrics import Counter, Gauge, Histogram  # only where something runs
+
         kinds = {"tag_keys": ("stage",)}
         self._rows = Counter("stic_rows", "Rows that shards were finished with", **kinds)
         self._tokens = Counter("stic_generated_tokens", "Tokens that the model generated", **kinds)

@@ -2,7 +2,8 @@
 
 Load (a task, near the storage) -> work (an actor pool, or tasks) -> publish (a task). A shard travels as one row
 that holds its tables as Arrow IPC bytes: Ray Data splits and merges blocks on the way, but never a row. Images
-travel encoded. The file of the main family is published last, so its presence says that the shard is done.
+travel encoded. The file of the main family is published last, so its presence says that the shard is done. Ray is
+imported where something runs: stages are read on machines without it.
 """
 
 import json
@@ -12,13 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import pyarrow as pa
-import ray
-import ray.exceptions
-from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from stic_ray.core.config import ActorsConfig
 from stic_ray.core.placement import TASK_CPUS
-from stic_ray.core.rundir import RunDir
+from stic_ray.core.rundir import STARTED, RunDir
 from stic_ray.engines.watched import Work
 from stic_ray.method.preferences import Rejection
 from stic_ray.stages.attempts import Attempts, attempts_name, loading
@@ -70,6 +68,8 @@ class _Actor:
     """Owns the worker of an actor; called for several rows of Ray Data at a time."""
 
     def __init__(self, job: ShardJob, actors: ActorsConfig) -> None:
+        import ray
+
         with loading(job.output, ray.get_runtime_context().get_actor_id() or "", actors.max_retries + 1):
             worker = job.make_worker()
         assert isinstance(worker, WindowWorker), f"{job.stage} has actors, but no WindowWorker"
@@ -96,12 +96,15 @@ def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig |
     UserError as the worker raised it, and StageError for any other failure: finished shards stay, and a rerun does
     the others.
     """
+    import ray.exceptions
+
     done = _finished(job)
     todo = [task for task in tasks if task.number not in done]
     if done:
         logger.info("%s: %d of %d shards are already there", job.stage, len(tasks) - len(todo), len(tasks))
     if not todo:
         return None
+    _record_num_shards(job, len(tasks))
     progress = Progress(job.stage, len(todo))
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # plans and paths; our own lines say how far a stage is
     dataset = _dataset(job, todo, actors)
@@ -119,6 +122,13 @@ def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig |
     return progress.summary()
 
 
+def _record_num_shards(job: ShardJob, num_shards: int) -> None:
+    """Leave the number of shards for whoever looks how far the stage is."""
+    started = job.output.read_json(STARTED) or {}
+    numbers = {**started.get("num_shards", {}), job.main_family: num_shards}
+    job.output.write_json(STARTED, {**started, "num_shards": numbers})
+
+
 def rejected_row(identity: str, path: str, rejection: Rejection) -> dict[str, Any]:
     """Return a row of the table `rejected`."""
     return {"image_id": identity, "path": path, "reason": rejection.reason, "message": rejection.message}
@@ -134,7 +144,10 @@ def _finished(job: ShardJob) -> set[int]:
     return job.output.shard_numbers(job.main_family) | job.output.shard_numbers(job.empty_family)
 
 
-def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | None) -> Dataset:
+def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | None) -> Any:
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
     context = DataContext.get_current()
     # Every second Ray Data would add up the memory of every task's process, 5 ms of CPU and more with a large model.
     context.memory_usage_poll_interval_s = None

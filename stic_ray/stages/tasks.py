@@ -3,9 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import ray
-import ray.exceptions
-
 from stic_ray.core.errors import StageError, UserError
 
 _IN_FLIGHT = 256
@@ -16,6 +13,9 @@ def map_tasks(what: str, function: Callable[..., Any], arguments: Sequence[tuple
 
     Calls may be made again when a worker dies. Raises UserError as a task raised it, StageError for anything else.
     """
+    import ray  # only where something runs: stages are read without it
+    import ray.exceptions
+
     task = cast(Any, ray.remote(function))  # Ray types functions of a known number of arguments only
     results: dict[int, Any] = {}
     running: dict[Any, int] = {}
@@ -36,5 +36,7 @@ def map_tasks(what: str, function: Callable[..., Any], arguments: Sequence[tuple
 
 
 def _take_one(running: dict[Any, int], results: dict[int, Any]) -> None:
+    import ray
+
     [ready], _ = ray.wait(list(running), num_returns=1)
     results[running.pop(ready)] = ray.get(ready)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import ray
 
 from stic_ray.core.errors import StageError
-from stic_ray.core.placement import TASK_CPUS, Need, machines_told, num_places
+from stic_ray.core.placement import TASK_CPUS, Need, format_machines, num_places
 from stic_ray.stages.cluster import nodes, own_processes
 
 logger = logging.getLogger(__name__)
@@ -66,14 +66,14 @@ class _Watch:
                 told_s = now_s
                 logger.info(
                     "%s: waits since %.0f s for %s: %s. The cluster has %s",
-                    *(self.stage, waited_s, self.need, lack, machines_told(nodes())),
+                    *(self.stage, waited_s, self.need, lack, format_machines(nodes())),
                 )
 
     def _give_up(self, lack: str) -> None:
         section = "" if self.need.what == "tasks" else f" or ask for less in {self.need.what}.*"
         self.gave_up = (
             f"{self.stage} waited {self.timeout_s:g} s (cluster.resource_timeout_s) for {self.need}: {lack}. The "
-            f"cluster has {machines_told(nodes())}. Start nodes that fit{section}, and run the same command again."
+            f"cluster has {format_machines(nodes())}. Start nodes that fit{section}, and run the same command again."
         )
         main = threading.main_thread().ident
         assert main is not None, "it has begun"

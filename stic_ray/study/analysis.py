@@ -9,8 +9,8 @@ import numpy as np
 
 from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.randomness import seed_for
+from stic_ray.core.steps import BASE
 from stic_ray.method.scaling import Curve, FitError, Floats, fit_curve, fit_curves
-from stic_ray.study.plan import BASE
 from stic_ray.study.processes import DONE
 from stic_ray.study.results import Cost, Result, Series
 from stic_ray.study.table import DIRECT, base_scores, differences, finite, interval
@@ -20,8 +20,6 @@ POINT = 0.01
 NUM_FITS = 400
 """Resamples behind the interval of a fit."""
 NUM_CURVE_POINTS = 60
-
-_MODELS = (BASE, "dpo", "sft")
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,7 @@ def _grouped(results: Sequence[Result]) -> dict[tuple[str, Series], dict[int, li
             seen = _Seen(result.run.seed, scores, apart, result.costs[series.model])
             groups.setdefault((result.run.variant, series), {}).setdefault(result.run.size, []).append(seen)
     variants = list(dict.fromkeys(result.run.variant for result in results))
+    models = list(dict.fromkeys(series.model for result in results for series in result.scores))
 
     def order(key: tuple[str, Series]) -> tuple[Any, ...]:
         variant, series = key
@@ -68,7 +67,7 @@ def _grouped(results: Sequence[Result]) -> dict[tuple[str, Series], dict[int, li
             series.benchmark,
             series.metric,
             variants.index(variant),
-            _MODELS.index(series.model),
+            models.index(series.model),
             series.mode != DIRECT,
         )
 

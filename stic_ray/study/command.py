@@ -12,8 +12,8 @@ from stic_ray import cli
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, StageError
 from stic_ray.core.rundir import RunDir
-from stic_ray.pipeline import STAGE_NAMES
 from stic_ray.plan import check_room, machines_for
+from stic_ray.recipes import stic
 from stic_ray.study.plan import Study, check_numbers, plan_study, read_variants
 from stic_ray.study.processes import DONE
 from stic_ray.study.record import Record, check_continues, read_record, write_record
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def scaling_study(description: str | None, arguments: Sequence[str] | None = None) -> None:
     """Run the pipeline over pool sizes, seeds and variants, as the command line says."""
     options = _parser(description).parse_args(arguments)
-    base, address, facts = cli.read_config(options)
+    base, _, address, facts = cli.read_config(options)
     home = RunDir.of(address)
     before = read_record(home)
     study = _planned(options, base, home, before)
@@ -75,7 +75,8 @@ def _check_parallel(parallel: int, config: RunConfig) -> None:
         raise ConfigError(f"--parallel {parallel} must be 1 or more.")
     if parallel > 1 and os.environ.get("RAY_ADDRESS"):
         # With less, runs would wait for each other's processes, or leave no CPU for anybody's tasks.
-        check_room(config, STAGE_NAMES, machines_for(config), num_runs=parallel)
+        steps = stic(config)
+        check_room(config, steps, [step.name for step in steps], machines_for(config), num_runs=parallel)
     elif parallel > 1 and (config.actors.num_gpus or config.workers.num_gpus):
         logger.warning("--parallel %d: each run starts a Ray of its own, and all of them use the same GPUs", parallel)
 

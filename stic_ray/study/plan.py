@@ -10,18 +10,34 @@ from stic_ray.core.config import AnswerMode, RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.overrides import apply_values, read_yaml
 from stic_ray.core.rundir import digest
-from stic_ray.pipeline import STAGES, identity
+from stic_ray.core.steps import BASE, Steps, identity, with_inputs
+from stic_ray.recipes import stic
 
-BASE = "base"
-"""The model that training starts from; in the table also the name of its rows' variant."""
 OWN_FIELDS = ("name", "seed", "preferences.num_images", "dpo.pairs", "dpo.num_images")
 """Fields that the study sets in every run."""
-SOURCE_STAGES = ("pool", "preferences", "evaluation")
 
 _USABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Variants = Mapping[str, Mapping[str, Any]]
 """Variant -> "section.field" -> value, or value by size."""
+
+
+def pair_steps(steps: Steps) -> set[str]:
+    """Return the names of the steps that make the pairs that a run trains on."""
+    makers = {step.inputs["pairs"] for step in steps if "pairs" in step.inputs}
+    return with_inputs(makers, steps) & {step.name for step in steps}
+
+
+def scoring_step(steps: Steps) -> str:
+    """Return the name of the step that scores models."""
+    return next(step.name for step in steps if step.stage.reads is None)
+
+
+_WHOLE = stic(RunConfig(name="any"))
+SCORING = scoring_step(_WHOLE)
+_PAIRS = next(step.inputs["pairs"] for step in _WHOLE if "pairs" in step.inputs)
+SOURCE_STEPS = tuple(step.name for step in _WHOLE if step.name in {*pair_steps(_WHOLE), SCORING})
+"""What a source makes: the pool, the pairs, and the scores of the base model."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ def plan_study(
                 config = _configured(base, variant, overrides, size, seed)
                 source = _source_of(config, pool_size, base.evaluation.modes)
                 sources.setdefault(source.name, source)
-                pairs = f"{uri}/{source.folder}/preferences"
+                pairs = f"{uri}/{source.folder}/{_PAIRS}"
                 cells.append(Cell(variant, size, seed, source.name, _cell_config(config, variant, size, seed, pairs)))
     return Study(pool_size, tuple(sizes), tuple(seeds), variants, tuple(sources.values()), tuple(cells))
 
@@ -165,7 +181,8 @@ def _source_of(config: RunConfig, pool_size: int, modes: tuple[AnswerMode, ...])
     """
     changes = {"preferences.num_images": pool_size, "evaluation.models": (BASE,), "evaluation.modes": modes}
     config = apply_values(config, {**changes, "dpo.pairs": None, "dpo.num_images": None})
-    settings = [identity(stage, config) for stage in STAGES if stage.name in ("pool", "preferences")]
+    steps = stic(config)
+    settings = [identity(step, config) for step in steps if step.name in pair_steps(steps)]
     name = f"seed{config.seed}-{digest(settings)[:8]}"
     return Source(name, config.seed, config.model_copy(update={"name": name}))
 

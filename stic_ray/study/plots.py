@@ -1,6 +1,7 @@
 """The plots of a study: score against pool size, a panel per mode, with fitted curves and the base model's band."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -21,7 +22,8 @@ from stic_ray.report.drawing import (
 )
 from stic_ray.report.formats import label, number, percent, visible
 
-_STYLES = {"dpo": (0, (4, 2)), "sft": "-"}
+_STYLES = ("-", (0, (4, 2)), ":")
+"""Of models, the last one first."""
 _WIDTH_INCHES = 8.8
 _HEIGHT_INCHES = 3.6
 _APART = 1.035
@@ -34,6 +36,7 @@ def growth_plot(title: str, base: Mapping[str, Any] | None, curves: Sequence[Map
     variants = list(dict.fromkeys(curve["variant"] for curve in curves))
     sizes = sorted({point["size"] for curve in curves for point in curve["points"]})
     lines = list(dict.fromkeys((curve["variant"], curve["model"]) for curve in curves))
+    dashes = dict(zip(reversed(list(dict.fromkeys(model for _, model in lines))), cycle(_STYLES)))
     figure = new_figure(_HEIGHT_INCHES + 0.2 * ((len(lines) + 3) // 4), _WIDTH_INCHES)
     first: Axes | None = None
     for i, mode in enumerate(modes):
@@ -42,9 +45,9 @@ def growth_plot(title: str, base: Mapping[str, Any] | None, curves: Sequence[Map
         _draw_base(axes, base)
         for curve in (curve for curve in curves if curve["mode"] == mode):
             place = lines.index((curve["variant"], curve["model"])) - (len(lines) - 1) / 2
-            _draw_curve(axes, curve, variants.index(curve["variant"]), _APART**place)
+            _draw_curve(axes, curve, variants.index(curve["variant"]), dashes[curve["model"]], _APART**place)
         _set_axes(axes, label(mode), sizes, is_first=i == 0)
-    handles = [_handle(variant, model, variants.index(variant)) for variant, model in lines]
+    handles = [_handle(variant, model, variants.index(variant), dashes[model]) for variant, model in lines]
     if base:
         handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (3, 3)), label="base, direct"))
     legend(figure, min(len(handles), 4), handles=handles, handlelength=3.5)
@@ -59,8 +62,8 @@ def _draw_base(axes: Axes, base: Mapping[str, Any] | None) -> None:
         axes.axhspan(100 * base["low"], 100 * base["high"], color=INK, alpha=0.08, linewidth=0)
 
 
-def _draw_curve(axes: Axes, curve: Mapping[str, Any], number_of_variant: int, shift: float) -> None:
-    colour, marker, style = _look(curve["model"], number_of_variant)
+def _draw_curve(axes: Axes, curve: Mapping[str, Any], number_of_variant: int, dash: Any, shift: float) -> None:
+    colour, marker, style = _look(number_of_variant, dash)
     known = [point for point in curve["points"] if point["score"] is not None]
     for point in (point for point in known if point["low"] is not None and point["high"] is not None):
         ends = [100 * point["low"], 100 * point["high"]]
@@ -93,14 +96,14 @@ def _set_axes(axes: Axes, title: str, sizes: Sequence[int], *, is_first: bool) -
         axes.tick_params(labelleft=False)
 
 
-def _look(model: str, number_of_variant: int) -> tuple[str, str, Any]:
+def _look(number_of_variant: int, dash: Any) -> tuple[str, str, Any]:
     """Return colour, marker and dash of a line."""
     i = number_of_variant % len(SERIES)
-    return SERIES[i], MARKERS[i % len(MARKERS)], _STYLES.get(model, ":")
+    return SERIES[i], MARKERS[i % len(MARKERS)], dash
 
 
-def _handle(variant: str, model: str, number_of_variant: int) -> Line2D:
-    colour, marker, style = _look(model, number_of_variant)
+def _handle(variant: str, model: str, number_of_variant: int, dash: Any) -> Line2D:
+    colour, marker, style = _look(number_of_variant, dash)
     name = f"{short_name(variant)}, {model}"
     return Line2D([], [], color=colour, marker=marker, markersize=5, linestyle=style, linewidth=1.5, label=name)
 

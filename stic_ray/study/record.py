@@ -107,10 +107,11 @@ def write_record(home: RunDir, study: Study, base: RunConfig, facts: Mapping[str
 
 def _meaning(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the base configuration that every run of the study inherits, flat."""
-    flat: dict[str, Any] = {}
-    for key, value in config.model_dump(mode="json", exclude=set(MAY_CHANGE)).items():
-        flat |= {f"{key}.{field}": inner for field, inner in value.items()} if isinstance(value, dict) else {key: value}
-    return {key: value for key, value in flat.items() if key not in OWN_FIELDS}
+    return {
+        key: value
+        for key, value in config.flat().items()
+        if key not in OWN_FIELDS and key.split(".")[0] not in MAY_CHANGE
+    }
 
 
 def _merged(name: str, old: Mapping[str, Any], new: Mapping[str, Any], uri: str) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from markupsafe import Markup
 
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import RunDir
+from stic_ray.core.steps import BASE
 from stic_ray.report.formats import label, number, percent, points
 from stic_ray.report.write import render_page
 from stic_ray.study.analysis import analyse
-from stic_ray.study.plan import BASE
 from stic_ray.study.plots import growth_plot
 from stic_ray.study.processes import DONE
 from stic_ray.study.record import Record, read_record

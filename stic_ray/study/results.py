@@ -10,8 +10,9 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PREDICTIONS
-from stic_ray.pipeline import EVALUATION, REPORT, stages_needed
-from stic_ray.study.plan import BASE
+from stic_ray.core.steps import BASE, with_inputs
+from stic_ray.recipes import stic
+from stic_ray.study.plan import SCORING
 from stic_ray.study.processes import DONE
 from stic_ray.study.record import Known, Record
 from stic_ray.study.run import SETTINGS, cell_is_done, outcome, source_is_done
@@ -58,12 +59,12 @@ def read_results(record: Record, home: RunDir) -> list[Result]:
     """Return the results of all sources (variant `base`, size 0), then of all cells."""
     sources = [Known(name, BASE, 0, seed, name) for name, seed in record.sources.items()]
     return [
-        *(_result(known, home / f"sources/{known.name}", home) for known in sources),
-        *(_result(known, home / f"cells/{known.name}", home) for known in record.cells),
+        *(_result(known, home / f"sources/{known.name}") for known in sources),
+        *(_result(known, home / f"cells/{known.name}") for known in record.cells),
     ]
 
 
-def _result(known: Known, run: RunDir, home: RunDir) -> Result:
+def _result(known: Known, run: RunDir) -> Result:
     is_base = known.variant == BASE
     status, error = outcome(run, is_done=source_is_done(run) if is_base else cell_is_done(run))
     if status != DONE:
@@ -72,17 +73,12 @@ def _result(known: Known, run: RunDir, home: RunDir) -> Result:
     assert config is not None, f"'{run.uri}' is done and has no {SETTINGS}"
     scores: dict[Series, dict[str, float]] = {}
     for model in config.evaluation.models:
-        for row in (run / "evaluation").read_table(f"predictions-{model}", PREDICTIONS, _COLUMNS).to_pylist():
+        for row in (run / SCORING).read_table(f"predictions-{model}", PREDICTIONS, _COLUMNS).to_pylist():
             series = Series(row["model"], row["mode"], row["benchmark"], row["metric"])
             scores.setdefault(series, {})[row["id"]] = row["score"]
-    rows: list[dict[str, Any]] = (run / "evaluation").read_json("scores.json") or []
+    rows: list[dict[str, Any]] = (run / SCORING).read_json("scores.json") or []
     higher = {(row["benchmark"], row["metric"]): row["higher_is_better"] for row in rows}
-    source = home / f"sources/{known.source}"
-    costs = (
-        {BASE: Cost(None, 0.0, 0.0)}
-        if is_base
-        else {m: _cost(m, config, run, source, known.size) for m in _models(scores)}
-    )
+    costs = {BASE: Cost(None, 0.0, 0.0)} if is_base else {m: _cost(m, config, run, known.size) for m in _models(scores)}
     return Result(known, status, None, scores, higher, costs)
 
 
@@ -95,27 +91,20 @@ def _config(run: RunDir) -> RunConfig | None:
     return build_config(yaml.safe_load(location.read())) if location.exists() else None
 
 
-def _cost(model: str, config: RunConfig, run: RunDir, source: RunDir, size: int) -> Cost:
-    """Add up what the stages behind a model reserved, and of the preferences the share of this prefix."""
-    scored = config.evaluation.model_copy(update={"models": (model,)})
-    stages = [
-        s for s in stages_needed(config.model_copy(update={"evaluation": scored})) if s not in (EVALUATION.name, REPORT)
-    ]
-    parts = [_reserved(run, stage, config, 1.0) for stage in stages]
+def _cost(model: str, config: RunConfig, run: RunDir, size: int) -> Cost:
+    """Add up what the steps behind a model reserved, and of the pairs of a source the share of this prefix."""
+    steps = [step for step in stic(config) if step.name in with_inputs({model}, stic(config))]
+    parts = [_reserved((run / step.name).manifest, 1.0) for step in steps]
     num_pairs = None
-    if "dpo" in stages:
-        manifest = (run / "dpo").manifest or {}
-        num_pairs = manifest["num_rows_written"] - manifest.get("num_held_out", 0) if manifest else None
-        num_images = ((source / "preferences").manifest or {}).get("num_rows_in") or size
-        parts.append(_reserved(source, "preferences", _config(source) or config, min(1.0, size / num_images)))
+    for step in steps:
+        if "pairs" in step.inputs:
+            trained, pairs = (run / step.name).manifest, step.place("pairs", run).manifest or {}
+            num_pairs = trained["num_rows_written"] - trained.get("num_held_out", 0) if trained else None
+            parts.append(_reserved(pairs, min(1.0, size / (pairs.get("num_rows_in") or size))))
     return Cost(num_pairs, sum(cores for cores, _ in parts), sum(gpus for _, gpus in parts))
 
 
-def _reserved(run: RunDir, stage: str, config: RunConfig, share: float) -> tuple[float, float]:
-    """Return core-hours and GPU-hours of a stage: its seconds times what its processes hold."""
-    hours = share * ((run / stage).manifest or {}).get("seconds", 0.0) / 3600
-    if stage in ("dpo", "sft"):
-        number, each = config.workers.num_workers, config.workers
-    else:
-        number, each = config.actors.num_actors, config.actors
-    return hours * number * each.num_cpus, hours * number * each.num_gpus
+def _reserved(manifest: Mapping[str, Any] | None, share: float) -> tuple[float, float]:
+    """Return core-hours and GPU-hours that all attempts at a step reserved."""
+    found = manifest or {}
+    return share * found.get("core_hours", 0.0), share * found.get("gpu_hours", 0.0)

@@ -16,7 +16,7 @@ import yaml
 from stic_ray.core.config import RunConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.report.formats import duration
-from stic_ray.study.plan import SOURCE_STAGES, Cell, Source, Study
+from stic_ray.study.plan import SCORING, SOURCE_STEPS, Cell, Source, Study
 from stic_ray.study.processes import DONE, FAILED, NOT_RUN, PIPELINE, Children, Outcome, outcome_of
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ def run_study(
 
 def cell_is_done(run: RunDir) -> bool:
     """Whether a cell's scores and report are there."""
-    return (run / "evaluation").manifest is not None and (run.location / "report.html").exists()
+    return (run / SCORING).manifest is not None and (run.location / "report.html").exists()
 
 
 def source_is_done(run: RunDir) -> bool:
     """Whether a source's pairs and the base model's scores are there."""
-    return all((run / stage).manifest is not None for stage in SOURCE_STAGES)
+    return all((run / stage).manifest is not None for stage in SOURCE_STEPS)
 
 
 def outcome(run: RunDir, *, is_done: bool) -> tuple[str, str | None]:
@@ -117,7 +117,7 @@ class _Runner:
 
     def source(self, source: Source) -> None:
         logger.info("source %s: started", source.name)
-        result = self._make(self.home / source.folder, source.config, SOURCE_STAGES, source_is_done)
+        result = self._make(self.home / source.folder, source.config, SOURCE_STEPS, source_is_done)
         _log(f"source {source.name}", result, "")
 
     def cell(self, cell: Cell) -> None:
@@ -136,7 +136,7 @@ class _Runner:
         source = self.home / f"sources/{cell.source}"
         if not source_is_done(source):
             return f"its source {cell.source} is not done: {outcome(source, is_done=False)[1]}"
-        num_images = ((source / "pool").manifest or {}).get("num_rows_written", 0)
+        num_images = ((source / SOURCE_STEPS[0]).manifest or {}).get("num_rows_written", 0)
         if num_images < cell.size:
             return f"the pool has {num_images} images, fewer than {cell.size}; give sizes up to {num_images}"
         return None

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import RunDir
+from stic_ray.core.steps import BASE
 from stic_ray.study.analysis import over_seeds, spread
-from stic_ray.study.plan import BASE
 from stic_ray.study.record import read_record
 from stic_ray.study.results import Result, Series, read_results
 from stic_ray.study.table import DIRECT

@@ -12,8 +12,8 @@ from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import STUDY, table_of
+from stic_ray.core.steps import BASE
 from stic_ray.method.statistics import Interval, bootstrap_mean
-from stic_ray.study.plan import BASE
 from stic_ray.study.results import Result, Series
 
 DIRECT = "direct"

@@ -22,7 +22,7 @@ def read(config: RunConfig, key: str) -> Any:
 
 
 def set_one(assignment: str) -> RunConfig:
-    return apply_overrides(recipe("demo"), [assignment])
+    return apply_overrides(recipe("demo").config, [assignment])
 
 
 def refusal(assignment: str) -> str:
@@ -97,7 +97,7 @@ def test_a_wrong_value_is_refused_with_its_key(key: str, text: str) -> None:
 
 def test_fewer_actors_at_most_than_at_least_are_refused() -> None:
     with pytest.raises(ConfigError, match="min_actors=3 is more than num_actors=2"):
-        apply_overrides(recipe("demo"), ["actors.num_actors=2", "actors.min_actors=3"])
+        apply_overrides(recipe("demo").config, ["actors.num_actors=2", "actors.min_actors=3"])
 
 
 def test_a_word_that_is_not_allowed_is_refused_with_those_that_are() -> None:
@@ -138,27 +138,27 @@ def test_a_section_cannot_be_set_as_a_whole() -> None:
 
 
 def test_the_last_of_two_assignments_counts_and_the_given_config_stays() -> None:
-    before = recipe("demo")
+    before = recipe("demo").config
     after = apply_overrides(before, ["seed=1", "seed=2", "pool.shard_size=9"])
     assert (after.seed, after.pool.shard_size) == (2, 9)
-    assert before == recipe("demo")
+    assert before == recipe("demo").config
     assert after.model_copy(update={"seed": before.seed, "pool": before.pool}) == before
 
 
 @pytest.mark.parametrize(("section", "field"), [(None, "seed"), ("pool", "shard_size"), ("dpo", "beta")])
 def test_a_config_cannot_be_changed(section: str | None, field: str) -> None:
-    config = recipe("demo")
+    config = recipe("demo").config
     with pytest.raises(ValidationError, match="frozen"):
         setattr(getattr(config, section) if section else config, field, 3)
-    assert config == recipe("demo")
-    assert hash(config) == hash(recipe("demo")), "nothing inside can be changed either"
+    assert config == recipe("demo").config
+    assert hash(config) == hash(recipe("demo").config), "nothing inside can be changed either"
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_written_as_yaml_reads_back_the_same(name: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(recipe(name).model_dump(mode="json")), encoding="utf-8")
-    assert load_config(file) == recipe(name)
+    file.write_text(yaml.safe_dump(recipe(name).config.model_dump(mode="json")), encoding="utf-8")
+    assert load_config(file) == recipe(name).config
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
@@ -192,7 +192,7 @@ def test_the_published_settings_are_those_of_the_paper() -> None:
         "sft.global_batch": 32,
         "workers.zero_stage": 2,
     }
-    config = recipe("llava16_7b")
+    config = recipe("llava16_7b").config
     assert {key: read(config, key) for key in published} == published
 
 
@@ -283,7 +283,7 @@ def test_the_nearest_settings_that_work_are_told(
 )
 def test_settings_of_training_that_contradict_each_other_are_one_line(assignments: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told) as caught:
-        apply_overrides(recipe("demo"), assignments)
+        apply_overrides(recipe("demo").config, assignments)
     assert "\n" not in str(caught.value)
 
 

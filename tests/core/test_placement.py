@@ -7,14 +7,19 @@ import pytest
 
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.overrides import apply_values
-from stic_ray.core.placement import Machines, Need, Node, check_fits, lacks_of, lacks_told, matches, need_of, num_places
-from stic_ray.recipes import demo
+from stic_ray.core.placement import Machines, Need, Node, check_fits, format_unplaced, matches, num_places, unplaced
+from stic_ray.plan import needs_of
+from stic_ray.recipes import demo, stic
 
 SMALL, GPU = Node({"CPU": 4.0}), Node({"CPU": 8.0, "GPU": 2.0}, {"group": "generation", "ray.io/node-id": "f"})
 
 
 def config(**settings: Any) -> Any:
-    return apply_values(demo(), {key.replace("__", "."): value for key, value in settings.items()})
+    return apply_values(demo().config, {key.replace("__", "."): value for key, value in settings.items()})
+
+
+def needs(settings: Any, *names: str) -> dict[str, Need]:
+    return needs_of(settings, stic(settings), names)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +74,10 @@ def test_workers_ask_for_a_kind_of_gpu_and_for_machines(asked: dict[str, Any], t
     values = {"num_workers": 1, "num_gpus": 1, **asked}
     settings = config(**{f"workers__{name}": value for name, value in values.items()})
     if told is None:
-        check_fits(settings, ["dpo"], here)
+        check_fits(needs(settings, "dpo"), here)
         return
     with pytest.raises(ConfigError, match=told):
-        check_fits(settings, ["dpo"], here)
+        check_fits(needs(settings, "dpo"), here)
 
 
 @pytest.mark.parametrize(
@@ -97,33 +102,32 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     asked = config(actors__num_actors=8, actors__num_gpus=1, actors__label_selector={"group": "generation"})
     cluster = Machines("the cluster", [SMALL, GPU, GPU])
     with pytest.raises(ConfigError) as refused:
-        check_fits(asked, ["preferences", "dpo", "evaluation"], cluster)
+        check_fits(needs(asked, "preferences", "dpo", "evaluation"), cluster)
     assert str(refused.value) == (
         "preferences, evaluation ask for 8 actors of 1 CPU, 1 GPU on nodes with group=generation, and 0.25 CPU for "
         "tasks, and 4 fit: the cluster has 3 nodes: 1 x 4 CPU; 2 x 8 CPU, 2 GPU [group=generation]. Lower "
         "actors.num_actors, actors.num_gpus or actors.num_cpus; or set RAY_ADDRESS to a cluster that has them."
     )
-    check_fits(config(actors__num_actors=8, actors__min_actors=4, actors__num_gpus=1), ["preferences"], cluster)
+    check_fits(needs(config(actors__num_actors=8, actors__min_actors=4, actors__num_gpus=1), "preferences"), cluster)
     grows = Machines("the cluster", [SMALL], may_grow=True)
-    check_fits(asked, ["preferences"], grows)
-    assert "preferences asks for 8 actors" in lacks_told(lacks_of(asked, ["preferences"], grows), grows)
+    check_fits(needs(asked, "preferences"), grows)
+    assert "preferences asks for 8 actors" in format_unplaced(unplaced(needs(asked, "preferences"), grows), grows)
 
 
 def test_runs_at_the_same_time_need_their_places_at_the_same_time() -> None:
     cluster = Machines("the cluster", [GPU])
-    check_fits(config(), ["pool", "preferences", "dpo"], cluster, num_runs=3)
+    check_fits(needs(config(), "pool", "preferences", "dpo"), cluster, num_runs=3)
     with pytest.raises(ConfigError, match="preferences asks for 8 actors of 1 CPU, and 0.25 CPU for tasks, and 7 fit"):
-        check_fits(config(), ["pool", "preferences", "dpo"], cluster, num_runs=4)
+        check_fits(needs(config(), "pool", "preferences", "dpo"), cluster, num_runs=4)
 
 
 def test_each_stage_has_processes_of_its_kind() -> None:
     asked = config(workers__num_gpus=1, workers__label_selector={"group": "training"}, actors__min_actors=1)
-    assert [
-        need_of(stage, asked).what for stage in ("pool", "preferences", "dpo", "infusion", "sft", "evaluation")
-    ] == [*("tasks", "actors", "workers", "actors", "workers", "actors")]
-    assert str(need_of("sft", asked)) == "2 workers of 1 CPU, 1 GPU on nodes with group=training"
-    assert need_of("infusion", asked).num == 1
-    assert need_of("preferences", asked).label_selector == {}
+    found = needs(asked, "pool", "preferences", "dpo", "infusion", "sft", "evaluation")
+    assert [need.what for need in found.values()] == ["tasks", "actors", "workers", "actors", "workers", "actors"]
+    assert str(needs(asked, "sft")["sft"]) == "2 workers of 1 CPU, 1 GPU on nodes with group=training"
+    assert needs(asked, "infusion")["infusion"].num == 1
+    assert needs(asked, "preferences")["preferences"].label_selector == {}
 
 
 @pytest.mark.parametrize("value", ["in(a", "a b", "!!a", "", 3])

@@ -3,14 +3,8 @@
 import pytest
 
 from stic_ray.core.devices import find_device
-from stic_ray.estimate.costs import (
-    ModelSize,
-    Speed,
-    cache_bytes_per_token,
-    generation_s,
-    pair_tokens,
-    training_flops,
-)
+from stic_ray.core.workload import ModelSize, pair_tokens, training_flops
+from stic_ray.estimate.costs import Speed, cache_bytes_per_token, generation_s
 
 SEVEN_B = ModelSize(num_parameters=7e9, num_image_tokens=600, cache_bytes_per_token=100_000)
 

@@ -107,7 +107,7 @@ def raylets(head: Head) -> list[tuple[str, psutil.Process]]:
 
 def start(head: Head, run: Path, stages: str, settings: dict[str, Any]) -> subprocess.Popen[bytes]:
     given = [part for setting in settings.items() for part in ("--set", "=".join(map(str, setting)))]
-    command = [sys.executable, str(JOB), "--run", str(run), "--stages", stages, *given]
+    command = [sys.executable, str(JOB), "--recipe", "demo", "--run", str(run), "--stages", stages, *given]
     environment = {**head.environment, "RAY_ADDRESS": head.address}
     with open(f"{run}.log", "wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

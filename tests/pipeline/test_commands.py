@@ -32,9 +32,14 @@ def refusal(*arguments: str, folder: Path) -> str:
 def test_a_dry_run_prints_the_whole_plan_and_touches_nothing(recipe: str, tmp_path: Path) -> None:
     """Nor does it start a Ray. A plan for more GPUs than there are is printed, and then refused."""
     done = pipeline("--dry-run", "--recipe", recipe, folder=tmp_path)
-    refused = "" if recipe == "demo" else "error: preferences, infusion, evaluation ask for 8 actors of 4 CPU, 1 GPU"
+    asked = {
+        "llava16_7b": ("8 actors of 4 CPU", "4 workers of 4 CPU"),
+        "any_model": ("1 actor of 2 CPU", "1 worker of 2 CPU"),
+    }
+    actors, workers = asked.get(recipe, ("", ""))
+    refused = f"error: preferences, infusion, evaluation ask for {actors}, 1 GPU" if actors else ""
     assert done.returncode == (1 if refused else 0) and done.stderr.startswith(refused), done.stderr
-    assert "dpo, sft ask for 4 workers of 4 CPU, 1 GPU, and 0 fit: this machine has" in done.stderr or not refused
+    assert f"dpo, sft ask for {workers}, 1 GPU, and 0 fit: this machine has" in done.stderr or not refused
     for word in ("learning_rate", "pool ", "preferences ", "dpo ", "infusion ", "sft ", "evaluation ", "report "):
         assert word in done.stdout
     assert "GPU-hours" in done.stdout, "and an estimate"
@@ -51,6 +56,9 @@ def test_the_published_settings_are_in_the_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--set", "model.path=./mine"], "model.path='./mine' is not the demo's model"),
+        (["--recipe", "any_model", "--set", "model.path=./mine"], "--set pool.source=... --set infusion.source=... "),
+        (["--recipe", "llava16_7b", "--stages", "pool"], "'llava16_7b' leaves this to you: --set pool.source=..."),
         (["--set", "dpo.bta=1"], "Unknown key 'bta' in section 'dpo'. Did you mean 'beta'?"),
         (["--set", "dpo.beta=many"], "dpo.beta"),
         (["--set", "dpo"], "section.field=value"),
@@ -62,7 +70,7 @@ def test_the_published_settings_are_in_the_plan(tmp_path: Path) -> None:
         (["--set", "pool.source=nowhere", "--stages", "pool"], "pool.source='nowhere' does not exist"),
         (["--set", "prompts=nowhere.yaml"], "nowhere.yaml"),
         (["--set", "dpo.global_batch=7"], "global_batch=7 is not divisible"),
-        (["--set", "model.path=./nowhere"], "model.path='./nowhere' is no directory"),
+        (["--recipe", "demo", "--set", "model.path=./nowhere"], "model.path='./nowhere' is no directory"),
         (["--set", "infusion.source=nowhere.json"], "nowhere.json"),
         (["--set", "evaluation.benchmarks=[nowhere.jsonl]"], "nowhere.jsonl"),
         (
@@ -87,7 +95,7 @@ def test_sources_without_anything_to_use_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen2_vl", "smolvlm"])
 def test_families_that_need_torchvision_name_the_extra(family: str, tmp_path: Path) -> None:
     tiny_models.build(family, tmp_path / family)
-    assert "stic-ray[torchvision]" in refusal("--set", f"model.path={family}", folder=tmp_path)
+    assert "stic-ray[torchvision]" in refusal("--recipe", "demo", "--set", f"model.path={family}", folder=tmp_path)
 
 
 def test_a_run_that_is_a_file_is_one_line(tmp_path: Path) -> None:
@@ -114,7 +122,7 @@ def test_evaluation_alone_scores_the_base_model_only(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 1)
-    assert "cannot be loaded" in refusal("--set", f"model.path={pictures}", folder=tmp_path)
+    assert "cannot be loaded" in refusal("--recipe", "demo", "--set", f"model.path={pictures}", folder=tmp_path)
 
 
 def test_a_half_done_stage_is_not_finished_with_other_settings(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def start(tmp_path: Path, model: Path) -> subprocess.Popen[str]:
         "workers.save_every_steps": 4,
     }
     given = [part for setting in settings.items() for part in ("--set", "=".join(map(str, setting)))]
-    command = [sys.executable, str(JOB), "--run", str(tmp_path / "run"), "--stages", "dpo", *given]
+    command = [sys.executable, str(JOB), "--recipe", "demo", "--run", str(tmp_path / "run"), "--stages", "dpo", *given]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
 

@@ -22,10 +22,11 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from stic_ray.core.rundir import RunDir
-from stic_ray.pipeline import STAGES
+from stic_ray.recipes import demo
 from tests import tiny_models
 from tests.stages.builders import draw_pictures
 
+STAGES = demo().steps(demo().config)
 ROOT = Path(__file__).parents[2]
 
 
@@ -66,7 +67,13 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "pool.shard_size=10",
         "actors.num_actors=1",  # a second one costs more to start than it saves
     ]
-    return ["--run", str(folder / "run"), *(part for setting in settings for part in ("--set", setting))]
+    return [
+        "--run",
+        str(folder / "run"),
+        "--recipe",
+        "demo",
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +178,8 @@ def test_a_checkpoint_can_be_scored_alone(run: RunDir, command: list[str], tmp_p
     image = os.path.join(_setting(command, "pool.source"), "000.jpg")
     benchmark.write_text(json.dumps({"image": image, "question": "Which?", "choices": ["a", "b"], "answer": "A"}))
     arguments = [
+        "--recipe",
+        "demo",
         "--model",
         _setting(command, "model.path"),
         "--benchmark",

@@ -12,11 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from stic_ray.core.config import RunConfig
-from stic_ray.preparation import check_before_work
 from stic_ray.stages.training.saved import check_changed
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
 from stic_ray.stages.training.tuning import model_of
-from tests.stages.builders import conversations_in, pairs_in
+from tests.stages.builders import check, conversations_in, pairs_in
 from tests.stages.groups import run_group
 from tests.stages.test_training_batches import config_for, write_pairs, write_rows
 
@@ -40,7 +39,7 @@ def qlora(base: Path, **workers: Any) -> RunConfig:
 def test_an_adapter_on_four_bits_learns_and_fits_the_model_as_it_was(tmp_path: Path, tiny_llava: Path) -> None:
     pairs = [write_pairs(tmp_path / "pairs", 8)]
     config = qlora(tiny_llava)
-    check_before_work({"dpo", "sft"}, config)
+    check(config, "dpo", "sft")
     found = train(config, tmp_path / "one", pairs)
     assert len(found["held"]) == 28 and all("language_model" in name for name in found["held"])
     whole = train(config_for(tiny_llava, dpo=config.dpo.model_dump()), tmp_path / "whole", pairs)

@@ -17,6 +17,7 @@ from stic_ray.core.rundir import ESTIMATE, RunDir, row_counts
 from stic_ray.core.schemas import PAIRS, REJECTED, table_of
 from stic_ray.method.corruption import Corruption, corrupt, draw_corruption, low_resolution, pixel_change
 from stic_ray.method.scoring import METRICS
+from stic_ray.recipes import stic
 from stic_ray.report.collect import collect
 
 NUM_PAIRS = 36
@@ -110,6 +111,7 @@ def manifest(stage: str, num_rows_in: int, rejected: dict[str, int]) -> dict[str
     return {
         "stage": stage,
         "seconds": 12.5 * (STAGES.index(stage) + 1),
+        "gpu_hours": 8 * 12.5 * (STAGES.index(stage) + 1) / 3600,
         "config": {"shard_size": 256},
         "config_hash": "0011223344556677",
         "inputs": {"source": "s3://user:secret@bucket/images"},
@@ -199,10 +201,23 @@ def expected(stage: str) -> dict[str, Any]:
     return {"stage": stage, "basis": "model" if known else "set estimate.num_questions", **figures}
 
 
+def recorded_steps(config: RunConfig) -> list[dict[str, Any]]:
+    return [step.record(config) for step in stic(config)]
+
+
+def new_run(path: Path) -> RunDir:
+    """A run of which only the steps are known."""
+    run = RunDir.of(str(path))
+    run.write_text("config.yaml", yaml.safe_dump({"steps": recorded_steps(RunConfig(name="x"))}))
+    return run
+
+
 def write_run(path: Path) -> RunDir:
     run = RunDir.of(str(path))
+    config = RunConfig(name="demo <run> & more")
     settings = {
-        "config": RunConfig(name="demo <run> & more").model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
+        "steps": recorded_steps(config),
         "recipe": "demo",
         "overrides": ["pool.source=s3://user:secret@bucket/images", "seed=3"],
         "package_versions": {"torch": "2.13.0", "ray": "2.60.0"},
@@ -231,7 +246,7 @@ def write_run(path: Path) -> RunDir:
 
 
 def with_scores(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    run = RunDir.of(str(path))
+    run = new_run(path)
     (run / "evaluation").write_json("scores.json", rows)
     (run / "evaluation").write_manifest(manifest("evaluation", len(rows), {}))
     return collect(run)

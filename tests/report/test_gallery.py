@@ -12,13 +12,7 @@ from stic_ray.method.corruption import corrupt, low_resolution, pixel_change
 from stic_ray.report.collect import collect
 from stic_ray.report.gallery import Candidate, choose, corruption_caption, data_uri
 from stic_ray.report.write import write_report
-from tests.report.builders import (
-    LONG_WORD,
-    NUM_PAIRS,
-    Page,
-    pair,
-    write_pairs,
-)
+from tests.report.builders import LONG_WORD, NUM_PAIRS, Page, new_run, pair, write_pairs
 
 
 def decoded(uri: str) -> Image.Image:
@@ -27,7 +21,7 @@ def decoded(uri: str) -> Image.Image:
 
 def test_gallery_is_balanced_and_shows_corrupted_pictures_that_differ(run: RunDir, page: Page) -> None:
     stored = {row["image_id"]: row for row in map(pair, range(NUM_PAIRS))}
-    items = collect(run)["gallery"]["items"]
+    items = collect(run)["galleries"][0]["items"]
     kinds = [item["kind"] for item in items]
     assert kinds == ["hallucination_prompt", "low_resolution", "colour_jitter"] * 8
     assert len(page.all("article")) == 24 and len(page.all("img")) == 24 + 16
@@ -48,7 +42,7 @@ def test_gallery_is_balanced_and_shows_corrupted_pictures_that_differ(run: RunDi
 
 def test_gallery_shows_the_prompts_and_facts_of_each_answer(run: RunDir) -> None:
     expected = {row["image_id"]: row for row in map(pair, range(NUM_PAIRS))}
-    items = collect(run, num_gallery_pairs=NUM_PAIRS)["gallery"]["items"]
+    items = collect(run, num_gallery_pairs=NUM_PAIRS)["galleries"][0]["items"]
     assert len(items) == NUM_PAIRS
     for item in items:
         row = expected[item["image_id"]]
@@ -64,9 +58,9 @@ def test_gallery_does_not_depend_on_how_the_pairs_are_cut(tmp_path: Path) -> Non
     rows = [pair(position) for position in range(12)]
     chosen = []
     for per_shard in (12, 5, 1):
-        run = RunDir.of(str(tmp_path / str(per_shard)))
+        run = new_run(tmp_path / str(per_shard))
         write_pairs(run / "preferences", rows, per_shard)
-        items = collect(run, num_gallery_pairs=6)["gallery"]["items"]
+        items = collect(run, num_gallery_pairs=6)["galleries"][0]["items"]
         chosen.append([(item["image_id"], item["clean_image"]) for item in items])
     assert len(chosen[0]) == 6 and chosen[0] == chosen[1] == chosen[2]
 
@@ -79,15 +73,15 @@ def test_gallery_fills_up_from_the_other_kinds() -> None:
 
 
 def test_gallery_reads_a_bounded_number_of_shards(tmp_path: Path) -> None:
-    run = RunDir.of(str(tmp_path))
+    run = new_run(tmp_path)
     write_pairs(run / "preferences", [pair(position) for position in range(18)], per_shard=1)
     (run / "preferences").write_text("pairs-000017.parquet", "not read")
-    gallery = collect(run)["gallery"]
+    gallery = collect(run)["galleries"][0]
     assert (gallery["num_shards"], gallery["num_shards_read"], gallery["num_pairs_read"]) == (18, 16, 16)
 
 
 def test_damaged_stored_picture_is_named_and_the_rest_stays(tmp_path: Path) -> None:
-    run = RunDir.of(str(tmp_path))
+    run = new_run(tmp_path)
     damaged = {**pair(1), "image": {"bytes": pair(1)["image"]["bytes"][:200], "path": "a.png"}}
     write_pairs(run / "preferences", [damaged, pair(2)])
     write_report(run)

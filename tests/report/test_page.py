@@ -10,7 +10,7 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.report.collect import collect
 from stic_ray.report.formats import duration, number, points, visible
 from stic_ray.report.write import render, write_report
-from tests.report.builders import ARABIC, LONG_WORD, STAGES, Page, dpo_lines, manifest, write_lines
+from tests.report.builders import ARABIC, LONG_WORD, STAGES, Page, dpo_lines, manifest, new_run, write_lines
 
 
 def test_page_has_every_section_and_the_headline(page: Page) -> None:
@@ -92,7 +92,7 @@ def test_report_json_holds_the_numbers_of_the_manifests(run: RunDir) -> None:
         assert stage["rows_per_second"] == pytest.approx(written["num_rows_in"] / written["seconds"])
     best = report["headline"]["best"]
     assert (best["benchmark"], best["model"]) == ("toyworld", "sft") and best["difference"] == pytest.approx(0.12)
-    assert len(report["gallery"]["items"]) == 24
+    assert len(report["galleries"][0]["items"]) == 24
     assert report["training"][0]["curves"]["metrics"]["loss/dpo"] == [line["loss/dpo"] for line in dpo_lines()]
 
 
@@ -112,7 +112,7 @@ def test_passwords_in_addresses_are_hidden(run: RunDir, source: str) -> None:
 
 
 def test_stages_that_did_not_run_are_shown_as_not_run(tmp_path: Path) -> None:
-    run = RunDir.of(str(tmp_path))
+    run = new_run(tmp_path)
     (run / "pool").write_manifest(manifest("pool", 10, {}))
     write_lines(run / "dpo", dpo_lines()[:3])
     write_report(run)
@@ -123,7 +123,7 @@ def test_stages_that_did_not_run_are_shown_as_not_run(tmp_path: Path) -> None:
     assert "Not evaluated (evaluation not run)." in page.text
     for text in ("Evaluation: not run", "sft not run", "dpo not finished", "Preferences: not run"):
         assert text in page.text
-    assert "preferences not run – – – – –" in page.text
+    assert "preferences pool not run – – – – –" in page.text
     assert page.text.count("not recorded") == 5  # recipe, commit, overrides, package versions, configuration
     assert not page.all("img") and not [a for a in page.all("svg") if "Scores" in a["aria-label"]]
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from stic_ray.core.rundir import RunDir
 from stic_ray.method.scoring import METRICS
 from stic_ray.report.collect import collect
 from stic_ray.report.formats import label
 from stic_ray.report.scores import verdict
 from stic_ray.report.write import render
-from tests.report.builders import Page, scores, scores_of, with_scores
+from tests.report.builders import Page, new_run, scores, scores_of, with_scores
 
 
 def test_score_table_shows_scores_intervals_and_differences(page: Page) -> None:
@@ -23,7 +22,7 @@ def test_score_table_shows_scores_intervals_and_differences(page: Page) -> None:
 
 
 def test_scores_of_an_unfinished_evaluation_are_no_headline(tmp_path: Path) -> None:
-    run = RunDir.of(str(tmp_path))
+    run = new_run(tmp_path)
     (run / "evaluation").write_json("scores.json", scores())
     report = collect(run)
     assert report["headline"]["best"] is None

@@ -10,8 +10,11 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, REJECTED
+from stic_ray.core.steps import Step, StepRun, prepare_step
 from stic_ray.core.storage import Location
 from stic_ray.pipeline import run_pipeline
+from stic_ray.preparation import check_before_work
+from stic_ray.recipes import stic
 from stic_ray.stages.training.index import Rows, index_conversations, index_pairs
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 
@@ -49,8 +52,23 @@ def fake_config(folder: Path, pictures: Path, script: str = "", **sections: dict
 def run_stages(config: RunConfig, folder: Path, *stages: str) -> RunDir:
     """Run stages into `folder` and return the run directory."""
     run = RunDir.of(str(folder))
-    run_pipeline(config, run, stages, {"recipe": "test", "overrides": []})
+    run_pipeline(config, stic(config), run, stages, {"recipe": "test", "overrides": []})
     return run
+
+
+def step_of(config: RunConfig, run: RunDir, name: str) -> StepRun:
+    """Return a step of STIC as its stage's function gets it."""
+    return prepare_step(find_step(config, name), config, run, config)
+
+
+def find_step(config: RunConfig, name: str) -> Step:
+    """Return a step of STIC by its name."""
+    return next(step for step in stic(config) if step.name == name)
+
+
+def check(config: RunConfig, *names: str, run: str = "run") -> None:
+    """Look for the mistakes that are found before any work."""
+    check_before_work([(find_step(config, name), step_of(config, RunDir.of(run), name)) for name in names])
 
 
 def pairs_of(run: RunDir) -> pa.Table:

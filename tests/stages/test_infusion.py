@@ -13,7 +13,7 @@ from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED
 from stic_ray.stages.infusion import build_infusion, read_instructions
-from tests.stages.builders import draw_pictures, fake_config, rejected_of
+from tests.stages.builders import draw_pictures, fake_config, rejected_of, step_of
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -28,7 +28,7 @@ def rows_of(run: RunDir, family: str) -> dict[str, dict[str, Any]]:
 
 def infuse(config: RunConfig, folder: Path) -> tuple[RunDir, dict[str, Any]]:
     run = RunDir.of(str(folder))
-    return run, build_infusion(config, run)
+    return run, build_infusion(step_of(config, run, "infusion"))
 
 
 def test_llava_json_becomes_infused_rows(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.stages.builders import (
     pairs_of,
     rejected_of,
     run_stages,
+    step_of,
     white_picture,
 )
 
@@ -163,4 +164,4 @@ def test_a_model_that_an_actor_cannot_load_is_the_users_error(tmp_path: Path) ->
     draw_pictures(tmp_path / "pictures", 2)
     run_stages(fake_config(tmp_path, tmp_path / "pictures"), tmp_path / "run", "pool")
     with pytest.raises(ModelError, match="nowhere.yaml"):
-        build_preferences(config, RunDir.of(str(tmp_path / "run")))
+        build_preferences(step_of(config, RunDir.of(str(tmp_path / "run")), "preferences"))

@@ -11,12 +11,11 @@ from stic_ray.core.errors import ConfigError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.method.prompts import load_prompts
-from stic_ray.preparation import check_before_work
 from stic_ray.stages.preferences import PairMaker
 from stic_ray.stages.training.batches import REFERENCE_LOGPS
 from stic_ray.stages.training.setup import make_dpo_trainer
 from stic_ray.stages.training.tuning import model_of
-from tests.stages.builders import draw_pictures, fake_config, pairs_in
+from tests.stages.builders import check, draw_pictures, fake_config, pairs_in
 from tests.stages.test_training_batches import config_for
 
 LN_2 = 0.6931472
@@ -71,4 +70,4 @@ def test_they_are_left_alone_where_they_do_not_hold(why: str, tmp_path: Path, ti
 def test_an_engine_that_cannot_score_is_told_before_work(tmp_path: Path) -> None:
     config = fake_config(tmp_path, draw_pictures(tmp_path / "pictures", 2), preferences={"reference_logps": True})
     with pytest.raises(ConfigError, match=r"needs model\.engine=transformers.*model\.engine=fake does not"):
-        check_before_work(["pool", "preferences"], config)
+        check(config, "pool", "preferences")

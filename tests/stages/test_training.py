@@ -15,6 +15,7 @@ from stic_ray.core.schemas import INFUSED, table_of
 from stic_ray.engines.weight_names import has_hub_names
 from stic_ray.stages.training.launch import train_dpo, train_sft
 from tests import tiny_models
+from tests.stages.builders import step_of
 from tests.stages.test_training_batches import config_for, encoded, write_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -54,7 +55,7 @@ def test_zero_2_lora_in_both_stages(tmp_path: Path, tiny_llava: Path) -> None:
         workers={"num_workers": 2, "micro_batch": 2, "zero_stage": 2, "num_loaders": 1},
         sft={"learning_rate": 0.01, "global_batch": 4},
     )
-    accounts = train_dpo(config, run)
+    accounts = train_dpo(step_of(config, run, "dpo"))
     assert accounts["num_steps"] == 2 and accounts["num_rows_written"] == 8
     assert losses(run, "dpo", "loss/dpo")[0] == pytest.approx(math.log(2), abs=1e-6)
     (events,) = (tmp_path / "two" / "dpo" / "tensorboard").iterdir()
@@ -62,7 +63,7 @@ def test_zero_2_lora_in_both_stages(tmp_path: Path, tiny_llava: Path) -> None:
     assert accounts["throughput"]["rows_per_second"] > 0
     assert accounts["warnings"] == [] and accounts["num_held_out"] == 0
     assert losses(run, "dpo", "seconds/backward_and_optimizer")[0] > 0, "one call of DeepSpeed's engine"
-    train_sft(config, run)
+    train_sft(step_of(config, run, "sft"))
 
     base = AutoModelForImageTextToText.from_pretrained(tiny_llava)
     adapters = {}
@@ -90,7 +91,7 @@ def test_zero_3_leaves_a_whole_model_with_the_names_of_the_hub_in_any_folder(tmp
         tuning={"method": "full"},
         workers={"num_workers": 2, "micro_batch": 2, "zero_stage": 3},
     )
-    train_dpo(config, run)
+    train_dpo(step_of(config, run, "dpo"))
     checkpoint = folder / "dpo" / "checkpoint"
     assert has_hub_names(checkpoint)
     _, report = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
@@ -103,7 +104,7 @@ def test_zero_3_leaves_a_whole_model_with_the_names_of_the_hub_in_any_folder(tmp
 def test_zero_3_refuses_rows_with_and_without_an_image(tmp_path: Path, tiny_llava: Path) -> None:
     config = config_for(tiny_llava, workers={"num_workers": 2, "micro_batch": 2, "zero_stage": 3})
     with pytest.raises(ConfigError, match="workers.zero_stage=3 cannot train on rows with and without an image"):
-        train_sft(config, prepare(tmp_path, 4))
+        train_sft(step_of(config, prepare(tmp_path, 4), "sft"))
 
 
 def test_a_learning_rate_that_explodes_stops_with_one_line(tmp_path: Path, tiny_llava: Path) -> None:
@@ -112,6 +113,6 @@ def test_a_learning_rate_that_explodes_stops_with_one_line(tmp_path: Path, tiny_
         tiny_llava, dpo={"learning_rate": 1e30, "max_grad_norm": 1e30}, workers={"micro_batch": 2, "max_failures": 0}
     )
     with pytest.raises(StageError, match="lower dpo.learning_rate") as caught:
-        train_dpo(config, run)
+        train_dpo(step_of(config, run, "dpo"))
     assert "\n" not in str(caught.value)
     assert (run / "dpo").read_json("result.json") is None

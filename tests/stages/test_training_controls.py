@@ -12,12 +12,13 @@ from stic_ray.core.errors import RunError, SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, PAIRS
 from stic_ray.engines.loading import load_processor
-from stic_ray.pipeline import stages_needed
+from stic_ray.pipeline import names_of
+from stic_ray.recipes import stic
 from stic_ray.stages.training.batches import AnswersOnlyCollator
 from stic_ray.stages.training.launch import train_dpo
 from stic_ray.stages.training.setup import make_dpo_trainer
 from stic_ray.stages.training.tuning import model_of
-from tests.stages.builders import draw_pictures, pairs_in, run_stages
+from tests.stages.builders import draw_pictures, pairs_in, run_stages, step_of
 from tests.stages.test_training_batches import config_for, picture, write_pairs
 from tests.stages.test_training_data import write_positions
 
@@ -86,7 +87,7 @@ def test_too_few_pairs_are_told_in_one_line(tmp_path: Path, tiny_llava: Path) ->
     ):
         config = config_for(tiny_llava, dpo={"pairs": other.uri, **settings})
         with pytest.raises(SourceError, match=message):
-            train_dpo(config, RunDir.of(str(tmp_path / "run")))
+            train_dpo(step_of(config, RunDir.of(str(tmp_path / "run")), "dpo"))
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -109,7 +110,7 @@ def test_instruction_data_alone_needs_no_other_stage(tmp_path: Path, tiny_llava:
             "max_description_tokens": 4,
         },
     )
-    run = run_stages(config, tmp_path / "run", *stages_needed(config))
+    run = run_stages(config, tmp_path / "run", *names_of(stic(config)))
 
     assert not any((run / stage).location.exists() for stage in ("pool", "preferences", "dpo"))
     processor: Any = load_processor(ModelConfig(path=str(tiny_llava)))

@@ -10,13 +10,12 @@ from transformers import get_scheduler
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, ModelError
-from stic_ray.preparation import check_before_work
 from stic_ray.stages.training.arguments import training_arguments
 from stic_ray.stages.training.launch import scaling_of
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
 from stic_ray.stages.training.tuning import describe_parts, model_of
 from tests import tiny_models
-from tests.stages.builders import conversations_in, pairs_in
+from tests.stages.builders import check, conversations_in, pairs_in
 from tests.stages.test_training_batches import config_for, write_pairs, write_rows
 
 PARTS = ("language_model", "projector", "vision_tower")
@@ -79,13 +78,13 @@ def test_a_model_without_a_known_projector_has_no_rate_for_it(tmp_path: Path) ->
     base = tiny_models.build("qwen2_5_vl", tmp_path / "model")
     config = config_for(base, tuning={"projector_learning_rate": 0.1})
     with pytest.raises(ConfigError, match=r"tuning\.projector_learning_rate .* known as a projector"):
-        check_before_work({"dpo"}, config)
+        check(config, "dpo")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
 def test_qlora_without_bitsandbytes_names_the_extra(tiny_llava: Path) -> None:
     with pytest.raises(ModelError, match=r"tuning\.method=qlora needs bitsandbytes: .*stic-ray\[qlora\]"):
-        check_before_work({"dpo"}, config_for(tiny_llava, tuning={"method": "qlora"}))
+        check(config_for(tiny_llava, tuning={"method": "qlora"}), "dpo")
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,12 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.rundir import RunDir
 from stic_ray.engines.shared_prefix import split_pair
-from stic_ray.preparation import check_before_work
 from stic_ray.stages.training.batches import WEIGHT
 from stic_ray.stages.training.measured import flops_per_token, totals
 from stic_ray.stages.training.setup import make_dpo_trainer, model_of
 from stic_ray.stages.training.trackers import FOLDER, IDS, add_trackers, start_trackers
 from stic_ray.stages.training.watching import METRICS, Progress, warn_of_easy_pairs
-from tests.stages.builders import pairs_in
+from tests.stages.builders import check, pairs_in
 from tests.stages.test_training_batches import config_for
 from tests.stages.test_training_data import write_positions
 
@@ -249,7 +248,7 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_work(tracker: str, t
         pytest.skip(f"{tracker} is installed here")
     config = config_for(tiny_llava, workers={"trackers": [tracker]})
     with pytest.raises(ConfigError, match=rf"trackers={tracker} needs the extra stic-ray\[{tracker}\]"):
-        check_before_work(["dpo"], config)
+        check(config, "dpo")
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow"])

@@ -89,7 +89,9 @@ def test_training_finds_the_gpus_that_generation_held(
         return {"num_rows_in": 0, "num_rows_written": 0, "num_rows_rejected": 0, "rejected_by_reason": {}}
 
     monkeypatch.setitem(functions.FUNCTIONS, "dpo", train)
-    monkeypatch.setattr("stic_ray.preparation.check_before_work", lambda *_: None)  # the fake engine trains nothing
+    monkeypatch.setattr(
+        "stic_ray.preparation.check_before_work", lambda *_, **__: set()
+    )  # the fake engine trains nothing
     held = config(tmp_path, pictures, num_actors=2, num_gpus=1)
     run = run_stages(held, tmp_path / "run", "pool", "preferences", "dpo")
     assert not left and (run / "dpo").manifest is not None

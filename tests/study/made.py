@@ -43,7 +43,7 @@ def made_study(
 ) -> RunDir:
     """Write a whole study; the cells in `outcomes` ended with this status and error instead of scores."""
     home = RunDir.of(str(folder / "study"))
-    base = apply_values(demo(), {"evaluation.num_resamples": 200, "workers.num_gpus": 1})
+    base = apply_values(demo().config, {"evaluation.num_resamples": 200, "workers.num_gpus": 1})
     study: Study = plan_study(base, home.uri, sizes, seeds, variants or {"default": {}}, max(sizes))
     write_record(home, study, base, {"recipe": "demo", "overrides": []}, None)
     for source in study.sources:
@@ -71,7 +71,10 @@ def _settings(run: RunDir, made: Source | Cell) -> None:
 
 
 def _manifest(stage: RunDir, seconds: float, num_rows: int) -> None:
-    stage.write_manifest({"seconds": seconds, "num_rows_in": num_rows, "num_rows_written": num_rows})
+    """Two processes of one CPU each; those that train have a GPU."""
+    hours, has_gpu = 2 * seconds / 3600, stage.location.name in ("dpo", "sft")
+    reserved = {"core_hours": hours, "gpu_hours": hours if has_gpu else 0.0}
+    stage.write_manifest({"seconds": seconds, **reserved, "num_rows_in": num_rows, "num_rows_written": num_rows})
 
 
 def _evaluation(run: RunDir, models: Sequence[str], size: int, seed: int, num_questions: int, truth: Truth) -> None:

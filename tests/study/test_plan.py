@@ -128,7 +128,7 @@ def test_a_dry_run_lists_all_runs_and_touches_nothing(tmp_path: Path, capsys: py
 def begun(folder: Path) -> RunDir:
     """A study that was begun with sizes 10 and 20."""
     study, home = study_in(folder, variants={"a": {"dpo.num_steps": {10: 1, 20: 2}}, "b": {"dpo.beta": 0.2}})
-    write_record(home, study, demo(), {}, None)
+    write_record(home, study, demo().config, {}, None)
     return home
 
 
@@ -156,8 +156,8 @@ def test_sizes_seeds_and_variants_may_be_added(tmp_path: Path) -> None:
     home = begun(tmp_path)
     before = read_record(home)
     assert before is not None
-    more = plan_study(demo(), home.uri, (5, 10), (7,), {"a": {"dpo.num_steps": {5: 1, 10: 1}}, "c": {}}, 20)
-    write_record(home, more, demo(), {}, before)
+    more = plan_study(demo().config, home.uri, (5, 10), (7,), {"a": {"dpo.num_steps": {5: 1, 10: 1}}, "c": {}}, 20)
+    write_record(home, more, demo().config, {}, before)
     record = read_record(home)
     assert record is not None
     assert (record.sizes, record.seeds, record.pool_size) == ((5, 10, 20), (0, 7), 20)

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from stic_ray.core.config import OptimisationConfig, RunConfig, WorkersConfig
+from stic_ray.core.config import RunConfig, WorkersConfig
 from stic_ray.core.resources import accumulation_steps
+from stic_ray.core.training import OptimisationConfig
 from stic_ray.engines.loading import choose_dtype
 
 _SCHEDULES = {"constant": "constant_with_warmup"}

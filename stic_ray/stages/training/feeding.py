@@ -7,7 +7,8 @@ import datasets
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from stic_ray.core.config import OptimisationConfig, RunConfig
+from stic_ray.core.config import RunConfig
+from stic_ray.core.training import OptimisationConfig
 from stic_ray.stages.training.arguments import num_optimiser_steps
 from stic_ray.stages.training.data import ParquetRows
 from stic_ray.stages.training.index import Rows

@@ -11,29 +11,27 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from stic_ray.core.config import MAY_CHANGE, RunConfig, WorkersConfig
+from stic_ray.core.config import WorkersConfig
 from stic_ray.core.errors import ConfigError, StageError
-from stic_ray.core.rundir import RunDir, digest, row_counts
-from stic_ray.core.storage import Location
+from stic_ray.core.rundir import digest, row_counts
+from stic_ray.core.steps import StepRun
 from stic_ray.stages.training.index import Rows, index_conversations, index_pairs
 from stic_ray.stages.training.worker import train_worker
 
 _ATTEMPTS = "training"
 
 
-def train_dpo(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Train on the pairs from the base model; leaves checkpoint, metrics.jsonl and result.json in `run`/dpo.
+def train_dpo(step: StepRun) -> dict[str, Any]:
+    """Train on pairs; leaves checkpoint, metrics.jsonl and result.json in the step's folder.
 
     Raises SourceError as `index_pairs`.
     """
-    source = RunDir.of(config.dpo.pairs) if config.dpo.pairs else run / "preferences"
-    return _train("dpo", config, run, index_pairs(config, source.shards("pairs")), start=None)
+    return _train("dpo", step, index_pairs(step.config, step.inputs["pairs"].shards("pairs")))
 
 
-def train_sft(config: RunConfig, run: RunDir) -> dict[str, Any]:
-    """Train on the infused rows from the model of `sft.start`; leaves the same files in `run`/sft."""
-    start = (run / "dpo").location / "checkpoint" if config.sft.start == "dpo" else None
-    infused, workers = run / "infusion", config.workers
+def train_sft(step: StepRun) -> dict[str, Any]:
+    """Train on the infused rows; leaves the same files in the step's folder."""
+    config, infused, workers = step.config, step.inputs["rows"], step.config.workers
     mixed = infused.num_rows(["text"]) and infused.num_rows(["rows"])
     if mixed and workers.zero_stage == 3 and workers.num_workers > 1:
         raise ConfigError(
@@ -41,20 +39,21 @@ def train_sft(config: RunConfig, run: RunDir) -> dict[str, Any]:
             "vision tower for ever. Use workers.zero_stage=2, or instruction data of one kind."
         )
     rows = index_conversations(config, [*infused.shards("rows"), *infused.shards("text")])
-    return _train("sft", config, run, rows, start=start)
+    return _train("sft", step, rows)
 
 
-def _train(stage: str, config: RunConfig, run: RunDir, rows: Rows, start: Location | None) -> dict[str, Any]:
-    output, workers, num_rows = run / stage, config.workers, rows.num_trained
+def _train(kind: str, step: StepRun, rows: Rows) -> dict[str, Any]:
+    stage, config, output, start = step.name, step.config, step.output, step.model()
+    workers, num_rows = config.workers, rows.num_trained
     settings = {
-        "stage": stage,
+        "stage": kind,
         "config": config.model_dump(),
         "output": output.uri,
         "rows": rows,
         "start": start.uri if start else None,
     }
     # Another ZeRO stage has checkpoints of another form, so it starts afresh under another name.
-    identity = digest([config.model_dump(exclude=set(MAY_CHANGE)), num_rows, workers.zero_stage])
+    identity = digest([step.identity, num_rows, workers.zero_stage])
     attempts = (output / _ATTEMPTS).location
     trainer = _Trainer(
         train_worker,

@@ -12,7 +12,8 @@ from transformers import BitsAndBytesConfig
 from trl.trainer.dpo_config import DPOConfig as TRLDPOConfig
 from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
 
-from stic_ray.core.config import OptimisationConfig, RunConfig
+from stic_ray.core.config import RunConfig
+from stic_ray.core.training import OptimisationConfig
 from stic_ray.engines.adapters import is_adapter
 from stic_ray.engines.loading import choose_dtype, load_model, load_processor, make_savable
 from stic_ray.engines.shared_prefix import why_not

@@ -15,8 +15,9 @@ from transformers import (
     set_seed,
 )
 
-from stic_ray.core.config import ModelConfig, Part, TuningConfig
+from stic_ray.core.config import ModelConfig, TuningConfig
 from stic_ray.core.errors import ConfigError, ModelError
+from stic_ray.core.training import Part
 from stic_ray.engines.loading import make_skeleton, parts_of
 
 

@@ -11,34 +11,45 @@ from stic_ray.core.config import MAY_CHANGE, RunConfig
 from stic_ray.core.errors import ConfigError, RunError
 from stic_ray.core.overrides import apply_overrides
 from stic_ray.core.rundir import ESTIMATE, RunDir
+from stic_ray.core.steps import identity
 from stic_ray.estimate.model_size import model_size
-from stic_ray.estimate.stages import StageEstimate, estimate_run, record_estimate
+from stic_ray.estimate.steps import StageEstimate, estimate_run, record_estimate
 from stic_ray.estimate.table import table
-from stic_ray.pipeline import STAGE_NAMES, STAGES, identity
-from stic_ray.recipes import recipe
+from stic_ray.recipes import recipe, stic
+
+STEPS = stic(recipe("demo").config)
+NAMES = [step.name for step in STEPS]
 
 
 def configured(name: str = "llava16_7b", **settings: Any) -> RunConfig:
-    return apply_overrides(recipe(name), [f"{key.replace('__', '.')}={value}" for key, value in settings.items()])
+    return apply_overrides(
+        recipe(name).config, [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    )
 
 
 def estimated(config: RunConfig, run: RunDir | None = None) -> dict[str, StageEstimate]:
-    return {each.stage: each for each in estimate_run(config, run, STAGE_NAMES)}
+    return {each.stage: each for each in estimate_run(config, stic(config), run, NAMES)}
 
 
 def finished(folder: Path, config: RunConfig, **manifests: dict[str, Any]) -> RunDir:
     """A run with the manifests of some stages, as far as rates are read from them."""
     run = RunDir.of(str(folder))
-    run.write_text("config.yaml", yaml.safe_dump({"config": config.model_dump(mode="json")}))
-    for stage, manifest in manifests.items():
-        (run / stage).write_manifest({"num_rows_in": 100, "seconds": 50.0, **manifest})
+    steps = stic(config)
+    record = {"config": config.model_dump(mode="json"), "steps": [step.record(config) for step in steps]}
+    run.write_text("config.yaml", yaml.safe_dump(record))
+    for step in steps:
+        if step.name in manifests:
+            num = config.workers.num_workers if step.stage.need(config).what == "workers" else config.actors.num_actors
+            made = {"made_with": {"processes": {"num": num}}, "config": identity(step, config)}
+            manifest = {"stage": step.stage.name, "num_rows_in": 100, "seconds": 50.0, **made, **manifests[step.name]}
+            (run / step.name).write_manifest(manifest)
     return run
 
 
 def test_a_run_of_the_published_size_costs_hours_not_days() -> None:
     config = configured(estimate__price_per_gpu_hour=3.0, estimate__num_questions=1000)
     found = estimated(config)
-    assert list(found) == [stage.name for stage in STAGES]
+    assert list(found) == NAMES
     assert {each.basis for each in found.values()} == {"model"}
     assert (found["pool"].num_gpus, found["preferences"].num_gpus, found["dpo"].num_gpus) == (0, 8, 4)
     # 6,000 images, two requests of 2,340 + 60 tokens in and 175 out
@@ -121,7 +132,7 @@ def test_a_finished_stage_tells_what_it_took_and_the_other_training_follows_it(t
 
 def test_a_pilot_without_a_finished_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no finished stage"):
-        estimate_run(configured(estimate__rates_of=tmp_path), None, STAGE_NAMES)
+        estimate_run(configured(estimate__rates_of=tmp_path), STEPS, None, NAMES)
 
 
 def test_the_model_is_measured_by_its_files_or_its_name() -> None:
@@ -137,25 +148,25 @@ def test_the_model_is_measured_by_its_files_or_its_name() -> None:
 def test_no_stage_is_another_for_its_estimate() -> None:
     assert "estimate" in MAY_CHANGE
     changed = configured(estimate__price_per_gpu_hour=9)
-    assert all(identity(stage, configured()) == identity(stage, changed) for stage in STAGES)
+    assert all(identity(step, configured()) == identity(step, changed) for step in STEPS)
 
 
 def test_what_was_expected_is_kept_for_the_report(tmp_path: Path) -> None:
     run = RunDir.of(str(tmp_path / "run"))
-    record_estimate(configured("demo"), run, ["pool", "preferences"])
+    record_estimate(configured("demo"), STEPS, run, ["pool", "preferences"])
     first = run.read_json(ESTIMATE)
     assert set(first) == {"pool", "preferences"} and first["pool"]["wall_s"] > 0
-    record_estimate(configured("demo"), run, ["dpo"])
+    record_estimate(configured("demo"), STEPS, run, ["dpo"])
     assert run.read_json(ESTIMATE) == {**first, "dpo": run.read_json(ESTIMATE)["dpo"]}
     assert json.dumps(run.read_json(ESTIMATE))
 
 
 def test_the_table_says_what_is_known_and_what_does_not_fit() -> None:
     config = configured(estimate__device="T4", model__path="x/llava-70b", estimate__price_per_gpu_hour=1)
-    lines = table(estimate_run(config, None, STAGE_NAMES), config)
+    lines = table(estimate_run(config, STEPS, None, NAMES), config)
     assert lines[1].split()[:4] == ["stage", "images", "tokens", "GPU-hours"]
     assert any(line.startswith("evaluation") and line.endswith("set estimate.num_questions") for line in lines)
     assert any(line.startswith("sum of known") for line in lines)
     assert [line for line in lines if "do not fit the 14 GiB of actors.num_gpus=1 x T4" in line]
-    unpriced = table(estimate_run(configured(), None, ["dpo"]), configured())
+    unpriced = table(estimate_run(configured(), STEPS, None, ["dpo"]), configured())
     assert "set estimate.price_per_gpu_hour" in unpriced[0] and " – " in unpriced[2]

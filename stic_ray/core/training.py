@@ -1,0 +1,98 @@
+"""The sections of the configuration about training: which weights, by which objective, in which steps."""
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from stic_ray.core.section import Count, NotNegative, Positive, Section, Share
+
+Part = Literal["vision_tower", "projector", "language_model"]
+ONLY_LANGUAGE: frozenset[Part] = frozenset({"language_model"})
+
+
+class TuningConfig(Section):
+    """Which weights `dpo` and `sft` train."""
+
+    method: Literal["lora", "qlora", "full"] = "lora"
+    """An adapter, an adapter on weights that are held in 4 bits (extra stic-ray[qlora]), or the weights themselves."""
+    lora_rank: Count = 128
+    lora_alpha: Count = 256
+    lora_dropout: Share = 0.05
+    freeze: tuple[Part, ...] | None = None
+    """Parts that stay as they are; an adapter has matrices in all linear layers of the others. When unset: the vision
+    tower, and with an adapter the projector too, unless it has a learning rate of its own."""
+    projector_learning_rate: Positive | None = None
+    """Train the projector whole, beside an adapter too, with this learning rate of its own."""
+
+    @property
+    def trained(self) -> frozenset[Part]:
+        """The parts that are trained."""
+        return frozenset(get_args(Part)) - self.frozen
+
+    @property
+    def frozen(self) -> frozenset[Part]:
+        """The parts that stay as they are."""
+        if self.freeze is not None:
+            return frozenset(self.freeze)
+        keeps_projector = self.method != "full" and self.projector_learning_rate is None
+        return frozenset({"vision_tower", "projector"} if keeps_projector else {"vision_tower"})
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "TuningConfig":
+        if not self.trained:
+            raise ValueError("freeze names all parts of the model and leaves nothing to train")
+        if self.projector_learning_rate is not None and "projector" in self.frozen:
+            raise ValueError("freeze names the projector, and projector_learning_rate trains it: leave one of them out")
+        return self
+
+
+class OptimisationConfig(Section):
+    """What `dpo` and `sft` share: AdamW, warm-up, and a schedule behind it."""
+
+    learning_rate: Positive
+    num_epochs: Count = 1
+    """Passes over the rows; unused where `num_steps` is set."""
+    num_steps: Count | None = None
+    """Stop after so many optimiser steps, repeating the rows as needed; `num_epochs` passes when unset."""
+    global_batch: Count
+    """Rows per optimiser step, over all workers and accumulation steps."""
+    warmup_share: Share = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """How the learning rate goes on behind the warm-up; cosine and linear end at 0."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    max_length_tokens: Count = 4096
+    """Image, prompt and answer together; longer rows are rejected when they are written, never cut."""
+    num_held_out: NotNegative = 64
+    """Rows that are not trained on but evaluated along the way: the first so many of those with 1 in 16 hashes of the
+    id, so a pool that has grown holds out the same, and a small one at most about a sixteenth."""
+
+
+class DPOConfig(OptimisationConfig):
+    """Regularised DPO (STIC Algorithm 1), and its controls."""
+
+    learning_rate: Positive = 1e-7
+    global_batch: Count = 8
+    objective: Literal["paper", "released_code", "sft"] = "paper"
+    """`sft` is the control without dispreferred answers: likelihood of the preferred ones, mean over tokens."""
+    beta: Positive = 0.1
+    """Strength of the pull to the reference model; lambda in the paper. Unused by `objective=sft`."""
+    alpha: Annotated[float, Field(ge=0.0)] = 1 / 1024
+    """Weight of the summed log-probability of the preferred answer. Unused by `objective=sft`."""
+    pairs: str | None = None
+    """Folder with the pairs of another run, its `preferences`; this run's own when unset."""
+    num_images: Count | None = None
+    """Train on the pairs of the first so many images of the pool's order; all of them when unset."""
+    image: Literal["own", "blank", "shuffled"] = "own"
+    """`blank` (uniform grey of the same size) and `shuffled` (another pair's picture) are controls."""
+
+
+class SFTConfig(OptimisationConfig):
+    """Likelihood fine-tuning on the infused rows."""
+
+    start: Literal["dpo", "base"] = "dpo"
+    """Which model it goes on from; the same one describes the images of the rows."""
+
+    learning_rate: Positive = 2e-5
+    global_batch: Count = 32

@@ -1,0 +1,73 @@
+"""Stage `dpo`: regularised DPO on preference pairs (STIC Algorithm 1), from the model that it reads."""
+
+import importlib.util
+from typing import Any
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import ConfigError, SourceError
+from stic_ray.core.placement import workers_need
+from stic_ray.core.resources import accumulation_steps
+from stic_ray.core.steps import CHECKPOINT, Stage, StepRun
+from stic_ray.core.training import OptimisationConfig
+from stic_ray.core.workload import Sizes, Work, pair_tokens, training_work
+
+
+def _train(step: StepRun) -> dict[str, Any]:
+    from stic_ray.stages.training.launch import train_dpo  # Ray Train and torch
+
+    return train_dpo(step)
+
+
+def _check(step: StepRun) -> None:
+    check_training(step.config, step.config.dpo)
+    pairs = step.inputs["pairs"]
+    is_outside = pairs.location.folder.path != step.output.location.folder.path
+    if is_outside and (pairs.manifest is None or not pairs.shards("pairs")):
+        raise SourceError(
+            f"dpo.pairs='{pairs.uri}' must hold pairs-*.parquet and the manifest.json of a finished stage; "
+            "give the folder preferences of a run."
+        )
+
+
+def check_training(config: RunConfig, settings: OptimisationConfig) -> None:
+    """Find what a training with these settings would refuse. Raises UserError."""
+    if config.model.engine == "fake":
+        raise ConfigError("model.engine=fake cannot be trained; use --stages pool,preferences with it.")
+    accumulation_steps(settings.global_batch, config.workers)
+    for name in config.workers.trackers:
+        if name != "tensorboard" and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"workers.trackers={name} needs the extra stic-ray[{name}], which is not installed here; workers on "
+                "other machines need it, too."
+            )
+    from stic_ray.stages.training.tuning import check_tuning  # torch
+
+    check_tuning(config.model, config.tuning)
+
+
+def _work(config: RunConfig, sizes: Sizes) -> Work | None:
+    num_pairs = config.dpo.num_images or sizes.num_images
+    if not num_pairs:
+        return None
+    answer = min(sizes.num_answer_tokens, config.preferences.max_new_tokens)
+    preferred_only = config.dpo.objective == "sft"
+    shared = config.workers.share_prefix and config.dpo.objective == "paper"
+    tokens = pair_tokens(sizes.num_prompt_tokens, answer, shared_prefix=shared)
+    if preferred_only:
+        tokens = sizes.num_prompt_tokens + answer
+    reference = not preferred_only and not config.preferences.reference_logps
+    return training_work(config, sizes, config.dpo, num_pairs, tokens, reference_pass=reference)
+
+
+DPO = Stage(
+    name="dpo",
+    run=_train,
+    settings=("seed", "model", "tuning", "dpo"),
+    need=workers_need,
+    writes=f"{CHECKPOINT}/",
+    section="dpo",
+    reads=("pairs", "model"),
+    check=_check,
+    work=_work,
+    amount="num_images",
+)

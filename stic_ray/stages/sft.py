@@ -1,0 +1,41 @@
+"""Stage `sft`: likelihood fine-tuning on the infused rows (STIC Algorithm 2), going on from the model that it reads."""
+
+from typing import Any
+
+from stic_ray.core.config import RunConfig
+from stic_ray.core.placement import workers_need
+from stic_ray.core.steps import CHECKPOINT, Stage, StepRun
+from stic_ray.core.workload import SHORT_ANSWER_TOKENS, Sizes, Work, training_work
+from stic_ray.stages.dpo import check_training
+
+
+def _train(step: StepRun) -> dict[str, Any]:
+    from stic_ray.stages.training.launch import train_sft  # Ray Train and torch
+
+    return train_sft(step)
+
+
+def _check(step: StepRun) -> None:
+    check_training(step.config, step.config.sft)
+
+
+def _work(config: RunConfig, sizes: Sizes) -> Work | None:
+    if not sizes.num_instructions:
+        return None
+    described = min(sizes.num_answer_tokens, config.infusion.max_new_tokens) if config.infusion.describe else 0
+    tokens = sizes.num_prompt_tokens + described + SHORT_ANSWER_TOKENS
+    return training_work(config, sizes, config.sft, sizes.num_instructions, tokens, reference_pass=False)
+
+
+SFT = Stage(
+    name="sft",
+    run=_train,
+    settings=("seed", "model", "tuning", "sft"),
+    need=workers_need,
+    writes=f"{CHECKPOINT}/",
+    section="sft",
+    reads=("rows", "model"),
+    check=_check,
+    work=_work,
+    amount="num_instructions",
+)
