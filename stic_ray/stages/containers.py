@@ -230,6 +230,8 @@ def open_arrow(stream: pa.NativeFile) -> pa.RecordBatchReader:
 
 def image_value(value: Any) -> bytes | str | None:
     """Return the bytes or the address of an image as a column holds it: as it is, or in a struct as of `datasets`."""
+    if isinstance(value, list):  # `images` of one
+        value = value[0] if len(value) == 1 else None
     if isinstance(value, Mapping):
         return value.get("bytes") or value.get("path") or None
     return value
