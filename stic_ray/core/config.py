@@ -71,6 +71,8 @@ class PoolConfig(Section):
     or URIs, or a folder that `datasets` saved; local, s3:// or gs://."""
     image_column: str = "image"
     """Column of Parquet and Arrow files: bytes, a path or URI, or a struct with `bytes` or `path`."""
+    allow_outside: bool = False
+    """Take images that addresses in tables name outside of the source, too: any path or bucket that can be read."""
     copy_compressed: bool = False
     """Copy images of compressed tables into the run while they are indexed: later each is read by itself and not with
     its row group, for the pool's bytes once more."""
@@ -115,15 +117,13 @@ class InfusionConfig(Section):
     """Instruction data, and how it is described by the model that `sft` starts from (STIC Algorithm 2)."""
 
     source: str = TOYWORLD
-    """A JSON list or JSON Lines in the LLaVA format, or Parquet with the same columns."""
+    """JSON file in the LLaVA format, or Parquet with the same columns."""
     images: str | None = None
     """Folder that the image paths are relative to; the folder of `source` when unset."""
     num_rows: Count | None = None
     """Take a seeded sample of so many rows; all of them when unset."""
     describe: bool = True
     """false is a control: the questions stay as they are, without a description."""
-    prompt: Literal["plain", "describe"] = "plain"
-    """What describes: one of the plain prompts, drawn for each row as in Algorithm 2, or the prompt `describe`."""
     temperature: Temperature = 0.2
     max_new_tokens: Count = 1024
     allow_truncated: bool = False

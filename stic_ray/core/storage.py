@@ -2,11 +2,13 @@
 
 import mmap
 import os
+import posixpath
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,16 +16,32 @@ from typing import IO
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
+from filelock import FileLock
 from pyarrow import fs
 
 from stic_ray.core.errors import SourceError
+from stic_ray.core.outcomes import Rejected
+from stic_ray.core.schemas import Reason
 
 _STORES_WITHOUT_RENAME = ("s3", "gcs", "abfs")
 _BUCKET_SCHEMES = ("s3", "gs", "gcs")
 """In their addresses the bucket stands where others have a host."""
+_AZURE_SCHEMES = ("abfs", "abfss")
+"""In their addresses the container may stand before the host: abfss://container@account.dfs.core.windows.net."""
 _SAFE = "/:=+,@!$&'()*;~"
 """Characters beside letters, digits and ._- that may stand in the path of a URI as they are."""
 _LOCAL = fs.LocalFileSystem()
+_KEPT_S = 7 * 24 * 3600
+"""After so long without use, the local copy of a remote file or folder is removed."""
+
+
+def _split(scheme: str, address: str) -> tuple[str, str]:
+    """Return which store the address of a URI is in (all buckets are in one), and the path in its file system."""
+    authority, slash, below = address.partition("/")
+    user, at, host = authority.rpartition("@")
+    if scheme in _BUCKET_SCHEMES:
+        return user, unquote(host + slash + below)
+    return authority, unquote(user + slash + below if at and scheme in _AZURE_SCHEMES else slash + below)
 
 
 @lru_cache(maxsize=64)
@@ -42,18 +60,19 @@ class Location:
 
     @staticmethod
     def of(uri: str) -> "Location":
-        """Open a local path (relative ones against the working directory) or an s3://, gs://, hdfs:// URI.
+        """Open what a user typed: a local path (relative to the working directory) or an s3://, gs://, hdfs:// URI.
 
         Options of a URI (`s3://bucket/images?endpoint_override=...`) hold for every address derived from it.
         Credentials come from the environment. Raises SourceError for a scheme that pyarrow does not know, and for
-        credentials in a URI, which would end up in the files of the run.
+        credentials in a URI, which would end up in the files of the run. What data says is opened by `inside`.
         """
         if "://" not in uri:
             path = os.path.abspath(os.path.expanduser(uri))
             return Location(_LOCAL, path, path)
         scheme, _, rest = uri.partition("://")
         address, mark, query = rest.partition("?")
-        if "@" in address.split("/", 1)[0]:
+        user, _, _ = address.partition("/")[0].rpartition("@")
+        if ":" in user or (user and scheme == "s3"):
             raise SourceError(
                 f"'{scheme}://...@{address.split('@', 1)[1]}' holds credentials, which would be written into the run; "
                 "set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for one)."
@@ -62,8 +81,8 @@ class Location:
         options = mark + query
         try:
             if scheme in _BUCKET_SCHEMES:
-                bucket = address.split("/", 1)[0]
-                filesystem, path = _of_bucket(f"{scheme}://{bucket}{options}"), unquote(address)
+                filesystem = _of_bucket(f"{scheme}://{address.partition('/')[0]}{options}")
+                path = _split(scheme, address)[1]
             else:
                 filesystem, path = fs.FileSystem.from_uri(f"{scheme}://{address}{options}")
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
@@ -80,17 +99,52 @@ class Location:
         if not separator:
             return Location(self.filesystem, path, path)
         address, mark, query = rest.partition("?")
-        host = "" if scheme in _BUCKET_SCHEMES else address.split("/", 1)[0]
-        return Location(self.filesystem, path, f"{scheme}://{host}{quote(path, safe=_SAFE)}{mark}{query}")
+        authority = address.partition("/")[0]
+        user, at, _ = authority.rpartition("@")
+        if scheme in _BUCKET_SCHEMES:
+            address = user + at + quote(path, safe=_SAFE)
+        else:
+            below = path.removeprefix(user) if scheme in _AZURE_SCHEMES else path
+            address = f"{authority}/{quote(below.lstrip('/'), safe=_SAFE)}"
+        return Location(self.filesystem, path, f"{scheme}://{address}{mark}{query}")
 
     @property
     def folder(self) -> "Location":
         """The folder that a file is in."""
         return self.at(self.path.rsplit("/", 1)[0])
 
+    def inside(self, path: str, root: "Location | None" = None) -> "Location":
+        """Return what a path or URI that stands in data means in this folder: in its store, with its options.
+
+        Raises Rejected for what is not below `root` (this folder, when None): a '..' that leads out, an absolute path
+        or another store, and for options behind a '?', which would choose the server that gets our requests.
+        """
+        scheme, separator, address = path.partition("://")
+        own, _, rest = self.uri.partition("://")
+        if not separator:
+            target = path if path.startswith("/") else f"{self.path}/{path}"
+        elif scheme == "file" and self.is_local:
+            target = unquote(address)
+        else:
+            store, target = _split(scheme, address)
+            if scheme != own or "?" in address or store != _split(own, rest.partition("?")[0])[0]:
+                target = ""
+        limit = (root or self).path.strip("/")
+        normal = posixpath.normpath(target)
+        if not target or not f"/{normal.strip('/')}/".startswith(f"/{limit}/" if limit else "/"):
+            raise Rejected(Reason.UNREADABLE_FILE, f"'{path}' is not below '{(root or self).uri}'")
+        return self.at(normal if ".." in target.split("/") else target)
+
     def address_of(self, path: str) -> str:
-        """Return what a path or URI means to a reader in this folder: relative ones are below it."""
-        return path if path.startswith("/") or "://" in path else (self / path).uri
+        """Return the address that a path or URI of a list means: any place, relative ones in this folder.
+
+        The options of this folder hold for its own kind of store. Options behind a '?' stay for the reader to refuse.
+        """
+        scheme, separator, address = path.partition("://")
+        if not separator:
+            return path if path.startswith("/") else (self / path).uri
+        own, _, rest = self.uri.partition("://")
+        return path if scheme != own or "?" in address else path + "".join(rest.partition("?")[1:])
 
     @property
     def is_local(self) -> bool:
@@ -133,18 +187,13 @@ class Location:
     def open(self) -> pa.NativeFile:
         """Open the file for reading at any place. Raises OSError when it cannot be, as a pipe or a broken link."""
         if self.is_local and not os.path.isfile(self.path):
-            raise FileNotFoundError(f"'{self.path}' is no regular file, or is gone")
+            raise FileNotFoundError(f"'{self.path}' is gone, is no regular file, or has a name that is not UTF-8")
         return self.filesystem.open_input_file(self.path)
 
     def read(self) -> bytes:
         """Return the content. Raises OSError as `open` does."""
         with self.open() as stream:
             return stream.read()
-
-    def read_range(self, offset: int, num_bytes: int) -> bytes:
-        """Return a part of the content, fewer bytes where the file ends. Raises OSError as `open` does."""
-        with self.open() as stream:
-            return stream.read_at(num_bytes, offset)
 
     def write(self, content: bytes | pa.Buffer | mmap.mmap) -> None:
         """Write the whole file at once: a reader sees the old content or the new, never a part."""
@@ -204,28 +253,42 @@ class Location:
             self.at(temporary).delete_folder()
             raise
 
+    def holds_files(self) -> bool:
+        """Whether the folder is there and not empty, as the place of a disk that is not mounted is."""
+        if not self.is_local:  # there are no empty folders in an object store
+            return self.is_folder()
+        try:
+            with os.scandir(self.path) as found:
+                return any(found)
+        except OSError:
+            return False
+
     def local_copy(self) -> Path:
         """Return a local path with the content: the path itself on a local disk, else a download.
 
-        Downloads go to the machine's temporary folder, once per machine and state of the files.
+        Downloads go to a folder of this user's alone below the cache, once per machine and state of the files: other
+        processes wait for it. Those that were not asked for in a week are removed.
         """
         if self.is_local:
             return Path(self.path)
-        files = self.files(recursive=True) if self.is_folder() else [self.info()]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stic_ray"
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache.chmod(0o700)  # fails for what another user put there
+        is_folder = self.is_folder()
+        files = self.files(recursive=True) if is_folder else [self.info()]
         state = [self.uri, *(f"{file.path} {file.size} {file.mtime_ns}" for file in files)]
-        target = Path(tempfile.gettempdir()) / "stic_ray" / uuid.uuid5(uuid.NAMESPACE_URL, "\n".join(state)).hex
-        if not target.exists():
-            partial = Path(tempfile.mkdtemp(prefix="stic_ray_")) / "content"
-            if self.is_folder():
-                partial.mkdir()
-                fs.copy_files(self.path, str(partial), source_filesystem=self.filesystem)
-            else:
-                partial.write_bytes(self.read())
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.rename(target)
-            except OSError:
-                if not target.exists():  # else another process of this machine was first
-                    raise
-            shutil.rmtree(partial.parent)
+        target = cache / uuid.uuid5(uuid.NAMESPACE_URL, "\n".join(state)).hex
+        with FileLock(f"{target}.lock"):
+            if not target.exists():
+                for old in cache.iterdir():
+                    with suppress(OSError):  # another process may be at it, too
+                        if time.time() - old.stat().st_mtime > _KEPT_S:
+                            shutil.rmtree(old) if old.is_dir() else old.unlink()
+                with tempfile.TemporaryDirectory(dir=cache) as folder:
+                    partial = Path(folder) / "content"
+                    if is_folder:
+                        partial.mkdir()
+                    fs.copy_files(self.path, str(partial), source_filesystem=self.filesystem)
+                    partial.rename(target)
+            os.utime(target)
         return target

@@ -29,6 +29,9 @@ _TURNS = {
 """By EXIF orientation, what makes the picture upright."""
 
 
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
 @dataclass(frozen=True)
 class ImageLimits:
     """What a pool accepts."""
@@ -63,6 +66,18 @@ class ImageFacts:
 def image_id(encoded: bytes) -> str:
     """Return the stable id of an image: the 128-bit BLAKE2b of its bytes, in hex."""
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+
+def is_image(beginning: bytes) -> bool:
+    """Say by its first 16 bytes whether a file is of a format that is taken, whatever its name."""
+    is_webp = beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP"
+    is_bmp = beginning[:2] == b"BM" and beginning[6:10] == bytes(4)  # a text may begin with BM, too
+    return beginning.startswith(_BEGINNINGS) or is_webp or is_bmp
+
+
+def other_format(beginning: bytes) -> Rejected:
+    """Return the rejection of a file that begins otherwise than an image."""
+    return Rejected(Reason.UNSUPPORTED_FORMAT, f"starts with {beginning[:8]!r}, none of {', '.join(FORMATS)}")
 
 
 def inspect(encoded: bytes, limits: ImageLimits, *, with_hash: bool = False) -> ImageFacts:
@@ -132,8 +147,7 @@ def _opened(encoded: bytes, limits: ImageLimits | None) -> Iterator[Image.Image]
     except Rejected:
         raise
     except UnidentifiedImageError:
-        allowed = ", ".join(FORMATS)
-        raise Rejected(Reason.UNSUPPORTED_FORMAT, f"starts with {encoded[:8]!r}, none of {allowed}") from None
+        raise other_format(encoded) from None
     except Image.DecompressionBombError as error:
         raise Rejected(Reason.TOO_MANY_PIXELS, str(error)) from None
     except Exception as error:

@@ -1,36 +1,49 @@
 """Reading the images out of the files of a source: a file that is one, tar, Arrow, Parquet with bytes or addresses.
 
-Where a file holds an image as it is (tar, uncompressed Arrow or Parquet), its place in bytes is told too: in the
+Where a file holds an image as it is (tar, uncompressed Arrow or Parquet), its place in bytes is noted, too: in the
 pool's order neighbours are strangers, and a range of bytes is read without reading the thousand images around it.
+Everything that could not be read is one image that was rejected, or failed; it never stops what is beside it.
 """
 
+import io
+import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stic_ray.core.errors import SourceError, nearest
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import SourceError
+from stic_ray.core.outcomes import Failed, Rejected
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
+from stic_ray.method.images import is_image
+from stic_ray.stages.columns import Verbatim, arrow_batches, check_column, image_value, uncompressed_chunk
+from stic_ray.stages.reading import Patience, Stream, check_size, one_line, read_file, too_large, unreadable
 
 Kind = Literal["image", "parquet", "tar", "arrow", "list"]
 
 NUM_THREADS = 16
 """Files that a task reads at a time: object stores answer late, but to many at once."""
 
-_KINDS: Mapping[str, Kind] = {".parquet": "parquet", ".tar": "tar", ".arrow": "arrow", ".txt": "list"}
-_IMAGE_NAMES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-"""Members of a tar that are images; others (.json, .txt, .cls) belong to one."""
-_ARROW_FILE = b"ARROW1\0\0"
+_KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys((".parquet", ".pq", ".parq"), "parquet"),
+    **dict.fromkeys((".arrow", ".feather"), "arrow"),
+    ".tar": "tar",
+    ".txt": "list",
+}
+_IMAGE_ENDINGS = re.compile(
+    r"(|\.(jpe?g|jpe|jfif|jif|pjpeg|pjp|a?png|webp|gif|bmp|dib|tiff?|hei[cf]|avif|jp2|jxl))", re.IGNORECASE
+)
+"""Members of a tar that are to be images; of the others (.json, .txt, .cls) those are that begin as one."""
+_BLOCK_BYTES = 512
+_TAR_NAMES = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
 _BUFFER_BYTES = 4 * 2**20
-_TAR_BLOCK_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -38,9 +51,25 @@ class Found:
     """An image of a source: where it is, and its bytes or why there are none."""
 
     path: str
-    encoded: bytes | Rejected
+    encoded: bytes | Rejected | Failed
     row: int | None = None
     offset: int | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a source are read."""
+
+    column: str
+    """The one of tables that holds images."""
+    max_bytes: int
+    root: Location | None = None
+    """The folder that the addresses in tables stay below; that of the table, when None."""
+    allow_outside: bool = False
+    """Take addresses of other places, too."""
+    options: str = ""
+    """Those behind the '?' of the source as the user typed it; no others count."""
+    patience: Patience = field(default_factory=Patience)
 
 
 def kind_of(uri: str) -> Kind:
@@ -49,66 +78,77 @@ def kind_of(uri: str) -> Kind:
     return _KINDS.get(PurePosixPath(path).suffix.lower(), "image")
 
 
-def check_column(file: Location, schema: pa.Schema, column: str) -> bool:
-    """Return whether the image column holds bytes (else addresses). Raises SourceError where it can hold neither."""
-    if column not in schema.names:
-        raise SourceError(
-            f"'{file.uri}' has no column '{column}'.{nearest(column, schema.names)} Its columns: "
-            f"{', '.join(schema.names)}. Name the one with the images with pool.image_column."
-        )
-    kind = schema.field(column).type
-    fields = [kind.field(i) for i in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-    kinds = {field.name: field.type for field in fields} if fields else {"bytes": kind, "path": kind}
-    if "bytes" in kinds and _is_bytes(kinds["bytes"]):
-        return True
-    if "path" in kinds and _is_text(kinds["path"]):
-        return False
-    raise SourceError(
-        f"Column '{column}' of '{file.uri}' is {kind}; images are bytes, a path or URI, or a struct with a field "
-        "'bytes' or 'path'."
-    )
+def may_be_image(uri: str) -> bool:
+    """Whether a file looks by its name like an image, or like a tar of images."""
+    name = PurePosixPath(uri.partition("?")[0] if "://" in uri else uri)
+    return kind_of(uri) == "tar" or (name.name[:1] not in "._" and bool(_IMAGE_ENDINGS.fullmatch(name.suffix)))
 
 
 def images_in(
-    files: Iterable[tuple[str, int | None]], column: str, max_bytes: int, piece: int = 0, num_pieces: int = 1
+    files: Iterable[tuple[str, int | None]], reading: Reading, piece: int = 0, num_pieces: int = 1
 ) -> Iterator[Found]:
     """Yield the images of files (URI and size, if known), a few in memory at a time.
 
-    A file that cannot be read is one image with its rejection, and so is the rest of a damaged container. An image
-    of more than `max_bytes` is not read. `piece` of `num_pieces` is the share of a Parquet file's rows.
+    A file that cannot be read is one image with its outcome, and so is a damaged part of a container. `piece` of
+    `num_pieces` is the share of a Parquet file's rows.
     """
-    plain: list[tuple[str, int | None]] = []
-    for uri, size in files:
-        kind = kind_of(uri)
-        if kind in ("image", "list"):
-            plain.append((uri, size))
+    plain: list[str] = []
+    for uri, _ in files:
+        if kind_of(uri) in ("image", "list"):
+            plain.append(uri)
             continue
-        yield from read_all(plain, max_bytes)
+        yield from _read_all(plain, reading)
         plain = []
-        file = Location.of(uri)
         try:
-            if kind == "tar":
-                yield from _in_tar(file, max_bytes)
-            elif kind == "arrow":
-                yield from _in_arrow(file, column, max_bytes)
-            else:
-                yield from _in_parquet(file, column, max_bytes, piece, num_pieces)
-        except (OSError, pa.ArrowInvalid, tarfile.TarError) as error:
-            yield Found(uri, _unreadable(error))
-    yield from read_all(plain, max_bytes)
+            yield from _in_container(_locate(uri, reading), reading, piece, num_pieces)
+        except Failed as failed:
+            yield Found(uri, failed)
+        except Rejected as rejected:
+            if piece == 0:  # the others meet the same
+                yield Found(uri, rejected)
+    yield from _read_all(plain, reading)
 
 
-def read_all(files: Iterable[tuple[str, int | None]], max_bytes: int) -> Iterator[Found]:
+def _locate(uri: str, reading: Reading) -> Location:
+    """Open an address that the listing or a table has. Raises Rejected for one that cannot be one."""
+    scheme, _, options = uri.partition("?") if "://" in uri and not uri.startswith("file:") else ("", "", "")
+    if options and options != reading.options:
+        raise Rejected(Reason.UNREADABLE_FILE, f"'{scheme}?...' has options of its own; those of pool.source count")
+    try:
+        return Location.of(uri)
+    except (SourceError, ValueError) as error:
+        raise unreadable(error) from error
+
+
+def _in_container(file: Location, reading: Reading, piece: int, num_pieces: int) -> Iterator[Found]:
+    """Yield the images of a container. Raises Rejected, where nothing more of it can be read, and Failed."""
+    try:
+        stream = Stream(file, reading.patience)
+        kind = kind_of(file.uri)
+        if is_image(stream.read_at(16, 0)):
+            yield Found(file.uri, read_file(file, reading.max_bytes, reading.patience))
+        elif kind == "tar":
+            yield from _in_tar(file, stream, reading.max_bytes)
+        elif kind == "arrow":
+            yield from _in_arrow(file, stream, reading)
+        else:
+            yield from _in_parquet(file, stream, reading, piece, num_pieces)
+    except (Rejected, Failed):
+        raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        raise unreadable(error) from error
+
+
+def _read_all(files: Iterable[str | Location], reading: Reading) -> Iterator[Found]:
     """Read files that are images, several at a time, and yield them in order."""
 
-    def read(file: tuple[str, int | None]) -> Found:
-        uri, size = file
+    def read(file: str | Location) -> Found:
+        uri = file if isinstance(file, str) else file.uri
         try:
-            place = Location.of(uri)
-            size = place.info().size or 0 if size is None else size
-            return Found(uri, _too_large(size, max_bytes) if size > max_bytes else place.read())
-        except (OSError, SourceError) as error:
-            return Found(uri, _unreadable(error))
+            place = _locate(file, reading) if isinstance(file, str) else file
+            return Found(uri, read_file(place, reading.max_bytes, reading.patience))
+        except (Rejected, Failed) as outcome:
+            return Found(uri, outcome)
 
     remaining = iter(files)
     with ThreadPoolExecutor(NUM_THREADS) as threads:
@@ -116,138 +156,128 @@ def read_all(files: Iterable[tuple[str, int | None]], max_bytes: int) -> Iterato
             yield from threads.map(read, some)
 
 
-def _in_tar(file: Location, max_bytes: int) -> Iterator[Found]:
-    """Read a tar from its beginning to its end, as object stores like it."""
-    stream = file.filesystem.open_input_stream(file.path, compression=None, buffer_size=_BUFFER_BYTES)
-    with stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            if not member.isfile() or PurePosixPath(member.name).suffix.lower() not in _IMAGE_NAMES:
-                continue
-            if member.size > max_bytes:
-                yield Found(file.uri, _too_large(member.size, max_bytes), offset=member.offset_data)
-                continue
-            content = archive.extractfile(member)
-            assert content is not None, "a regular file has content"
-            yield Found(file.uri, content.read(), offset=member.offset_data)
-    with file.open() as whole:  # cut off between two members, a tar reads as one that is shorter
-        if whole.read_at(_TAR_BLOCK_BYTES, max(whole.size() - _TAR_BLOCK_BYTES, 0)).strip(b"\0"):
-            raise tarfile.ReadError("ends without the mark of its end, as a file that was cut off does")
+def _in_tar(file: Location, stream: Stream, max_bytes: int) -> Iterator[Found]:
+    """Read a tar from its beginning to its end, as object stores like it; behind a damaged header it goes on."""
+    buffered, at, damaged_from, long_name = io.BufferedReader(stream, _BUFFER_BYTES), 0, None, None
+    while at < stream.size:
+        buffered.seek(at)
+        header = buffered.read(_BLOCK_BYTES)
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            if header.strip(b"\0") and damaged_from is None:
+                damaged_from = at
+            at += _BLOCK_BYTES
+            continue
+        if damaged_from is not None:
+            yield Found(file.uri, _not_read(f"bytes {damaged_from} to {at} are no member of a tar"))
+            damaged_from = None
+        begin = at + _BLOCK_BYTES
+        if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in _TAR_NAMES:
+            at = begin + -(-member.size // _BLOCK_BYTES) * _BLOCK_BYTES
+        else:
+            at = begin
+        if at > stream.size:
+            yield Found(file.uri, _not_read(f"the file is cut off within its member '{member.name}'"))
+            return
+        if member.type in _TAR_NAMES:
+            long_name = _long_name(buffered.read(member.size)) or long_name
+        elif member.isreg():
+            yield from _member(file, buffered, PurePosixPath(long_name or member.name), begin, member.size, max_bytes)
+            long_name = None
+    if damaged_from is not None:
+        yield Found(file.uri, _not_read(f"bytes {damaged_from} to {at} are no member of a tar"))
+    elif stream.read_at(_BLOCK_BYTES, max(stream.size - _BLOCK_BYTES, 0)).strip(b"\0"):
+        yield Found(file.uri, _not_read("ends without the mark of its end, as a file that was cut off does"))
 
 
-def _in_arrow(file: Location, column: str, max_bytes: int) -> Iterator[Found]:
-    with file.open() as stream:
-        reader = open_arrow(stream)
-        check_column(file, reader.schema, column)
-        row = 0
-        while True:
-            start = stream.tell()
+def _member(
+    file: Location, stream: IO[bytes], name: PurePosixPath, begin: int, size: int, max_bytes: int
+) -> Iterator[Found]:
+    """Yield the image that a member of a tar is or should be: its content says so, or its ending."""
+    beginning = stream.read(min(size, 16))
+    if not is_image(beginning) and not _IMAGE_ENDINGS.fullmatch(name.suffix):
+        return
+    if size > max_bytes:
+        yield Found(file.uri, too_large(size, max_bytes), offset=begin)
+    else:
+        yield Found(file.uri, beginning + stream.read(size - len(beginning)), offset=begin)
+
+
+def _long_name(content: bytes) -> str | None:
+    """Return the name of the next member that a tar holds apart: as it is (GNU), or as a record (pax)."""
+    record = re.search(rb"^\d+ path=(.*)$", content, re.MULTILINE)
+    is_records = re.match(rb"\d+ [\w.]+=", content)
+    name = record[1] if record else b"" if is_records else content.rstrip(b"\0")
+    return name.decode("utf-8", "replace") or None
+
+
+def _in_arrow(file: Location, stream: Stream, reading: Reading) -> Iterator[Found]:
+    row = 0
+    for start, end, batch in arrow_batches(stream):
+        if isinstance(batch, Exception):
+            yield Found(file.uri, _not_read(f"bytes {start} to {end}: {one_line(batch)}"))
+            continue
+        check_column(file, batch.schema, reading.column)
+        verbatim = Verbatim(stream.read_at(end - start, start), start)
+        yield from _values(file, batch[reading.column].to_pylist(), row, verbatim, reading)
+        row += batch.num_rows
+
+
+def _in_parquet(file: Location, stream: Stream, reading: Reading, piece: int, num_pieces: int) -> Iterator[Found]:
+    parquet = pq.ParquetFile(pa.PythonFile(stream, "r"))
+    holds_bytes = check_column(file, parquet.schema_arrow, reading.column)
+    num_rows = parquet.metadata.num_rows
+    begin, stop = piece * num_rows // num_pieces, (piece + 1) * num_rows // num_pieces
+    first = 0
+    for group in range(parquet.num_row_groups):
+        behind = first + parquet.metadata.row_group(group).num_rows
+        # Bytes are taken by whole row groups, those that begin in this piece; addresses are cheap to read twice.
+        wanted = range(first, behind) if holds_bytes else range(max(begin, first), min(stop, behind))
+        if begin <= first < stop if holds_bytes else wanted:
+            row = first
             try:
-                batch = reader.read_next_batch()
-            except StopIteration:
-                return
-            end = stream.tell()
-            raw = stream.read_at(end - start, start)
-            stream.seek(end)
-            yield from _values(file, batch[column].to_pylist(), row, _Verbatim(raw, start), max_bytes)
-            row += batch.num_rows
-
-
-def _in_parquet(file: Location, column: str, max_bytes: int, piece: int, num_pieces: int) -> Iterator[Found]:
-    with file.open() as stream:
-        parquet = pq.ParquetFile(stream)
-        holds_bytes = check_column(file, parquet.schema_arrow, column)
-        num_rows = parquet.metadata.num_rows
-        begin, stop = piece * num_rows // num_pieces, (piece + 1) * num_rows // num_pieces
-        first = 0
-        for group in range(parquet.num_row_groups):
-            length = parquet.metadata.row_group(group).num_rows
-            # Bytes are taken by whole row groups, those that begin in this piece; addresses are cheap to read twice.
-            lowest, highest = (first, first + length) if holds_bytes else (max(begin, first), min(stop, first + length))
-            if begin <= first < stop if holds_bytes else lowest < highest:
-                raw = _uncompressed_chunk(stream, parquet, group, column) if holds_bytes else None
-                row = first
-                for batch in parquet.iter_batches(batch_size=64, row_groups=[group], columns=[column]):
-                    values = batch[column].to_pylist()
-                    wanted = slice(max(lowest - row, 0), max(highest - row, 0))
-                    yield from _values(file, values[wanted], row + wanted.start, raw, max_bytes)
+                verbatim = uncompressed_chunk(stream, parquet, group, reading.column) if holds_bytes else None
+                for batch in parquet.iter_batches(batch_size=64, row_groups=[group], columns=[reading.column]):
+                    values = batch[reading.column].to_pylist()
+                    inner = slice(max(wanted.start - row, 0), max(wanted.stop - row, 0))
+                    yield from _values(file, values[inner], row + inner.start, verbatim, reading)
                     row += len(values)
-            first += length
-
-
-class _Verbatim:
-    """Finds images in a part of a file that may hold them as they are, one behind the other."""
-
-    def __init__(self, raw: bytes, start: int) -> None:
-        self.raw, self.start, self.behind = raw, start, 0
-
-    def offset_of(self, encoded: bytes) -> int | None:
-        """Return where in the file the bytes are; None when they are compressed there."""
-        at = self.raw.find(encoded, self.behind)
-        if at < 0:  # of equal images, a dictionary holds one
-            at = self.raw.find(encoded, 0, self.behind)
-        if at < 0:
-            return None
-        self.behind = max(self.behind, at + len(encoded))
-        return self.start + at
-
-
-def _uncompressed_chunk(stream: pa.NativeFile, parquet: pq.ParquetFile, group: int, column: str) -> _Verbatim | None:
-    """Return the image bytes of a row group as they are in the file, or None where they are compressed."""
-    metadata = parquet.metadata.row_group(group)
-    chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-    chunk = next((c for c in chunks if c.path_in_schema in (column, f"{column}.bytes")), None)
-    if chunk is None or chunk.compression != "UNCOMPRESSED":
-        return None
-    pages = [chunk.data_page_offset, chunk.dictionary_page_offset]
-    start = min(page for page in pages if page)
-    return _Verbatim(stream.read_at(chunk.total_compressed_size, start), start)
+            except (Rejected, Failed):
+                raise
+            except Exception as error:
+                yield Found(file.uri, _not_read(f"rows {row} to {behind - 1}: {one_line(error)}"), row)
+        first = behind
 
 
 def _values(
-    file: Location, values: list[Any], first_row: int, verbatim: _Verbatim | None, max_bytes: int
+    file: Location, values: Sequence[Any], first_row: int, verbatim: Verbatim | None, reading: Reading
 ) -> Iterator[Found]:
-    """Yield the images of a column's values: bytes, addresses, or structs of both."""
-    folder = file.folder
+    """Yield the images of a column's values, from the row `first_row` on."""
     for start in range(0, len(values), 2 * NUM_THREADS):
-        some = [image_value(value) for value in values[start : start + 2 * NUM_THREADS]]
-        addressed = read_all([(folder.address_of(v), None) for v in some if isinstance(v, str)], max_bytes)
+        some = [_image_or_place(file, value, reading) for value in values[start : start + 2 * NUM_THREADS]]
+        addressed = _read_all([value for value in some if isinstance(value, Location)], reading)
         for row, value in enumerate(some, start=first_row + start):
-            if isinstance(value, str):
+            if isinstance(value, Location):
                 yield next(addressed)
-            elif value is None:
-                yield Found(file.uri, Rejected(Reason.EMPTY_FILE, "no value"), row)
-            elif len(value) > max_bytes:
-                yield Found(file.uri, _too_large(len(value), max_bytes), row)
             else:
-                yield Found(file.uri, value, row, verbatim.offset_of(value) if verbatim and value else None)
+                offset = verbatim.offset_of(value) if verbatim and isinstance(value, bytes) and value else None
+                yield Found(file.uri, value, row, offset)
 
 
-def open_arrow(stream: pa.NativeFile) -> pa.RecordBatchReader:
-    """Open an Arrow stream, or an Arrow file, which is a stream behind eight bytes."""
-    stream.seek(len(_ARROW_FILE) if stream.read_at(len(_ARROW_FILE), 0) == _ARROW_FILE else 0)
-    return pa.ipc.open_stream(stream)
+def _image_or_place(file: Location, value: Any, reading: Reading) -> bytes | Location | Rejected:
+    try:
+        image = image_value(value)
+        if isinstance(image, bytes):
+            check_size(len(image), reading.max_bytes)
+            return image
+        if reading.allow_outside:
+            return _locate(file.folder.address_of(image), reading)
+        root = reading.root
+        return file.folder.inside(image, root if root and file.uri.startswith(root.uri.partition("?")[0]) else None)
+    except Rejected as rejected:
+        return rejected
 
 
-def image_value(value: Any) -> bytes | str | None:
-    """Return the bytes or the address of an image as a column holds it: as it is, or in a struct as of `datasets`."""
-    if isinstance(value, list):  # `images` of one
-        value = value[0] if len(value) == 1 else None
-    if isinstance(value, Mapping):
-        return value.get("bytes") or value.get("path") or None
-    return value
-
-
-def _unreadable(error: Exception) -> Rejected:
-    return Rejected(Reason.UNREADABLE_FILE, " ".join(str(error).split()) or type(error).__name__)
-
-
-def _too_large(num_bytes: int, max_bytes: int) -> Rejected:
-    return Rejected(Reason.TOO_MANY_BYTES, f"{num_bytes} bytes; no image within the limits has over {max_bytes}")
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def _not_read(message: str) -> Rejected:
+    return Rejected(Reason.UNREADABLE_FILE, message)

@@ -13,19 +13,19 @@ from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import actors_need
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
-from stic_ray.core.schemas import PREDICTIONS, REJECTED, Reason
+from stic_ray.core.schemas import PREDICTIONS, REJECTED
 from stic_ray.core.steps import BASE, Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import SHORT_ANSWER_TOKENS, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
-from stic_ray.method.choices import choice_lines, read_choice
 from stic_ray.method.images import ImageLimits, decode
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
-from stic_ray.method.scoring import METRICS
+from stic_ray.method.scoring import METRICS, choice_lines, read_choice
 from stic_ray.method.statistics import bootstrap_mean
 from stic_ray.stages.benchmarks import load_questions, read_benchmarks
+from stic_ray.stages.fetch import fetched
 from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
 from stic_ray.stages.windows import Rows
 
@@ -141,10 +141,8 @@ class Examinee:
     def _picture(self, row: dict[str, Any]) -> Any:
         if row["path"] is None:
             return None
-        if row["fetch_error"] is not None:
-            return Rejection(Reason.UNREADABLE_FILE, row["fetch_error"])
         try:
-            return decode(row["encoded"] or b"", self.limits)
+            return decode(fetched(row), self.limits)
         except Rejected as error:
             return Rejection(error.reason, error.message)
 

@@ -1,13 +1,10 @@
-"""What a source holds: its files, listed once into the run, and cut into parts that one task scans.
+"""The files of a source, listed once into the run and cut into parts that one task scans.
 
 The listing stays in the run (`pool/listing-*.parquet`), so that a later invocation can tell what is new.
 """
 
-import io
-import json
 import math
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -15,18 +12,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.storage import Location
-from stic_ray.stages.containers import check_column, kind_of
+from stic_ray.stages.columns import check_column
+from stic_ray.stages.containers import kind_of, may_be_image
+from stic_ray.stages.sources import LISTING, entries
 
 pc: Any = pyarrow.compute
 """Its functions are made when it is imported, which type checkers cannot see."""
-
-LISTING = pa.schema([("uri", pa.string()), ("num_bytes", pa.int64()), ("mtime_ns", pa.int64())])
-"""A file of the source; size and time are unknown (null) where a list of paths names it."""
 
 BUILDING = "building"
 """Folder below pool/ that is there while the index is being built."""
@@ -34,6 +29,7 @@ FAMILY = "listing"
 PARTS = "parts.json"
 """Written last, so that its presence means that the listing is whole."""
 _ROWS_PER_SHARD = 50_000
+_NUM_TABLES_LOOKED_INTO = 8
 _NUM_PARTS = 1024
 """Parts that a large source is cut into, as far as the bounds below allow."""
 _FILES_PER_PART = (256, 4096)
@@ -62,42 +58,20 @@ class Change:
     num_gone: int = 0
 
 
-def entries(uri: str) -> Iterator[pa.Table]:
-    """Yield the files of a source as tables of LISTING, in an order of their own; no more than a folder at a time.
-
-    Raises SourceError when the source is missing or empty.
-    """
-    source = Location.of(uri)
-    info = source.info()
-    if info.type == fs.FileType.NotFound:
-        raise SourceError(f"pool.source='{uri}' does not exist.")
-    if info.type == fs.FileType.Directory:
-        tables = _saved_dataset(source) or _walk(source)
-        problem = "is an empty folder; it needs at least one image"
-    elif kind_of(source.path) == "list":
-        tables, problem = _listed(source), "names no file; it needs one path or URI per line"
-    else:
-        tables, problem = iter([_table(source, [info])]), ""
-    num_files = 0
-    for table in tables:
-        num_files += table.num_rows
-        if table.num_rows:
-            yield table
-    if not num_files:
-        raise SourceError(f"pool.source='{uri}' {problem}.")
-
-
 def write_listing(uri: str, image_column: str, output: RunDir, known: RunDir) -> list[Part]:
     """Write the files of a source that `known` does not list as shards of `output`, and return the parts to scan.
 
     Numbers go on behind the shards of `known`. Raises SourceError as `entries` does, and for a table without the
     image column.
     """
-    listed = _uris(known)
+    listed = _all_of(read_shard(shard, LISTING) for shard in known.shards(FAMILY))["uri"]
+    found = entries(uri)
+    if len(listed):
+        found = iter([_without(_all_of(found), listed)])
     number = first = 1 + max(known.shard_numbers(FAMILY), default=-1)
     num_files = num_bytes = 0
     weight = None
-    for table in _rebatched(_without(table, listed) for table in entries(uri)):
+    for table in _rebatched(found):
         if weight is None:
             weight = _weight_of_tables(table, image_column)
         output.write_shard(FAMILY, number, table, LISTING)
@@ -120,65 +94,19 @@ def read_parts(output: RunDir) -> list[Part] | None:
 
 
 def compare(uri: str, known: RunDir, num_shards: int) -> Change:
-    """Say how a source differs from the first shards of the listing in `known`."""
-    tables = [read_shard(shard, LISTING) for shard in known.shards(FAMILY)[:num_shards]]
-    listed = pa.concat_tables([LISTING.empty_table(), *tables]).combine_chunks()
-    num_new = num_changed = num_same = 0
-    for table in entries(uri):
-        places = pc.index_in(table["uri"], value_set=listed["uri"])
-        before = listed.take(places.drop_null())
-        now = table.filter(pc.is_valid(places))
-        same = [pc.fill_null(pc.equal(now[name], before[name]), True) for name in ("num_bytes", "mtime_ns")]
-        num_changed += now.num_rows - (pc.sum(pc.and_(*same)).as_py() or 0)
-        num_new += places.null_count
-        num_same += now.num_rows
-    return Change(num_new, num_changed, listed.num_rows - num_same)
+    """Say how a source differs from the first shards of the listing in `known`; in one join, so in linear time."""
+    listed = _all_of(read_shard(shard, LISTING) for shard in known.shards(FAMILY)[:num_shards])
+    found = _all_of(entries(uri))
+    places = pc.index_in(found["uri"], value_set=listed["uri"])
+    now, places_before = found.filter(pc.is_valid(places)), places.drop_null()
+    before = {name: listed[name].take(places_before) for name in ("num_bytes", "mtime_ns")}
+    same = [pc.fill_null(pc.equal(now[name], column), True) for name, column in before.items()]
+    num_changed = now.num_rows - (pc.sum(pc.and_(*same)).as_py() or 0)
+    return Change(places.null_count, num_changed, listed.num_rows - now.num_rows)
 
 
-def _walk(folder: Location) -> Iterator[pa.Table]:
-    """List the files of a folder, then each of its folders with all below it, several at a time."""
-    found = folder.below()
-    yield _table(folder, [info for info in found if info.type != fs.FileType.Directory])
-    inner = [info.path for info in found if info.type == fs.FileType.Directory]
-    with ThreadPoolExecutor(8) as threads:
-        for start in range(0, len(inner), 64):  # bounds what is held
-            below = threads.map(lambda path: folder.at(path).files(recursive=True), inner[start : start + 64])
-            yield from (_table(folder, infos) for infos in below)
-
-
-def _table(place: Location, infos: Iterable[fs.FileInfo]) -> pa.Table:
-    rows = [(place.at(info.path).uri, info.size, info.mtime_ns) for info in infos]
-    return pa.table([list(column) for column in zip(*rows, strict=True)] or [[], [], []], schema=LISTING)
-
-
-def _listed(source: Location) -> Iterator[pa.Table]:
-    """Read paths and URIs, one per line; relative ones are below the file's folder."""
-    folder = source.folder
-    with source.open() as stream, io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8") as text:
-        lines = (line.strip() for line in text)
-        uris = (folder.address_of(line) for line in lines if line and not line.startswith("#"))
-        while some := list(islice(uris, _ROWS_PER_SHARD)):
-            unknown = pa.nulls(len(some), pa.int64())
-            yield pa.table([pa.array(some, pa.string()), unknown, unknown], schema=LISTING)
-
-
-def _saved_dataset(folder: Location) -> Iterator[pa.Table] | None:
-    """Return the Arrow files that `save_to_disk` of `datasets` wrote, or None when the folder holds something else."""
-    splits = _json(folder / "dataset_dict.json")
-    inner = [folder / name for name in splits["splits"]] if splits else [folder]
-    states = [(each, _json(each / "state.json")) for each in inner]
-    files = [each / file["filename"] for each, state in states if state for file in state.get("_data_files", ())]
-    return (_table(file, [file.info()]) for file in files) if files else None
-
-
-def _json(file: Location) -> dict[str, Any] | None:
-    return json.loads(file.read()) if file.info().is_file else None
-
-
-def _uris(known: RunDir) -> pa.ChunkedArray:
-    names = pa.schema([LISTING.field("uri")])
-    tables = [read_shard(shard, names) for shard in known.shards(FAMILY)]
-    return pa.concat_tables([names.empty_table(), *tables])["uri"]
+def _all_of(tables: Iterable[pa.Table]) -> pa.Table:
+    return pa.concat_tables([LISTING.empty_table(), *tables])
 
 
 def _without(table: pa.Table, listed: pa.ChunkedArray) -> pa.Table:
@@ -198,17 +126,45 @@ def _rebatched(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _weight_of_tables(table: pa.Table, image_column: str) -> int:
-    """Look into the first Parquet file: a wrong image column is found now, not after hours of scanning."""
-    first = next((uri for uri in table["uri"].to_pylist() if kind_of(uri) == "parquet"), None)
-    if first is None:
-        return 1
-    file = Location.of(first)
-    try:
-        with file.open() as stream:
-            holds_bytes = check_column(file, pq.read_schema(stream), image_column)
-    except (OSError, pa.ArrowInvalid):
-        return 1  # told when it is scanned
-    return 1 if holds_bytes else _BYTES_PER_ADDRESS
+    """Look into the first tables: a wrong image column is found now, not after hours of scanning.
+
+    Raises SourceError where no table has the column and no other file looks like an image.
+    """
+    problem = None
+    for file in _first_tables(table):
+        try:
+            with file.open() as stream:
+                return 1 if check_column(file, pq.read_schema(stream), image_column) else _BYTES_PER_ADDRESS
+        except SourceError as error:
+            problem = problem or error
+        except Exception:  # it is damaged, and becomes a rejected row
+            return 1
+    if problem is not None and not any(may_be_image(uri) for uri in table["uri"].to_pylist()):
+        raise problem
+    return 1
+
+
+def images_read_for_one(output: RunDir, image_column: str) -> int | None:
+    """Return the images in a row group of the listed tables, where they are compressed; None where they are not."""
+    for file in _first_tables(_all_of(read_shard(shard, LISTING) for shard in output.shards(FAMILY)[:1])):
+        try:
+            with file.open() as stream:
+                metadata, schema = pq.read_metadata(stream), pq.read_schema(stream)
+            if not check_column(file, schema, image_column):
+                return None
+            group = metadata.row_group(0)
+            chunks = [group.column(i) for i in range(group.num_columns)]
+            kinds = {chunk.compression for chunk in chunks if chunk.path_in_schema.split(".")[0] == image_column}
+            return None if kinds == {"UNCOMPRESSED"} else group.num_rows
+        except Exception:  # side files and damaged ones become rejected rows
+            continue
+    return None
+
+
+def _first_tables(table: pa.Table) -> Iterator[Location]:
+    """Yield some of the Parquet files of a listing."""
+    uris = (uri for uri in table["uri"].to_pylist() if kind_of(uri) == "parquet")
+    return (Location.of(uri) for uri in islice(uris, _NUM_TABLES_LOOKED_INTO))
 
 
 def _sizes(table: pa.Table, weight: int) -> list[int]:

@@ -7,6 +7,7 @@ where it stopped; the driver holds counts and never the pool. Over a finished in
 in the source and append it.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import PoolConfig, RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.placement import tasks_need
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, row_counts, shard_name
@@ -28,6 +29,8 @@ from stic_ray.stages.near_duplicates import reject_near_duplicates
 from stic_ray.stages.ordering import ORDERED, count_rows, order_images, write_index
 from stic_ray.stages.scanning import scan_parts
 from stic_ray.stages.tasks import map_tasks
+
+logger = logging.getLogger(__name__)
 
 _FILES_PER_TASK = 64
 _INDEX_BYTES = 120
@@ -50,6 +53,7 @@ def build_pool(step: StepRun) -> dict[str, Any]:
         [parts] = map_tasks(
             "pool", listing.write_listing, [(config.pool.source, config.pool.image_column, building, output)]
         )
+    _warn_of_compressed(config.pool, building)
     scan = building / "scan"
     scan_parts(config.pool, parts, building, output, scan)
     indexed = [output.location / shard_name("index", number) for number in range(first_shard)]
@@ -67,7 +71,7 @@ def build_pool(step: StepRun) -> dict[str, Any]:
     if not num_images + num_new:
         _finish(building)
         _delete_behind(output, 0, {})
-        raise _nothing_to_use(config.pool.source, reasons)
+        raise _nothing_to_use(config.pool.source, reasons, rejected.example)
     write_index(buckets, ordered, output, config.pool.shard_size, first_shard, num_images)
     num_scanned = _count(scan.shards("scan")) + _count(scan.shards(REJECTED_FAMILY))
     map_tasks("pool", _copy, [(shard, output.location / shard.name) for shard in building.shards(listing.FAMILY)])
@@ -81,25 +85,40 @@ def build_pool(step: StepRun) -> dict[str, Any]:
     return {**accounts, "extents": extents, **num_shards}
 
 
+def _warn_of_compressed(pool: PoolConfig, building: RunDir) -> None:
+    [number] = map_tasks("pool", listing.images_read_for_one, [(building, pool.image_column)])
+    if number and number > 1 and not pool.copy_compressed:
+        logger.warning(
+            "pool: images lie in compressed row groups of %d; for each image that is used, later stages read and "
+            "decompress up to %d. pool.copy_compressed=true copies them once, so that each is read by itself.",
+            number,
+            number,
+        )
+
+
 @dataclass(frozen=True)
 class _Rejected:
     by_reason: Counter[str]
     num_shards: int
+    example: str
 
 
 def _reject(folders: list[RunDir], output: RunDir, first: int) -> _Rejected:
     """Gather the rejected rows of all steps in shards of `output`, from number `first` on."""
     files = [file for folder in folders for file in folder.shards(REJECTED_FAMILY)]
     groups = [files[start : start + _FILES_PER_TASK] for start in range(0, len(files), _FILES_PER_TASK)]
-    counts = map_tasks("pool", _gather, [(group, output, first + i) for i, group in enumerate(groups)])
-    return _Rejected(sum((Counter(count) for count in counts), Counter()), first + len(groups))
+    gathered = map_tasks("pool", _gather, [(group, output, first + i) for i, group in enumerate(groups)])
+    counts = sum((Counter(count) for count, _ in gathered), Counter[str]())
+    return _Rejected(counts, first + len(groups), next((example for _, example in gathered if example), ""))
 
 
-def _gather(files: list[Location], output: RunDir, number: int) -> dict[str, int]:
+def _gather(files: list[Location], output: RunDir, number: int) -> tuple[Counter[str], str]:
     table = pa.concat_tables([read_shard(file, REJECTED) for file in files])
     if table.num_rows:
         output.write_shard(REJECTED_FAMILY, number, table, REJECTED)
-    return Counter(table["reason"].to_pylist())
+    examples = table.slice(0, 1).to_pylist()
+    example = f" For one, '{examples[0]['path']}': {examples[0]['message']}" if examples else ""
+    return Counter(table["reason"].to_pylist()), example
 
 
 def _count(files: list[Location]) -> int:
@@ -130,11 +149,11 @@ def _delete_behind(output: RunDir, num_index_shards: int, before: Mapping[str, A
                 shard.delete()
 
 
-def _nothing_to_use(source: str, reasons: Counter[str]) -> SourceError:
+def _nothing_to_use(source: str, reasons: Counter[str], example: str) -> SourceError:
     if not reasons:
         return SourceError(f"pool.source='{source}' is empty: its tables and tar files hold no images.")
-    told = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
-    return SourceError(f"pool.source='{source}' holds no image that can be used: {told}.")
+    counts = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+    return SourceError(f"pool.source='{source}' holds no image that can be used: {counts}.{example}")
 
 
 def _check_source(step: StepRun) -> None:

@@ -13,7 +13,7 @@ from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import actors_need
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, read_shard, row_counts
-from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, Reason
+from stic_ray.core.schemas import INDEX, PAIRS, REJECTED
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_tokens
@@ -31,7 +31,7 @@ from stic_ray.method.preferences import (
 )
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.extents import index_shards
-from stic_ray.stages.fetch import fetch_indexed, with_images
+from stic_ray.stages.fetch import fetch_indexed, fetched, with_images
 from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
 from stic_ray.stages.windows import Rows
 
@@ -119,10 +119,8 @@ class PairMaker:
             pair |= {"reference_chosen_logp": chosen, "reference_rejected_logp": rejected}
 
     def _prepare(self, row: dict[str, Any]) -> _Candidate | Rejection:
-        if row["encoded"] is None:
-            return Rejection(Reason.UNREADABLE_FILE, row["fetch_error"])
         try:
-            clean, stored = decode_for_storage(row["encoded"])
+            clean, stored = decode_for_storage(fetched(row))
         except Rejected as error:
             return Rejection(error.reason, error.message)
         plan = plan_pair(row["image_id"], self.config.seed, self.config.preferences, self.prompts)

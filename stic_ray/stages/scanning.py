@@ -2,21 +2,22 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import IO, Any
 
 import pyarrow as pa
 
 from stic_ray.core.config import PoolConfig
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.outcomes import Failed, Rejected
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, shard_name
 from stic_ray.core.schemas import REJECTED, table_of
 from stic_ray.core.storage import Location
 from stic_ray.method.images import ImageLimits, image_id, inspect
-from stic_ray.stages.containers import Found, images_in
+from stic_ray.stages.containers import Found, Reading, images_in
 from stic_ray.stages.listing import FAMILY, LISTING, Part
 from stic_ray.stages.ordering import SCAN
+from stic_ray.stages.reading import Patience
 from stic_ray.stages.shards import ShardJob, ShardTask, Tables, run_shards
 
 _PART = pa.schema([(name, pa.int64()) for name in Part.__dataclass_fields__])
@@ -24,17 +25,25 @@ _PART = pa.schema([(name, pa.int64()) for name in Part.__dataclass_fields__])
 
 def scan_parts(pool: PoolConfig, parts: Sequence[Part], listing: RunDir, output: RunDir, scan: RunDir) -> None:
     """Scan the parts that were not scanned yet, each by a task, to `scan`; copies of images go to `output`."""
+    source = Location.of(pool.source)
+    reading = Reading(
+        column=pool.image_column,
+        max_bytes=ImageLimits.of(pool).max_bytes,
+        root=source if source.is_folder() else None,
+        allow_outside=pool.allow_outside,
+        options=source.uri.partition("?")[2],
+    )
     job = ShardJob(
         stage="pool",
         output=scan,
         families={REJECTED_FAMILY: REJECTED, "scan": SCAN},
         load=lambda task: pa.Table.from_pylist([dict(task.payload)], schema=_PART),
-        make_worker=lambda: partial(_scan_part, pool=pool, listing=listing, output=output),
+        make_worker=lambda: partial(_scan_part, pool=pool, reading=reading, listing=listing, output=output),
     )
     run_shards(job, [ShardTask(number, asdict(part)) for number, part in enumerate(parts)], actors=None)
 
 
-def _scan_part(part: pa.Table, pool: PoolConfig, listing: RunDir, output: RunDir) -> Tables:
+def _scan_part(part: pa.Table, pool: PoolConfig, reading: Reading, listing: RunDir, output: RunDir) -> Tables:
     """Read the images of a part one after the other and say what they are, or why they cannot be used."""
     [given] = [Part(**row) for row in part.to_pylist()]
     shard = read_shard(listing.location / shard_name(FAMILY, given.shard), LISTING)
@@ -44,11 +53,11 @@ def _scan_part(part: pa.Table, pool: PoolConfig, listing: RunDir, output: RunDir
     limits, with_hash = ImageLimits.of(pool), pool.near_duplicate_bits is not None
     accepted, rejected = [], []
     with copies.writing() if pool.copy_compressed else nullcontext() as stream:
-        for image in images_in(sized, pool.image_column, limits.max_bytes, given.piece, given.num_pieces):
+        for image in images_in(sized, replace(reading, patience=Patience()), given.piece, given.num_pieces):
             encoded = image.encoded
             identity = {"image_id": image_id(encoded if isinstance(encoded, bytes) else b""), "path": image.path}
             try:
-                if isinstance(encoded, Rejected):
+                if isinstance(encoded, Rejected | Failed):
                     raise encoded
                 facts = inspect(encoded, limits, with_hash=with_hash)
             except Rejected as error:

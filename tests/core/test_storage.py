@@ -6,9 +6,9 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,10 +17,12 @@ import pytest
 from pyarrow import fs
 
 from stic_ray.core.errors import SourceError
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 
 MEGABYTE = 1 << 20
+OPTIONS = "endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
 
 
 @contextmanager
@@ -205,8 +207,7 @@ def test_a_location_travels_between_processes(tmp_path: Path) -> None:
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
     """A folder that ordinary programs cannot open by its path, as in an object store."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "machine"))
-    (tmp_path / "machine").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
     store = fs.SubTreeFileSystem(str(a_checkpoint(tmp_path / "store").parent), fs.LocalFileSystem())
     return Location(store, "store", "s3://bucket/store")
 
@@ -218,7 +219,9 @@ def test_a_local_copy_is_the_place_itself_or_a_download(remote: Location, tmp_pa
     assert copy.is_relative_to(tmp_path / "machine")
     assert names_below(copy) == ["model.safetensors", "nested", "nested/config.json"]
     assert remote.local_copy() == copy
-    assert len(list((tmp_path / "machine").iterdir())) == 1, "no half-finished download stays"
+    [private] = (tmp_path / "machine").iterdir()
+    assert private.stat().st_mode & 0o777 == 0o700, "nobody else can put a model there"
+    assert {path.name for path in private.iterdir()} == {copy.name, f"{copy.name}.lock"}, "no half of one stays"
 
 
 def test_a_checkpoint_made_anew_is_downloaded_anew(remote: Location) -> None:
@@ -226,3 +229,95 @@ def test_a_checkpoint_made_anew_is_downloaded_anew(remote: Location) -> None:
     assert (remote.local_copy() / "model.safetensors").read_bytes() == b"w" * 10
     (remote / "model.safetensors").write(b"another model")
     assert (remote.local_copy() / "model.safetensors").read_bytes() == b"another model"
+
+
+def test_processes_that_ask_together_download_once(remote: Location, tmp_path: Path) -> None:
+    """Each download would be a folder of its own in the cache; all wait for the first and get its files."""
+    with ThreadPoolExecutor(8) as threads:
+        copies = list(threads.map(lambda _: remote.local_copy(), range(8)))
+    inodes = {(copy / "model.safetensors").stat().st_ino for copy in copies}
+    assert len(set(copies)) == len(inodes) == 1
+
+
+def test_a_copy_that_nobody_asks_for_is_removed_in_the_end(remote: Location) -> None:
+    old = remote.local_copy()
+    (remote / "model.safetensors").write(b"another model")
+    os.utime(old, (0, 0))
+    new = remote.local_copy()
+    assert new.exists() and not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "path", "expected"),
+    [
+        ("/data/set", "a.png", "/data/set/a.png"),
+        ("/data/set", "b/../a?.png", "/data/set/a?.png"),
+        ("/data/set", "/data/set/deep/a.png", "/data/set/deep/a.png"),
+        ("/data/set", "file:///data/set/a.png", "/data/set/a.png"),
+        ("/data/set", "../a.png", None),
+        ("/data/set", "/data/set/../settings/a.png", None),
+        ("/data/set", "/data/settings/a.png", None),
+        ("/data/set", "/etc/passwd", None),
+        ("/data/set", "s3://bucket/a.png", None),
+        ("/data/set", "https://host/a.png", None),
+        (f"s3://bucket/set?{OPTIONS}", "a b.png", f"s3://bucket/set/a%20b.png?{OPTIONS}"),
+        (f"s3://bucket/set?{OPTIONS}", "a.png?b", f"s3://bucket/set/a.png%3Fb?{OPTIONS}"),
+        (f"s3://bucket/set?{OPTIONS}", "x//a.png", f"s3://bucket/set/x//a.png?{OPTIONS}"),
+        (f"s3://bucket/set?{OPTIONS}", "s3://bucket/set/a%20b.png", f"s3://bucket/set/a%20b.png?{OPTIONS}"),
+        (f"s3://bucket/set?{OPTIONS}", "s3://bucket/set/a.png?endpoint_override=127.0.0.1:1", None),
+        (f"s3://bucket/set?{OPTIONS}", "s3://bucket/other/a.png", None),
+        (f"s3://bucket/set?{OPTIONS}", "s3://other/set/a.png", None),
+        (f"s3://bucket/set?{OPTIONS}", "s3://key:secret@bucket/set/a.png", None),
+        (f"s3://bucket/set?{OPTIONS}", "../../other/a.png", None),
+        (f"s3://bucket/set?{OPTIONS}", "gs://bucket/set/a.png", None),
+        (f"s3://bucket/set?{OPTIONS}", "/etc/passwd", None),
+        ("gs://anonymous@bucket/set", "a.png", "gs://anonymous@bucket/set/a.png"),
+        ("gs://anonymous@bucket/set", "gs://bucket/set/a.png", None),
+        ("abfss://box@account.dfs.core.windows.net/set", "a.png", "abfss://box@account.dfs.core.windows.net/set/a.png"),
+        ("abfss://box@account.dfs.core.windows.net/set", "abfss://box@evil.dfs.core.windows.net/set/a.png", None),
+    ],
+)
+def test_what_data_says_stays_below_its_source_and_in_its_store(folder: str, path: str, expected: str | None) -> None:
+    if expected is None:
+        with pytest.raises(Rejected, match="unreadable_file") as caught:
+            Location.of(folder).inside(path)
+        assert repr(path)[1:-1] in caught.value.message
+    else:
+        found = Location.of(folder).inside(path)
+        assert found.uri == expected
+        assert Location.of(found.uri).path == found.path, "as an index row carries it to another machine"
+
+
+def test_a_table_in_an_inner_folder_reaches_all_of_its_source() -> None:
+    source = Location.of("/data/set")
+    assert (source / "tables").inside("../images/a.png", source).path == "/data/set/images/a.png"
+    with pytest.raises(Rejected):
+        (source / "tables").inside("../../other/a.png", source)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("a.png", f"s3://bucket/lists/a.png?{OPTIONS}"),
+        ("s3://other/a.png", f"s3://other/a.png?{OPTIONS}"),
+        ("s3://other/a.png?region=x", "s3://other/a.png?region=x"),
+        ("gs://other/a.png", "gs://other/a.png"),
+        ("/data/a.png", "/data/a.png"),
+    ],
+)
+def test_a_list_names_any_place_with_the_options_of_its_own(path: str, expected: str) -> None:
+    assert Location.of(f"s3://bucket/lists?{OPTIONS}").address_of(path) == expected
+
+
+@pytest.mark.parametrize("uri", ["gs://anonymous@bucket/images", "abfss://box@account.dfs.core.windows.net/images"])
+def test_an_account_in_an_address_is_no_secret(uri: str) -> None:
+    location = Location.of(uri)
+    assert (location / "a.png").folder.uri == location.uri
+    assert Location.of((location / "a.png").uri).path == (location / "a.png").path
+
+
+@pytest.mark.parametrize("uri", ["s3://key:secret@b/x", "s3://key@b/x", "gs://me:secret@b/x", "abfss://c:secret@a/x"])
+def test_a_secret_in_an_address_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(SourceError, match="holds credentials") as caught:
+        Location.of(uri)
+    assert "secret" not in str(caught.value)

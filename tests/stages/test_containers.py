@@ -11,9 +11,10 @@ from stic_ray.core.errors import SourceError
 from stic_ray.core.outcomes import Rejected
 from stic_ray.core.rundir import RunDir
 from stic_ray.method.images import image_id
-from stic_ray.stages.containers import Found, images_in
+from stic_ray.stages.containers import Found, Reading, images_in
 from stic_ray.stages.fetch import fetch_indexed
-from stic_ray.stages.listing import Part, compare, entries, read_parts, write_listing
+from stic_ray.stages.listing import Part, compare, read_parts, write_listing
+from stic_ray.stages.sources import entries
 from tests.stages.sources import SOURCES, as_arrow, as_files, as_list, as_parquet, as_tar, tiny_pictures
 
 PICTURES = tiny_pictures(13)
@@ -23,7 +24,7 @@ BY_BYTES = ("tar", "Parquet, as it is", "Parquet, as it is, with a dictionary", 
 
 def found_in(source: Path, max_bytes: int = MANY_BYTES) -> list[Found]:
     rows = pa.concat_tables(entries(str(source))).to_pylist()
-    return list(images_in([(row["uri"], row["num_bytes"]) for row in rows], "image", max_bytes))
+    return list(images_in([(row["uri"], row["num_bytes"]) for row in rows], Reading("image", max_bytes)))
 
 
 def encoded(found: list[Found]) -> list[bytes]:
@@ -71,7 +72,7 @@ def test_an_image_that_lies_as_it_is_is_read_without_what_is_around_it(kind: str
 def test_pieces_of_a_table_are_the_whole_of_it(tmp_path: Path) -> None:
     for kind in ("Parquet, compressed", "Parquet, paths"):
         source = SOURCES[kind](tmp_path / kind, PICTURES)
-        pieces = [list(images_in([(str(source), None)], "image", MANY_BYTES, piece, 4)) for piece in range(4)]
+        pieces = [list(images_in([(str(source), None)], Reading("image", MANY_BYTES), piece, 4)) for piece in range(4)]
         assert [image.encoded for piece in pieces for image in piece] == [i.encoded for i in found_in(source)]
         assert sum(map(bool, pieces)) > 1
 
@@ -133,7 +134,7 @@ def test_another_picture_in_the_place_is_not_taken_for_the_indexed_one(tmp_path:
     [first, *_] = found_in(as_files(tmp_path, PICTURES))
     Path(first.path).write_bytes(PICTURES[1])
     [image] = fetch_indexed([place_of(first)], "image")
-    assert isinstance(image, OSError) and "does not hold the image that was indexed" in str(image)
+    assert isinstance(image, Rejected) and "does not hold the image that was indexed" in str(image)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +142,10 @@ def test_another_picture_in_the_place_is_not_taken_for_the_indexed_one(tmp_path:
     [([1, 2], "is int64; images are bytes, a path or URI, or a struct"), ([{"x": 1}], "struct<x: int64>")],
 )
 def test_a_column_that_holds_no_images_is_refused(values: list, told: str, tmp_path: Path) -> None:
+    source = as_parquet(tmp_path / "source", values)
     with pytest.raises(SourceError, match=told):
-        found_in(as_parquet(tmp_path, values))
+        write_listing(str(source), "image", RunDir.of(str(tmp_path / "new")), RunDir.of(str(tmp_path / "none")))
+    assert reasons(found_in(source)) == ["unreadable_file"]
 
 
 def test_the_listing_is_cut_by_files_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,178 @@
+"""Reading the files of a source: again while the storage is away, then rejected or failed (core/outcomes.py)."""
+
+import errno
+import io
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
+
+from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.schemas import Reason
+from stic_ray.core.storage import Location
+from stic_ray.method.images import is_image, other_format
+
+_T = TypeVar("_T")
+
+_PATIENCE_S = 60.0
+_SNIFFED_BYTES = 2**20
+"""Larger files are read whole only when they begin as an image does."""
+_ODD_NAMES = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
+
+
+class Patience:
+    """How long the reads of one task wait for a storage that is away, all of them together.
+
+    The time runs from the first error. A read that succeeds after an error ends the trouble, and the time is renewed.
+    """
+
+    def __init__(
+        self,
+        total_s: float = _PATIENCE_S,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_s, self._sleep, self._clock = total_s, sleep, clock
+        self._since: float | None = None
+
+    def read(self, file: Location, read: Callable[[], _T]) -> _T:
+        """Return what `read` does. Raises Rejected for a file that is not there or is none, Failed when time is up."""
+
+        def attempt() -> _T:
+            is_again = False
+            while True:
+                try:
+                    return read()
+                except ValueError as error:  # a name that no file can have
+                    raise unreadable(error) from error
+                except OSError as error:
+                    if not file_is_at_fault(file, error):
+                        raise
+                    if is_again:
+                        raise unreadable(error) from error
+                is_again = True  # the storage may have come back between the read and the look at its folder
+
+        tries = Retrying(
+            retry=retry_if_exception_type(OSError),
+            wait=wait_random_exponential(multiplier=0.5, max=15),
+            stop=self._is_over,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            result = tries(attempt)
+        except OSError as error:
+            raise Failed(f"'{file.uri}': {one_line(error)}") from error
+        if tries.statistics["attempt_number"] > 1:
+            self._since = None
+        return result
+
+    def _is_over(self, state: RetryCallState) -> bool:
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        return now - self._since >= self._total_s
+
+
+class Stream(io.RawIOBase):
+    """A file for Arrow and tarfile to read, at any place: whatever else they raise is the fault of its content."""
+
+    def __init__(self, file: Location, patience: Patience) -> None:
+        self._place, self._patience = file, patience
+        self._file: pa.NativeFile | None = None
+        self._at = 0
+        self.size = self._try(lambda stream: stream.size())
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Read the next bytes into a buffer. Raises Rejected and Failed."""
+        found = self.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def read_at(self, num_bytes: int, offset: int) -> bytes:
+        """Return a part of the content, fewer bytes where the file ends. Raises Rejected and Failed."""
+        return self._try(lambda stream: stream.read_at(num_bytes, offset))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes. Raises Rejected and Failed."""
+        found = self.read_at(self.size - self._at if size is None or size < 0 else size, self._at)
+        self._at += len(found)
+        return found
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Go to a place and return it."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Return the place of the next byte."""
+        return self._at
+
+    def readable(self) -> bool:
+        """It can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """It can be read at any place."""
+        return True
+
+    def _try(self, read: Callable[[pa.NativeFile], _T]) -> _T:
+        def once() -> _T:
+            if self._file is None:
+                self._file = self._place.open()
+            try:
+                return read(self._file)
+            except OSError:
+                self._file = None  # a handle of what was mounted before is of no use
+                raise
+
+        return self._patience.read(self._place, once)
+
+
+def read_file(file: Location, max_bytes: int, patience: Patience) -> bytes:
+    """Return the content of a file that should be an image. Raises Rejected and Failed."""
+
+    def read() -> bytes:
+        with file.open() as stream:
+            size = stream.size()
+            check_size(size, max_bytes)
+            if size > _SNIFFED_BYTES and not is_image(beginning := stream.read_at(16, 0)):
+                raise other_format(beginning)
+            return stream.read_at(size, 0)
+
+    return patience.read(file, read)
+
+
+def check_size(num_bytes: int, max_bytes: int) -> None:
+    """Raise Rejected for what has more bytes than any image within the limits."""
+    if num_bytes > max_bytes:
+        raise too_large(num_bytes, max_bytes)
+
+
+def too_large(num_bytes: int, max_bytes: int) -> Rejected:
+    """Return the rejection of what has more bytes than any image within the limits."""
+    return Rejected(Reason.TOO_MANY_BYTES, f"{num_bytes} bytes; no image within the limits has over {max_bytes}")
+
+
+def file_is_at_fault(file: Location, error: OSError) -> bool:
+    """Whether an error lies in one file: it is no regular file, or is missing from a folder that holds others."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        try:
+            return (file.at(os.path.realpath(file.path)) if file.is_local else file).folder.holds_files()
+        except ValueError:  # no file can have such a name
+            return True
+    if not file.is_local:
+        return False
+    return error.errno in _ODD_NAMES or (isinstance(error, PermissionError) and os.access(file.folder.path, os.X_OK))
+
+
+def unreadable(error: Exception) -> Rejected:
+    """Return the rejection of a file that cannot be read."""
+    return Rejected(Reason.UNREADABLE_FILE, one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """Return an error as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
