@@ -44,34 +44,40 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return found
 
 
-def read_config(options: argparse.Namespace) -> tuple[RunConfig, Recipe, str, dict[str, Any]]:
+def read_config(
+    options: argparse.Namespace, own: Recipe | None = None
+) -> tuple[RunConfig, Recipe, str, dict[str, Any]]:
     """Return configuration, recipe, address of the run, and what config.yaml records of the command.
+
+    `own` is a recipe of the job's; with --config its steps stay.
 
     Raises ConfigError, also where a model of the user's own would be run with the toy world's settings.
     """
     if options.recipe and options.config:
         raise ConfigError("Give --recipe or --config, not both.")
-    chosen = Recipe(load_config(Path(options.config)), stic) if options.config else recipe(options.recipe or "demo")
+    named = own if own and not options.recipe else recipe(options.recipe or "demo")
+    chosen = Recipe(load_config(Path(options.config)), own.steps if own else stic) if options.config else named
     config = apply_overrides(chosen.config, options.overrides)
-    if not options.recipe and not options.config and not is_toy(config.model.path) and config.model.engine != "fake":
+    is_demo = not (own or options.recipe or options.config)
+    if is_demo and not is_toy(config.model.path) and config.model.engine != "fake":
         raise ConfigError(
             f"model.path='{config.model.path}' is not the demo's model, and the demo's settings (learning rates, 64 "
             "tokens an answer) suit no other: add --recipe any_model, or another of "
             f"{', '.join(RECIPES)}, or give a --config FILE."
         )
-    name = options.config or options.recipe or "demo"
+    name = options.config or options.recipe or chosen.config.name
     facts = {"recipe": name, "overrides": list(options.overrides)}
     return config, chosen, options.run or f"runs/{config.name}", facts
 
 
-def full_pipeline(description: str | None, arguments: Sequence[str] | None = None) -> None:
-    """Run the pipeline as the command line says."""
+def full_pipeline(description: str | None, arguments: Sequence[str] | None = None, own: Recipe | None = None) -> None:
+    """Run the pipeline as the command line says, by default the steps of a job's `own` recipe."""
     options_of = parser(description)
     options_of.add_argument(
         "--stages", metavar="A,B", help="only these steps of the recipe, and report (default: all that the scores need)"
     )
     options = options_of.parse_args(arguments)
-    config, chosen, address, facts = read_config(options)
+    config, chosen, address, facts = read_config(options, own)
     steps = chosen.steps(config)
     named = names_of(steps) if options.stages is None else options.stages.split(",")
     names = [name.strip() for name in named if name.strip()]

@@ -69,9 +69,9 @@ CHECKPOINT_MODEL = "checkpoint"
 """Name of the model of `--checkpoint` in the scores."""
 
 
-def names_of(steps: Steps, scored: str | None = None) -> tuple[str, ...]:
-    """Return the names of a whole run in order: what the last step comes from, and the report."""
-    needed = with_inputs({scored or steps[-1].name}, steps)
+def names_of(steps: Steps) -> tuple[str, ...]:
+    """Return the names of a whole run in order: the steps that are results, what they come from, and the report."""
+    needed = with_inputs({step.name for step in steps if step.stage.is_result}, steps)
     return (*(step.name for step in steps if step.name in needed), REPORT)
 
 

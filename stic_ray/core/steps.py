@@ -67,8 +67,8 @@ class Stage:
     """The processes that it starts at once."""
     writes: str
     """What it leaves, for the plan."""
-    section: str
-    """The section of the configuration with its own settings."""
+    section: str = ""
+    """The section of the configuration with its own settings; a training's has its global batch."""
     reads: tuple[str, ...] | None = ()
     """Roles of its inputs; None for any, which are models by their name."""
     sources: tuple[str, ...] = ()
@@ -83,6 +83,8 @@ class Stage:
     """Field of Sizes with the number of rows, which `estimate.<amount>` gives where nothing else does."""
     amount_in_manifest: str | None = None
     """Account of the manifest that says that number once the stage is finished."""
+    is_result: bool = False
+    """Whether it is made for its own sake; others are made when something is made from them."""
     grows: bool = False
     """Whether it goes on behind what it has when its input has grown; nothing that was finished is made again."""
 

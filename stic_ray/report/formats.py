@@ -13,9 +13,6 @@ UNKNOWN = "–"
 _MINUS = "\u2212"
 _INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _LABELS = {
-    "base": "base",
-    "dpo": "dpo",
-    "sft": "sft",
     "describe_and_respond": "describe and respond",
     "multiple_choice": "multiple choice",
     "exact_match": "exact match",

@@ -257,4 +257,5 @@ EVALUATION = Stage(
     check=_check,
     work=_work,
     amount="num_questions",
+    is_result=True,
 )
