@@ -13,6 +13,7 @@ from stic_ray.core.overrides import apply_overrides
 from stic_ray.core.rundir import ESTIMATE, RunDir
 from stic_ray.core.steps import identity
 from stic_ray.estimate.model_size import model_size
+from stic_ray.estimate.rates import measure
 from stic_ray.estimate.steps import StageEstimate, estimate_run, record_estimate
 from stic_ray.estimate.table import table
 from stic_ray.recipes import recipe, stic
@@ -128,6 +129,20 @@ def test_a_finished_stage_tells_what_it_took_and_the_other_training_follows_it(t
     assert (found["dpo"].basis, found["dpo"].wall_s) == ("done", 900.0)
     assert found["dpo"].gpu_hours == pytest.approx(4 * 900 / 3600)
     assert found["sft"].basis == "as dpo was"
+
+
+def test_rates_are_those_of_what_was_done_with_the_processes_that_did_it(tmp_path: Path) -> None:
+    """A training that was resumed has the rows of the steps since then; actors may be others in a later call."""
+    config = configured()
+    for number, (resumed, seconds) in enumerate(((0, 7500.0), (700, 500.0))):  # 750 steps of 10 s
+        run = finished(tmp_path / str(number), config, dpo={"num_steps": 750, "num_rows_in": 6000})
+        (run / "dpo").write_json("result.json", {"seconds": seconds, "resumed_from_step": resumed})
+        assert measure(run).process_s_per_row("dpo") == pytest.approx(4 * 10 / 8)
+    run = finished(tmp_path / "resized", config, preferences={"throughput": {"rows_per_s": 8.0}})
+    record = yaml.safe_load((run.location / "config.yaml").read())
+    record["config"]["actors"]["num_actors"] = 64
+    run.write_text("config.yaml", yaml.safe_dump(record))
+    assert measure(run).process_s_per_row("preferences") == 1.0
 
 
 def test_a_pilot_without_a_finished_stage_is_refused(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.rundir import RunDir
+from stic_ray.core.errors import RunError
+from stic_ray.core.rundir import STARTED, RunDir
 from stic_ray.core.schemas import INDEX
-from stic_ray.pipeline import STARTED
 from stic_ray.stages import ordering
 from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of, rejected_of, run_stages
 from tests.stages.sources import as_files, as_parquet, as_tar, tiny_pictures
@@ -72,6 +72,23 @@ def test_growth_is_in_the_order_of_a_fresh_pool(grown: tuple[RunConfig, Path, Ru
     fresh = index_of(run_stages(config, tmp_path / "fresh", "pool"))["image_id"].to_pylist()
     ids = index_of(run)["image_id"].to_pylist()
     assert [i for i in fresh if i in ids[6:]] == ids[6:]
+
+
+def test_preferences_that_were_begun_go_on_when_the_pool_has_grown(grown: tuple[RunConfig, Path, RunDir]) -> None:
+    """The pool grows in a command of its own, or before a kill, while preferences are half done."""
+    config, folder, run = grown
+    output, pairs = run / "preferences", pairs_of(run)
+    begun = {key: (output.manifest or {})[key] for key in ("config", "inputs")}
+    output.write_json(STARTED, begun)
+    (output.location / "manifest.json").delete()
+    run_stages(config, folder, "pool")
+    run_stages(config, folder, "preferences")
+    now = pairs_of(run)
+    assert now.slice(0, 6).equals(pairs) and now.num_rows == 11
+    output.write_json(STARTED, {**begun, "inputs": {"index": {"from": "pool", "manifest": "another"}}})
+    (output.location / "manifest.json").delete()
+    with pytest.raises(RunError, match="preferences .* was begun from another pool"):
+        run_stages(config, folder, "preferences")
 
 
 def test_a_run_that_has_begun_to_train_stays_with_its_images(
