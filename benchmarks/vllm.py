@@ -30,6 +30,7 @@ from stic_ray.core.schemas import INDEX, PAIRS
 from stic_ray.core.steps import StepRun
 from stic_ray.engines.base import Request
 from stic_ray.engines.loading import load_processor
+from stic_ray.engines.sequences import SequenceBuilder
 from stic_ray.engines.weight_names import use_hub_names
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import Rejection, picture_for_rejected, plan_pair
@@ -88,13 +89,13 @@ def time_bare_call(config: RunConfig, requests: Sequence[Request]) -> dict[str, 
 
     began_s = time.perf_counter()
     llm = vllm.LLM(**vllm_engine.engine_arguments(config.model, config.actors, None, Path(os.devnull)))
-    processor = load_processor(config.model)
+    builder = SequenceBuilder(load_processor(config.model))
     drawn = {"temperature": config.preferences.temperature, "top_p": config.preferences.top_p}
     params = [
         vllm.SamplingParams(**drawn, max_tokens=config.preferences.max_new_tokens, seed=request.seed)
         for request in requests
     ]
-    prompts = [vllm_engine.make_prompt(processor, request) for request in requests]
+    prompts = [vllm_engine.make_prompt(builder, request) for request in requests]
     llm.generate(prompts[:1], params[:1], use_tqdm=False)
     ready_s = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)

@@ -53,6 +53,9 @@ class AnsweredPair:
     prompt: str
     chosen: str
     rejected: str
+    chosen_cut_off: bool = False
+    """Whether the answer reached its limit, and so has no end."""
+    rejected_cut_off: bool = False
 
 
 class TokenCounter(Protocol):

@@ -26,14 +26,14 @@ from stic_ray.engines.adapters import adapter_of, check_adapter_fits
 from stic_ray.engines.fingerprints import SETTINGS
 from stic_ray.engines.hub import explained, hub_arguments, in_one_line
 from stic_ray.engines.loading import (
-    image_token_id,
     load_base,
     load_processor,
     make_savable,
     make_skeleton,
     read_generation_config,
 )
-from stic_ray.engines.rendering import render, split_answers
+from stic_ray.engines.rendering import split_answers
+from stic_ray.engines.sequences import SequenceBuilder
 from stic_ray.engines.weight_names import INDEX
 
 _WEIGHTS = "model.safetensors"
@@ -157,31 +157,30 @@ def _names_in(file: Path) -> set[str]:
 
 
 def _check_picture(processor: Any, config: Any, model: ModelConfig) -> None:
-    """Send a blank picture and a question through the processor."""
+    """Make a sequence of a question about a blank picture, and of its answer."""
     words = "What is in the picture?"
-    conversation = [{"role": "user", "content": words}]
-    with explained(model):
-        text = render(processor, conversation, with_image=True, add_generation_prompt=True)
-        given_back = processor.tokenizer.decode(processor.tokenizer(words, add_special_tokens=False)["input_ids"])
-    if "".join(given_back.split()) != "".join(words.split()):
+    with explained(model, f"The tokenizer of model.path='{model.path}'"):
+        builder = SequenceBuilder(processor)
+        given_back = builder.tokenizer.decode(builder.ask(words, with_image=True).ids)
+    if "".join(words.split()) not in "".join(given_back.split()):
         raise ModelError(f"model.path='{model.path}': its tokenizer makes '{given_back}' of '{words}'; is it whole?")
-    token = image_token_id(processor)
-    if token != getattr(config, "image_token_id", token):
+    if builder.image_token_id != getattr(config, "image_token_id", builder.image_token_id):
         raise ModelError(
-            f"model.path='{model.path}': an image is token {config.image_token_id} in config.json, and {token} in the "
-            "processor's files."
+            f"model.path='{model.path}': an image is token {config.image_token_id} in config.json, and "
+            f"{builder.image_token_id} in the processor's files."
         )
-    picture = Image.new("RGB", (_SIDE_PX, _SIDE_PX))
+    conversation = [{"role": "user", "content": words}, {"role": "assistant", "content": "Nothing."}]
     try:
-        inputs = processor(images=[[picture]], text=[text], return_tensors="pt", add_special_tokens=False)
+        sequence = builder.build(conversation, with_image=True)
+        batch = builder.batch([sequence], [Image.new("RGB", (_SIDE_PX, _SIDE_PX))])
     except Exception as error:  # whatever a processor does without what it lacks
         absent = [name for name, value in vars(processor).items() if value is None]
         raise ModelError(
             f"model.path='{model.path}': its processor fails on a blank picture ({in_one_line(error)})"
             + (f"; processor_config.json lacks {', '.join(absent)}." if absent else ".")
         ) from error
-    if not (inputs["input_ids"] == token).any():
-        raise ModelError(f"model.path='{model.path}': its processor makes no tokens of a picture.")
+    if not (batch["input_ids"] == builder.image_token_id).any() or not batch["is_answer"].any():
+        raise ModelError(f"model.path='{model.path}': its processor makes no tokens of a picture, or of an answer.")
 
 
 def _check_saving(model: ModelConfig, skeleton: PreTrainedModel, processor: ProcessorMixin) -> None:

@@ -221,14 +221,6 @@ def parts_of(model: nn.Module) -> dict[Part, list[str]]:
     return parts
 
 
-def image_token_id(processor: ProcessorMixin) -> int:
-    """Return the id of the token that stands for a piece of an image."""
-    token_id = getattr(processor, "image_token_id", None)
-    if token_id is None:
-        raise ModelError(f"{type(processor).__name__} does not say which token stands for an image.")
-    return int(token_id)
-
-
 def choose_dtype(model: ModelConfig, *, on_gpu: bool) -> torch.dtype:
     """Return the number format of weights and activations."""
     if model.dtype == "auto":

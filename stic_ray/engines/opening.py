@@ -44,9 +44,9 @@ def open_counter(model: ModelConfig) -> TokenCounter:
     """Load what counts the tokens of the model of the run, without its weights."""
     if model.engine == "fake":
         return FakeEngine(model.path, 1)
-    from stic_ray.engines.transformers_engine import TransformersCounter
+    from stic_ray.engines.counting import ProcessorCounter
 
-    return TransformersCounter(model)
+    return ProcessorCounter(model)
 
 
 def check_engine(model: ModelConfig) -> None:

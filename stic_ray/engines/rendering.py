@@ -21,11 +21,10 @@ def render(
     Placeholders inside the texts are removed: they would ask for images that are not there. Raises ModelError when
     the template refuses the conversation.
     """
-    placeholder = getattr(processor, "image_token", None)
     structured = []
     image_placed = not with_image
     for message in messages:
-        text = message["content"].replace(placeholder, "") if placeholder else message["content"]
+        text = remove_placeholders(processor, message["content"])
         content: list[dict[str, str]] = [{"type": "text", "text": text}]
         if message["role"] == "user" and not image_placed:
             content.insert(0, {"type": "image"})
@@ -37,6 +36,14 @@ def render(
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise ModelError(f"The chat template refuses the conversation: {' '.join(str(error).split())}") from error
+
+
+def remove_placeholders(processor: ProcessorMixin, text: str) -> str:
+    """Return a text without placeholders of images, those that appear when another is removed included."""
+    placeholder = getattr(processor, "image_token", None)
+    while placeholder and placeholder in text:
+        text = text.replace(placeholder, "")
+    return text
 
 
 def turn_end(processor: ProcessorMixin) -> str:
@@ -52,33 +59,45 @@ def turn_end(processor: ProcessorMixin) -> str:
     return "" if closed else str(processor.tokenizer.eos_token)
 
 
-def split_answers(processor: ProcessorMixin, messages: Sequence[Message], *, with_image: bool) -> Pieces:
-    """Return the rendered conversation in pieces, each with whether it is an answer.
+def split_answers(
+    processor: ProcessorMixin,
+    messages: Sequence[Message],
+    *,
+    with_image: bool,
+    cut_off: bool = False,
+    end: str | None = None,
+) -> Pieces:
+    """Return the rendered conversation up to its last answer in pieces, each with whether it is an answer.
 
-    An answer piece ends with the token that ends the turn; what a template puts behind it is no answer. Raises
-    ModelError for a template whose text up to a turn is not the beginning of the text with that turn.
+    An answer piece ends with the token that ends the turn; what a template puts behind it is no answer. A last answer
+    that was `cut_off` ends with its own text. `end` is what `turn_end` returns. Raises ModelError for a template whose
+    text up to a turn is not the beginning of the text with that turn.
     """
-    end = turn_end(processor)
-    closed = [{**m, "content": m["content"] + end} if m["role"] == "assistant" else m for m in messages]
+    end = turn_end(processor) if end is None else end
+    answered = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    unended = answered[-1:] if cut_off else []
+    closed = [
+        {**m, "content": m["content"] + end} if number in answered and number not in unended else m
+        for number, m in enumerate(messages)
+    ]
     whole = render(processor, closed, with_image=with_image, add_generation_prompt=False)
     pieces: Pieces = []
     done = 0
-    for number, message in enumerate(closed):
-        if message["role"] != "assistant":
-            continue
+    for number in answered:
         before = render(processor, closed[:number], with_image=with_image, add_generation_prompt=True)
-        start = len(before)
-        found = whole.find(message["content"].strip(), start)
+        start, text = len(before), closed[number]["content"].strip()
+        found = whole.find(text, start)
         if not whole.startswith(before) or found < 0 or whole[start:found].strip():
             raise ModelError(
                 "The chat template does not keep earlier turns as they are when a turn is added, so answers cannot "
                 "be told from questions; give another with model.chat_template=FILE."
             )
-        stop = found + len(message["content"].strip())
-        stop += 0 if end else _length_of_end(whole[stop:], processor.tokenizer.all_special_tokens)
+        stop = found + len(text)
+        if not end and number not in unended:
+            stop += _length_of_end(whole[stop:], processor.tokenizer.all_special_tokens)
         pieces += [(whole[done:start], False), (whole[start:stop], True)]
         done = stop
-    pieces.append((whole[done:], False))
+    pieces += [] if answered else [(whole, False)]
     return [(text, is_answer) for text, is_answer in pieces if text]
 
 
@@ -102,7 +121,7 @@ def read_answer(
     text = processor.tokenizer.decode(said, skip_special_tokens=True)
     return Answer(
         # A placeholder that the model spelled out would ask for an image when the answer is trained on.
-        text=text.replace(getattr(processor, "image_token", ""), "").strip(),
+        text=remove_placeholders(processor, text).strip(),
         num_tokens=len(said),
         finish_reason="length" if end is None else "stop",
         num_image_tokens=num_image_tokens,

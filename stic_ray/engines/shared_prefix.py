@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig
 
-from stic_ray.core.errors import ModelError
-from stic_ray.engines.rendering import render, turn_end
+from stic_ray.engines.sequences import Batch, SequenceBuilder, TokenSequence
 
 PADDING, PROMPT, CHOSEN, REJECTED = range(4)
 """What a position belongs to."""
@@ -25,8 +24,6 @@ FAMILIES = ("llava", "llava_next", "idefics3")
 """Model types that are tested to give the log-probabilities of separate sequences."""
 _TEXT_MODELS = ("llama", "mistral")
 """Their language models: one position per token, and one causal mask for all layers."""
-
-Batch = dict[str, Tensor]
 
 
 class _Part(NamedTuple):
@@ -37,8 +34,8 @@ class _Part(NamedTuple):
     positions: Tensor
 
 
-def why_not(config: PreTrainedConfig) -> str | None:
-    """Say why the model of `config` cannot share prefixes, or return None when it can."""
+def reason_against(config: PreTrainedConfig) -> str | None:
+    """Return why the model of `config` cannot share prefixes, or None when it can."""
     text = config.get_text_config()
     if config.model_type not in FAMILIES or text.model_type not in _TEXT_MODELS:
         return f"{config.model_type} with {text.model_type} is not among the tested families {', '.join(FAMILIES)}"
@@ -47,43 +44,27 @@ def why_not(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def split_pair(processor: ProcessorMixin, prompt: str, answer: str) -> tuple[str, str]:
-    """Return the rendered prompt, up to where the answer begins, and the answer with what ends its turn."""
-    asked = [{"role": "user", "content": prompt}]
-    said = [{"role": "assistant", "content": answer + turn_end(processor)}]
-    opening = render(processor, asked, with_image=True, add_generation_prompt=True)
-    whole = render(processor, [*asked, *said], with_image=True, add_generation_prompt=False)
-    if not whole.startswith(opening):
-        raise ModelError("The chat template changes a question once it is answered; use workers.share_prefix=false.")
-    return opening, whole.removeprefix(opening)
-
-
 def make_batch(
-    processor: Any, images: Sequence[Image.Image], prompts: Sequence[str], answers: Sequence[tuple[str, str]]
+    builder: SequenceBuilder,
+    images: Sequence[Image.Image],
+    pairs: Sequence[tuple[TokenSequence, TokenSequence]],
 ) -> Batch:
     """Return the inputs of B pairs: the processor's for the images, and four tensors of shape (B, T).
 
     `input_ids`, `position_ids`, `segments` (PADDING to REJECTED), and `is_answer`, true where a token is predicted
-    that belongs to an answer. `answers` are the rendered chosen and rejected texts.
+    that belongs to an answer. `pairs` are the chosen and the rejected sequence of each, alike up to their answers.
     """
-    inputs = dict(
-        processor(
-            images=[[image] for image in images],
-            text=list(prompts),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
-    )
+    asked = [TokenSequence(chosen.ids[: chosen.num_asked], [False] * chosen.num_asked) for chosen, _ in pairs]
+    inputs = builder.batch(asked, images, pad_left=True)
     prompt_ids, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    inputs.pop("is_answer")
     lengths = prompt_mask.sum(1)
     parts = [_Part(prompt_ids[:, :-1], prompt_mask[:, :-1] * PROMPT, (prompt_mask.cumsum(1) - 1).clamp(min=0)[:, :-1])]
-    for segment, texts in zip((CHOSEN, REJECTED), zip(*answers, strict=True), strict=True):
-        ids = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    for segment, sequences in zip((CHOSEN, REJECTED), zip(*pairs, strict=True), strict=True):
+        ids = [sequence.ids[sequence.num_asked :] for sequence in sequences]
         rows = [torch.tensor([last, *row]) for last, row in zip(prompt_ids[:, -1].tolist(), ids, strict=True)]
         filled = pad_sequence([torch.full_like(row, segment) for row in rows], batch_first=True)
-        padded = pad_sequence(rows, batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+        padded = pad_sequence(rows, batch_first=True, padding_value=builder.tokenizer.pad_token_id)
         positions = lengths.unsqueeze(1) - 1 + torch.arange(padded.shape[1])
         parts.append(_Part(padded, filled, positions))
     segments = torch.cat([part.segments for part in parts], dim=1)
@@ -121,11 +102,6 @@ def model_inputs(batch: Batch, config: PreTrainedConfig) -> dict[str, Tensor]:
     seen = attention_mask(batch["segments"], batch["position_ids"], window)
     rest = {name: value for name, value in batch.items() if name not in ("segments", "is_answer")}
     return {**rest, "attention_mask": seen}
-
-
-def labels_of(batch: Batch, ignored: int) -> Tensor:
-    """Return the tokens of the answers at their places, and `ignored` elsewhere; shape (B, T)."""
-    return batch["input_ids"].masked_fill(~batch["is_answer"], ignored)
 
 
 def sum_by_answer(logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The default engine: batched generation with transformers, on a GPU or a CPU."""
 
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from PIL import Image
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -21,62 +21,21 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import EngineLost, ModelError
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, FittingBatches
+from stic_ray.engines.counting import ProcessorCounter
 from stic_ray.engines.fingerprints import fingerprint
-from stic_ray.engines.loading import choose_dtype, image_token_id, load_model, load_processor, read_generation_config
-from stic_ray.engines.rendering import end_token_ids, read_answer, render
-from stic_ray.engines.shared_prefix import Batch, make_batch, score, split_pair, why_not
+from stic_ray.engines.loading import choose_dtype, load_model, read_generation_config
+from stic_ray.engines.rendering import end_token_ids, read_answer
+from stic_ray.engines.sequences import Batch, TokenSequence
+from stic_ray.engines.shared_prefix import make_batch, reason_against, score
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+_GPU_FAILURE = re.compile(
+    r"CUDA error|device-side assert|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|CUFFT)_|cuDNN error|NCCL error"
+)
+"""What torch's libraries say in a RuntimeError when a GPU has failed under them."""
 
 
-class TransformersCounter:
-    """A model's processor in this process. Threads may share it."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        """Load the processor. Raises ModelError."""
-        self.processor: Any = load_processor(model)
-        # A tokenizer keeps its padding as state, and refuses to have it changed while another thread uses it.
-        self._tokenizing = threading.RLock()
-        self._added_by_size: dict[tuple[int, int], int] = {}
-
-    def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
-        """Return the tokens of a conversation in the chat template, the image counted as its placeholder."""
-        return self._num_tokens(render(self.processor, messages, with_image=with_image, add_generation_prompt=False))
-
-    def count_added_tokens(self, images: Sequence[Image.Image]) -> list[int]:
-        """Return how many tokens each image adds; the text around it makes no difference."""
-        if not images:
-            return []
-        question = [{"role": "user", "content": "?"}]
-        text = render(self.processor, question, with_image=True, add_generation_prompt=True)
-        with self._tokenizing:
-            inputs = self.processor(
-                images=[[image] for image in images],
-                text=[text] * len(images),
-                padding=True,
-                return_tensors="pt",
-                add_special_tokens=False,
-            )
-        return [num_tokens - self._num_tokens(text) for num_tokens in inputs["attention_mask"].sum(1).tolist()]
-
-    def _guess_added_tokens(self, image: Image.Image | None) -> int:
-        """Return what an image will add, by its size; made from a blank one where the processor cannot say it."""
-        if image is None:
-            return 0
-        if image.size not in self._added_by_size:
-            if hasattr(self.processor, "_get_num_multimodal_tokens"):
-                told = self.processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1]])
-                self._added_by_size[image.size] = told["num_image_tokens"][0]
-            else:
-                self._added_by_size[image.size] = self.count_added_tokens([Image.new("RGB", image.size)])[0]
-        return self._added_by_size[image.size]
-
-    def _num_tokens(self, text: str) -> int:
-        with self._tokenizing:
-            return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-class TransformersEngine(TransformersCounter):
+class TransformersEngine(ProcessorCounter):
     """A model in this process. Threads may share it: one batch is prepared while the model is busy with another."""
 
     def __init__(
@@ -99,14 +58,15 @@ class TransformersEngine(TransformersCounter):
 
         Raises EngineError for a request that does not fit the memory by itself, and EngineLost when the GPU has failed.
         """
-        texts = [self._render(request) for request in requests]
+        with self.tokenizing:
+            asked = [self.builder.ask(request.prompt, with_image=request.image is not None) for request in requests]
         lengths = [
-            self._num_tokens(text) + self._guess_added_tokens(request.image) + sampling.max_new_tokens
-            for text, request in zip(texts, requests, strict=True)
+            len(sequence.ids) + self.guess_added_tokens(request.image) + sampling.max_new_tokens
+            for sequence, request in zip(asked, requests, strict=True)
         ]
 
         def answer(rows: list[int]) -> list[Answer]:
-            return self._generate_batch([requests[row] for row in rows], [texts[row] for row in rows], sampling)
+            return self._generate_batch([requests[row] for row in rows], [asked[row] for row in rows], sampling)
 
         answers: dict[int, Answer] = {}
         for with_image in (True, False):  # processors take images for every text of a batch, or for none
@@ -120,40 +80,41 @@ class TransformersEngine(TransformersCounter):
 
         Raises ModelError for a model that cannot share the prompt between answers.
         """
-        reason = why_not(self.model.config)
+        reason = reason_against(self.model.config)
         if reason is not None:
             raise ModelError(f"preferences.reference_logps=true: '{self.name}' cannot be scored: {reason}.")
-        split = [
-            [split_pair(self.processor, pair.prompt, answer) for answer in (pair.chosen, pair.rejected)]
-            for pair in pairs
-        ]
+        with self.tokenizing:
+            built = [self._build_pair(pair) for pair in pairs]
         lengths = [
-            self._num_tokens(chosen[0] + chosen[1] + rejected[1]) + self._guess_added_tokens(pair.image)
-            for pair, (chosen, rejected) in zip(pairs, split, strict=True)
+            len(chosen.ids) + len(rejected.ids) - rejected.num_asked + self.guess_added_tokens(pair.image)
+            for pair, (chosen, rejected) in zip(pairs, built, strict=True)
         ]
 
         def score_rows(rows: list[int]) -> list[tuple[float, float]]:
-            with self._tokenizing:
-                batch = make_batch(
-                    self.processor,
-                    [pairs[row].image for row in rows],
-                    [split[row][0][0] for row in rows],
-                    [(split[row][0][1], split[row][1][1]) for row in rows],
-                )
-            return self._score(batch)
+            with self.tokenizing:
+                batch = make_batch(self.builder, [pairs[row].image for row in rows], [built[row] for row in rows])
+            with self._busy:
+                chosen, rejected = score(self.model, self._move(batch))
+            return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
 
         with _lost_with_its_gpu():
             scores = self.batches.run(range(len(pairs)), lengths, [""] * len(pairs), score_rows)
         return [scores[row] for row in range(len(pairs))]
 
-    def _score(self, batch: Batch) -> list[tuple[float, float]]:
-        moved = {
-            name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
-            for name, value in batch.items()
-        }
-        with self._busy:
-            chosen, rejected = score(self.model, moved)
-        return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+    def _build_pair(self, pair: AnsweredPair) -> tuple[TokenSequence, TokenSequence]:
+        chosen, rejected = (
+            self.builder.build(
+                [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": answer}],
+                with_image=True,
+                cut_off=cut_off,
+            )
+            for answer, cut_off in ((pair.chosen, pair.chosen_cut_off), (pair.rejected, pair.rejected_cut_off))
+        )
+        return chosen, rejected
+
+    def _move(self, batch: Batch) -> Batch:
+        floats = self.model.dtype
+        return {n: value.to(self.device, floats if value.is_floating_point() else None) for n, value in batch.items()}
 
     def _ignore_generation_config(self) -> None:
         """Drop the penalties, beams, suppressed tokens and the like of the checkpoint's generation_config.json.
@@ -165,27 +126,18 @@ class TransformersEngine(TransformersCounter):
         for holder in {self.model, base}:
             holder.generation_config = GenerationConfig()
 
-    def _render(self, request: Request) -> str:
-        question = [{"role": "user", "content": request.prompt}]
-        return render(self.processor, question, with_image=request.image is not None, add_generation_prompt=True)
-
     @torch.inference_mode()
-    def _generate_batch(self, requests: Sequence[Request], texts: Sequence[str], sampling: Sampling) -> list[Answer]:
-        images = [[request.image] for request in requests if request.image is not None] or None
-        with self._tokenizing:
-            inputs = self.processor(
-                images=images,
-                text=list(texts),
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-                add_special_tokens=False,
-            )
+    def _generate_batch(
+        self, requests: Sequence[Request], asked: Sequence[TokenSequence], sampling: Sampling
+    ) -> list[Answer]:
+        with self.tokenizing:
+            inputs = self.builder.batch(asked, [request.image for request in requests], pad_left=True)
+        inputs.pop("is_answer")
         num_prompt_tokens = inputs["attention_mask"].sum(1).tolist()
-        num_image_tokens = (inputs["input_ids"] == image_token_id(self.processor)).sum(1).tolist()
+        num_image_tokens = (inputs["input_ids"] == self.builder.image_token_id).sum(1).tolist()
         with self._busy:
             sequences = self.model.generate(
-                **inputs.to(self.device, dtype=self.model.dtype),
+                **self._move(inputs),
                 generation_config=GenerationConfig(
                     max_new_tokens=sampling.max_new_tokens,
                     do_sample=False,  # sampling is done by the seeded noise below
@@ -195,11 +147,11 @@ class TransformersEngine(TransformersCounter):
                 logits_processor=_processors([request.seed for request in requests], sampling, self.device),
             )
             new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        with self._tokenizing:
+        with self.tokenizing:
             return [
-                read_answer(self.processor, ids, self.end_ids, num_image, num_prompt - self._num_tokens(text))
-                for ids, num_image, num_prompt, text in zip(
-                    new_ids, num_image_tokens, num_prompt_tokens, texts, strict=True
+                read_answer(self.processor, ids, self.end_ids, num_image, num_prompt - len(sequence.ids))
+                for ids, num_image, num_prompt, sequence in zip(
+                    new_ids, num_image_tokens, num_prompt_tokens, asked, strict=True
                 )
             ]
 
@@ -208,8 +160,12 @@ class TransformersEngine(TransformersCounter):
 def _lost_with_its_gpu() -> Iterator[None]:
     try:
         yield
-    except torch.AcceleratorError as error:  # every later call on this GPU would fail too
-        raise EngineLost(str(error).splitlines()[0]) from error
+    except OUT_OF_MEMORY:
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, torch.AcceleratorError) and not _GPU_FAILURE.search(str(error)):
+            raise
+        raise EngineLost(str(error).splitlines()[0]) from error  # every later call on this GPU would fail too
 
 
 class SeededNoise(LogitsProcessor):

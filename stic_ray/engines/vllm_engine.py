@@ -26,10 +26,11 @@ from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import EngineError, EngineLost, ModelError, UserError
 from stic_ray.engines.adapters import parts_of_adapter
 from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.counting import ProcessorCounter
 from stic_ray.engines.fingerprints import fingerprint
-from stic_ray.engines.loading import choose_dtype, image_token_id, read_generation_config
-from stic_ray.engines.rendering import end_token_ids, read_answer, render
-from stic_ray.engines.transformers_engine import TransformersCounter
+from stic_ray.engines.loading import choose_dtype, read_generation_config
+from stic_ray.engines.rendering import end_token_ids, read_answer
+from stic_ray.engines.sequences import SequenceBuilder
 from stic_ray.engines.weight_names import has_hub_names, link_with_hub_names
 
 Result = TypeVar("Result")
@@ -72,7 +73,7 @@ def check_adapter_fits(adapter: Path) -> None:
         )
 
 
-class VllmEngine(TransformersCounter):
+class VllmEngine(ProcessorCounter):
     """A model in vLLM's processes. Threads may share it."""
 
     def __init__(self, model: ModelConfig, actors: ActorsConfig, *, adapter: Path | None = None) -> None:
@@ -84,7 +85,6 @@ class VllmEngine(TransformersCounter):
         self.name = str(adapter) if adapter else model.path
         self.revision = fingerprint(model)
         self.end_ids = end_token_ids(self.processor, read_generation_config(model))
-        self.image_token_id = image_token_id(self.processor)
         self._numbers = itertools.count()
         self._adapter: Any = None
         self._loop = asyncio.new_event_loop()
@@ -103,8 +103,8 @@ class VllmEngine(TransformersCounter):
 
         Raises EngineError when one of these requests is refused, and EngineLost when vLLM has died.
         """
-        with self._tokenizing:
-            prompts = [make_prompt(self.processor, request) for request in requests]
+        with self.tokenizing:
+            prompts = [make_prompt(self.builder, request) for request in requests]
         return self._wait(self._answer_all(prompts, [request.seed for request in requests], sampling))
 
     def close(self) -> None:
@@ -137,10 +137,10 @@ class VllmEngine(TransformersCounter):
             seed=seed,
             stop_token_ids=self.end_ids,
         )
-        num_image_tokens = output.prompt_token_ids.count(self.image_token_id)
+        num_image_tokens = output.prompt_token_ids.count(self.builder.image_token_id)
         num_added_tokens = len(output.prompt_token_ids) - len(prompt["prompt_token_ids"])
         ids = output.outputs[0].token_ids
-        with self._tokenizing:
+        with self.tokenizing:
             return read_answer(self.processor, ids, self.end_ids, num_image_tokens, num_added_tokens)
 
     async def _run(self, prompt: dict[str, Any], **settings: Any) -> Any:
@@ -166,7 +166,7 @@ class VllmEngine(TransformersCounter):
         """Apply the adapter to all requests. Raises ModelError when the model then says what it said without."""
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-        probe = make_prompt(self.processor, Request("Describe in detail what can be seen, and where.", image=None))
+        probe = make_prompt(self.builder, Request("Describe in detail what can be seen, and where.", image=None))
         before = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
         self._adapter = LoRARequest("adapter", 1, str(adapter))
         after = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
@@ -195,11 +195,9 @@ async def _end_tasks() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def make_prompt(processor: Any, request: Request) -> dict[str, Any]:
+def make_prompt(builder: SequenceBuilder, request: Request) -> dict[str, Any]:
     """Return a request as vLLM takes it: token ids with one placeholder for the image, and the image."""
-    question = [{"role": "user", "content": request.prompt}]
-    text = render(processor, question, with_image=request.image is not None, add_generation_prompt=True)
-    prompt: dict[str, Any] = {"prompt_token_ids": processor.tokenizer(text, add_special_tokens=False)["input_ids"]}
+    prompt: dict[str, Any] = {"prompt_token_ids": builder.ask(request.prompt, with_image=request.image is not None).ids}
     return prompt if request.image is None else prompt | {"multi_modal_data": {"image": request.image}}
 
 

@@ -112,7 +112,11 @@ class PairMaker:
     def _score(self, made: list[tuple[Any, dict[str, Any]]]) -> None:
         """Add the log-probabilities of both answers to the pairs."""
         asked = [
-            AnsweredPair(each.clean, *(pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")))
+            AnsweredPair(
+                each.clean,
+                *(pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")),
+                *(pair[f"{side}_finish_reason"] == "length" for side in ("chosen", "rejected")),
+            )
             for each, pair in made
         ]
         for (_, pair), (chosen, rejected) in zip(made, self.engine.score_pairs(asked), strict=True):

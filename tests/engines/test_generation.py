@@ -18,9 +18,10 @@ from stic_ray.core.errors import EngineError
 from stic_ray.core.randomness import seed_for
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.batching import BatchLimits
-from stic_ray.engines.loading import image_token_id
-from stic_ray.engines.rendering import render
-from stic_ray.engines.transformers_engine import SeededNoise, TransformersCounter, TransformersEngine
+from stic_ray.engines.counting import ProcessorCounter
+from stic_ray.engines.rendering import split_answers
+from stic_ray.engines.sequences import image_token_id
+from stic_ray.engines.transformers_engine import SeededNoise, TransformersEngine
 from stic_ray.toyworld.lessons import PROMPTS
 from tests.engines.conftest import Checkpoints, Engines
 from tests.engines.families import EMBEDDED, IMAGE_TOKENS, NEED_TORCHVISION, WITH_BOS, mixed_requests, scene
@@ -154,12 +155,13 @@ def test_text_and_added_tokens_are_the_whole_sequence(family: str, picture: Any,
     engine = loaded(family)
     answer = engine.generate([Request("Describe this picture.", picture)], Sampling(1))[0]
     conversation = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A red square."}]
-    text = render(engine.processor, conversation, with_image=True, add_generation_prompt=False)
+    pieces = split_answers(engine.processor, conversation, with_image=True)
+    text = "".join(text for text, _ in pieces)
     inputs = engine.processor(images=[[picture]], text=[text], return_tensors="pt", add_special_tokens=False)
     expected = inputs["input_ids"].shape[1]
     assert engine.count_text_tokens(conversation, with_image=True) + answer.num_added_tokens == expected
     others = [scene(4), picture, scene(5, 90, 60)]
-    counter = TransformersCounter(ModelConfig(path=engine.name))
+    counter = ProcessorCounter(ModelConfig(path=engine.name))
     assert counter.count_added_tokens(others)[1] == answer.num_added_tokens, "counted without weights, in a batch"
     assert (inputs["input_ids"] == image_token_id(engine.processor)).sum() == answer.num_image_tokens
 
@@ -312,8 +314,8 @@ def test_what_an_image_adds_is_known_from_its_size(family: str, loaded: Engines)
         pytest.importorskip("torchvision")
     engine = loaded(family)
     for picture in (scene(1), scene(2, 120, 50), scene(3, 40, 100)):
-        assert abs(engine._guess_added_tokens(picture) - engine.count_added_tokens([picture])[0]) <= 1
-    assert engine._guess_added_tokens(None) == 0
+        assert abs(engine.guess_added_tokens(picture) - engine.count_added_tokens([picture])[0]) <= 1
+    assert engine.guess_added_tokens(None) == 0
 
 
 def test_nothing_to_answer_is_no_work(loaded: Engines) -> None:

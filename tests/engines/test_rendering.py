@@ -67,7 +67,7 @@ def test_the_pieces_are_the_whole_text_and_the_answers_the_assistants_words(
     whole = render(
         processor(family), closed(processor(family), messages), with_image=with_image, add_generation_prompt=False
     )
-    assert "".join(text for text, _ in pieces) == whole
+    assert whole.startswith("".join(text for text, _ in pieces)) and pieces[-1][1], "up to the end of the last answer"
     answers = [text for text, is_answer in pieces if is_answer]
     words = [message["content"] for message in messages if message["role"] == "assistant"]
     assert len(answers) == len(words)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines import shared_prefix
-from stic_ray.engines.loading import image_token_id, load_model, load_processor
+from stic_ray.engines.loading import load_model, load_processor
+from stic_ray.engines.rendering import Message, split_answers
+from stic_ray.engines.sequences import SequenceBuilder, image_token_id
 from stic_ray.engines.shared_prefix import CHOSEN, PADDING, PROMPT, REJECTED
 from tests.engines.conftest import Checkpoints
 from tests.engines.families import EMBEDDED, scene
@@ -31,10 +33,23 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 
 def texts(processor: Any) -> tuple[list[str], list[tuple[str, str]]]:
     split = [
-        [shared_prefix.split_pair(processor, prompt, answer) for answer in pair]
+        [[text for text, _ in split_answers(processor, asked(prompt, answer), with_image=True)] for answer in pair]
         for prompt, pair in zip(PROMPTS, ANSWERS, strict=True)
     ]
     return [chosen[0] for chosen, _ in split], [(chosen[1], rejected[1]) for chosen, rejected in split]
+
+
+def asked(prompt: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def pairs_batch(processor: Any) -> dict[str, Tensor]:
+    builder = SequenceBuilder(processor)
+    built = [
+        [builder.build(asked(prompt, answer), with_image=True) for answer in pair]
+        for prompt, pair in zip(PROMPTS, ANSWERS, strict=True)
+    ]
+    return shared_prefix.make_batch(builder, PICTURES, [(chosen, rejected) for chosen, rejected in built])
 
 
 def separate_logps(model: Any, processor: Any) -> Tensor:
@@ -63,8 +78,8 @@ def shared_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("family", EMBEDDED)
 def test_log_probabilities_are_those_of_separate_sequences(family: str, checkpoint: Checkpoints) -> None:
     processor, model = loaded(checkpoint(family))
-    assert shared_prefix.why_not(model.config) is None
-    batch = shared_prefix.make_batch(processor, PICTURES, *texts(processor))
+    assert shared_prefix.reason_against(model.config) is None
+    batch = pairs_batch(processor)
     with torch.no_grad():
         expected, found = separate_logps(model, processor), shared_logps(model, batch)
     for each in (found, torch.stack(shared_prefix.score(model, batch), dim=1)):
@@ -76,7 +91,7 @@ def test_log_probabilities_are_those_of_separate_sequences(family: str, checkpoi
 @pytest.mark.parametrize("family", EMBEDDED)
 def test_gradients_are_those_of_separate_sequences(family: str, checkpoint: Checkpoints) -> None:
     processor, model = loaded(checkpoint(family))
-    batch = shared_prefix.make_batch(processor, PICTURES, *texts(processor))
+    batch = pairs_batch(processor)
     weight = model.get_output_embeddings().weight
     inner = next(p for name, p in model.named_parameters() if name.endswith("layers.0.self_attn.k_proj.weight"))
     found = torch.autograd.grad((shared_logps(model, batch) * torch.tensor([1.0, -2.0])).sum(), [weight, inner])
@@ -90,15 +105,15 @@ def test_gradients_are_those_of_separate_sequences(family: str, checkpoint: Chec
 @pytest.mark.parametrize("family", EMBEDDED)
 def test_image_and_prompt_are_there_once(family: str, checkpoint: Checkpoints) -> None:
     processor, _ = loaded(checkpoint(family))
-    batch = shared_prefix.make_batch(processor, PICTURES, *texts(processor))
+    batch = pairs_batch(processor)
     prompts, _ = texts(processor)
-    asked = processor(
+    alone = processor(
         images=[[p] for p in PICTURES], text=prompts, padding=True, return_tensors="pt", add_special_tokens=False
     )
     token = image_token_id(processor)
-    assert ((batch["input_ids"] == token).sum(1) == (asked["input_ids"] == token).sum(1)).all()
-    assert torch.equal(batch["pixel_values"], asked["pixel_values"])
-    assert ((batch["segments"] == PROMPT).sum(1) == asked["attention_mask"].sum(1) - 1).all()
+    assert ((batch["input_ids"] == token).sum(1) == (alone["input_ids"] == token).sum(1)).all()
+    assert torch.equal(batch["pixel_values"], alone["pixel_values"])
+    assert ((batch["segments"] == PROMPT).sum(1) == alone["attention_mask"].sum(1) - 1).all()
 
 
 def test_a_token_sees_the_prompt_and_its_own_answer() -> None:
@@ -123,7 +138,7 @@ def test_a_token_sees_the_prompt_and_its_own_answer() -> None:
 def test_a_sliding_window_is_kept(checkpoint: Checkpoints) -> None:
     """The window is shorter than the pictures' tokens, so that most of them are out of sight."""
     processor, model = loaded(checkpoint("llava_next"))
-    batch = shared_prefix.make_batch(processor, PICTURES, *texts(processor))
+    batch = pairs_batch(processor)
     with torch.no_grad():
         whole = separate_logps(model, processor)
         model.config.get_text_config().sliding_window = 12
@@ -135,7 +150,7 @@ def test_a_sliding_window_is_kept(checkpoint: Checkpoints) -> None:
 def test_other_families_and_attentions_are_refused(checkpoint: Checkpoints) -> None:
     _, model = loaded(checkpoint("llava"))
     model.config.get_text_config()._attn_implementation = "eager"
-    assert "eager" in (shared_prefix.why_not(model.config) or "")
+    assert "eager" in (shared_prefix.reason_against(model.config) or "")
     model.config.get_text_config()._attn_implementation = "sdpa"
     model.config.model_type = "llava_other"
-    assert "llava_other with llama is not among" in (shared_prefix.why_not(model.config) or "")
+    assert "llava_other with llama is not among" in (shared_prefix.reason_against(model.config) or "")

@@ -16,7 +16,8 @@ from stic_ray.core.config import DPOConfig, ModelConfig, RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, PAIRS, table_of
-from stic_ray.engines.loading import image_token_id, load_processor
+from stic_ray.engines.loading import load_processor
+from stic_ray.engines.sequences import image_token_id
 from stic_ray.engines.shared_prefix import CHOSEN, PROMPT, REJECTED
 from stic_ray.stages.training.batches import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer

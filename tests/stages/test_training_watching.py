@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.rundir import RunDir
-from stic_ray.engines.shared_prefix import split_pair
+from stic_ray.engines.rendering import split_answers
 from stic_ray.stages.training.batches import WEIGHT
 from stic_ray.stages.training.measured import flops_per_token, totals
 from stic_ray.stages.training.setup import make_dpo_trainer, model_of
@@ -99,7 +99,7 @@ def test_held_out_rows_are_evaluated_along_the_way_and_at_the_end(
     found = {name: lines[-1][name] for name in expected}
     assert found == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
     processor = trainer.processing_class
-    answers = [split_pair(processor, "Describe.", row["chosen"][0]["content"])[1] for row in held_out]
+    answers = [split_answers(processor, row["prompt"] + row["chosen"], with_image=True)[1][0] for row in held_out]
     lengths = [len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
     assert lines[-1]["eval_lengths/chosen"] == pytest.approx(sum(lengths) / 3)
     assert lines[-1]["eval_kl"] > 0 and lines[0]["kl"] == pytest.approx(0, abs=1e-6)

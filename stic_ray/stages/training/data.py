@@ -143,7 +143,7 @@ class ExchangedPictures(ParquetRows):
 
 
 class Conversations(Dataset[Example]):
-    """The preferred answers of pairs alone, as rows of `image` and `messages`."""
+    """The preferred answers of pairs alone, as rows of `image`, `messages` and `cut_off`."""
 
     def __init__(self, pairs: ParquetRows) -> None:
         self._pairs = pairs
@@ -158,7 +158,13 @@ class Conversations(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         pair = self._pairs[index]
-        return {"image": pair["image"], "messages": pair["prompt"] + pair["chosen"], WEIGHT: pair[WEIGHT]}
+        cut_off = pair["chosen_finish_reason"] == "length"
+        return {
+            "image": pair["image"],
+            "messages": pair["prompt"] + pair["chosen"],
+            "cut_off": cut_off,
+            WEIGHT: pair[WEIGHT],
+        }
 
 
 def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]:
@@ -167,7 +173,7 @@ def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]
     The former have REFERENCE_LOGPS where all pairs carry those of the model that training begins with; evaluation
     asks the reference itself, as it compares the tokens.
     """
-    columns = ["image", "prompt", "chosen", "rejected"]
+    columns = ["image", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason"]
     stored = REFERENCE_LOGPS if rows.has_reference_logps else ()
     kinds: dict[Literal["own", "blank", "shuffled"], type[ParquetRows]] = {
         "own": ParquetRows,

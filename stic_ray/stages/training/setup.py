@@ -16,7 +16,7 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.training import OptimisationConfig
 from stic_ray.engines.adapters import is_adapter
 from stic_ray.engines.loading import choose_dtype, load_model, load_processor, make_savable
-from stic_ray.engines.shared_prefix import why_not
+from stic_ray.engines.shared_prefix import reason_against
 from stic_ray.stages.training.arguments import training_arguments
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
 from stic_ray.stages.training.data import Conversations, read_conversations, read_pairs
@@ -104,7 +104,7 @@ def _why_no_shared_prefix(config: RunConfig, trainer: RegularisedDPOTrainer) -> 
         return "workers.share_prefix=false"
     if config.dpo.objective != "paper":
         return f"dpo.objective={config.dpo.objective} scores the logits of whole sequences"
-    return why_not(cast(Any, model_of(trainer)).config)
+    return reason_against(cast(Any, model_of(trainer)).config)
 
 
 def make_sft_trainer(

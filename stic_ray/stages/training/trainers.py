@@ -10,7 +10,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from stic_ray.core.config import DPOConfig
-from stic_ray.engines.shared_prefix import labels_of, model_inputs, sum_by_answer
+from stic_ray.engines.sequences import labels_of
+from stic_ray.engines.shared_prefix import model_inputs, sum_by_answer
 from stic_ray.method.objectives import (
     ObjectiveTerms,
     PairLogps,
