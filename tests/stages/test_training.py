@@ -9,7 +9,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from stic_ray.core.errors import ConfigError, StageError
+from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, table_of
 from stic_ray.engines.weight_names import has_hub_names
@@ -99,12 +99,6 @@ def test_zero_3_leaves_a_whole_model_with_the_names_of_the_hub_in_any_folder(tmp
     result = (run / "dpo").read_json("result.json")
     assert result["num_changed_tensors"] > 0 and result["frozen"] == ["vision_tower"]
     assert result["resumed_from_step"] == 0
-
-
-def test_zero_3_refuses_rows_with_and_without_an_image(tmp_path: Path, tiny_llava: Path) -> None:
-    config = config_for(tiny_llava, workers={"num_workers": 2, "micro_batch": 2, "zero_stage": 3})
-    with pytest.raises(ConfigError, match="workers.zero_stage=3 cannot train on rows with and without an image"):
-        train_sft(step_of(config, prepare(tmp_path, 4), "sft"))
 
 
 def test_a_learning_rate_that_explodes_stops_with_one_line(tmp_path: Path, tiny_llava: Path) -> None:

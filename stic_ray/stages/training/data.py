@@ -11,7 +11,8 @@ A worker thus needs the row groups of its own lanes, each for as long as its row
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import datasets
@@ -31,6 +32,8 @@ MAX_LANES = 16
 
 _GREY = (128, 128, 128)
 _DECODER = datasets.Image(mode="RGB")
+_SMALL_TALK = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "Yes."}]
+"""Turns of the row with a blank picture; nothing is learned from them."""
 
 Example = dict[str, Any]
 
@@ -165,6 +168,25 @@ class Conversations(Dataset[Example]):
             "cut_off": cut_off,
             WEIGHT: pair[WEIGHT],
         }
+
+
+@dataclass(frozen=True)
+class VisionInEveryBatch:
+    """A collator that puts a blank picture beside rows which all lack one; it weighs nothing in the loss.
+
+    The vision tower and the projector thus take part in every micro-batch. Otherwise a worker whose rows are all
+    text has no gradients for them, or never asks for the weights that ZeRO-3 keeps elsewhere, and the others wait.
+    LLaVA does the same (`prepare_inputs_labels_for_multimodal` and the trainer's dummy image of its data collator).
+    """
+
+    collate: Callable[[list[Example]], dict[str, Any]]
+
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        """Return the batch of `collate`, with one row more where no example has an image."""
+        if any(example["image"] is not None for example in examples):
+            return self.collate(examples)
+        blank = {"image": PIL.Image.new("RGB", (64, 64), _GREY), "messages": _SMALL_TALK, WEIGHT: 0.0}
+        return self.collate([*({WEIGHT: 1.0, **example} for example in examples), blank])
 
 
 def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]:

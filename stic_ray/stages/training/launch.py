@@ -12,7 +12,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from stic_ray.core.config import WorkersConfig
-from stic_ray.core.errors import ConfigError, StageError
+from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import digest, row_counts
 from stic_ray.core.steps import StepRun
 from stic_ray.stages.training.index import Rows, index_conversations, index_pairs
@@ -31,13 +31,7 @@ def train_dpo(step: StepRun) -> dict[str, Any]:
 
 def train_sft(step: StepRun) -> dict[str, Any]:
     """Train on the infused rows; leaves the same files in the step's folder."""
-    config, infused, workers = step.config, step.inputs["rows"], step.config.workers
-    mixed = infused.num_rows(["text"]) and infused.num_rows(["rows"])
-    if mixed and workers.zero_stage == 3 and workers.num_workers > 1:
-        raise ConfigError(
-            "workers.zero_stage=3 cannot train on rows with and without an image: workers would wait for each other's "
-            "vision tower for ever. Use workers.zero_stage=2, or instruction data of one kind."
-        )
+    config, infused = step.config, step.inputs["rows"]
     rows = index_conversations(config, [*infused.shards("rows"), *infused.shards("text")])
     return _train("sft", step, rows)
 

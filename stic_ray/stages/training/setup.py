@@ -19,12 +19,13 @@ from stic_ray.engines.loading import choose_dtype, load_model, load_processor, m
 from stic_ray.engines.shared_prefix import reason_against
 from stic_ray.stages.training.arguments import training_arguments
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
-from stic_ray.stages.training.data import Conversations, read_conversations, read_pairs
+from stic_ray.stages.training.data import Conversations, VisionInEveryBatch, read_conversations, read_pairs
 from stic_ray.stages.training.feeding import PLACEHOLDER, feed, loader_arguments
 from stic_ray.stages.training.index import Rows
 from stic_ray.stages.training.trainers import LikelihoodTrainer, RegularisedDPOTrainer
 from stic_ray.stages.training.tuning import (
     choose_trained,
+    describe_parts,
     draw_adapter,
     hold_alike,
     make_adapter,
@@ -149,6 +150,9 @@ def _make_likelihood_trainer(
         peft_config=weights.adapter,
     )
     _choose_trained(trainer, config, weights)
+    trains_vision = bool({"vision_tower", "projector"} & set(describe_parts(trainer)["trained"]))
+    if trains_vision or config.workers.zero_stage == 3:
+        trainer.data_collator = VisionInEveryBatch(trainer.data_collator)
     return trainer
 
 
