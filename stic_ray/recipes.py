@@ -54,7 +54,7 @@ def demo() -> Recipe:
         preferences=PreferencesConfig(temperature=0.2, max_new_tokens=64, allow_truncated=True),
         tuning=TuningConfig(lora_rank=16, lora_alpha=32, lora_dropout=0.0),
         dpo=DPOConfig(learning_rate=5e-4, global_batch=16, alpha=0.05),
-        infusion=InfusionConfig(temperature=0.2, max_new_tokens=64, allow_truncated=True),
+        infusion=InfusionConfig(prompt="describe", temperature=0.2, max_new_tokens=64, allow_truncated=True),
         sft=SFTConfig(learning_rate=5e-4, global_batch=16),
         evaluation=EvaluationConfig(max_answer_tokens=16, max_description_tokens=64),
         actors=ActorsConfig(num_actors=2, batch_size=128),

@@ -117,13 +117,15 @@ class InfusionConfig(Section):
     """Instruction data, and how it is described by the model that `sft` starts from (STIC Algorithm 2)."""
 
     source: str = TOYWORLD
-    """JSON file in the LLaVA format, or Parquet with the same columns."""
+    """A JSON list or JSON Lines in the LLaVA format, or Parquet with the same columns."""
     images: str | None = None
     """Folder that the image paths are relative to; the folder of `source` when unset."""
     num_rows: Count | None = None
     """Take a seeded sample of so many rows; all of them when unset."""
     describe: bool = True
     """false is a control: the questions stay as they are, without a description."""
+    prompt: Literal["plain", "describe"] = "plain"
+    """What describes: one of the plain prompts, drawn for each row as in Algorithm 2, or the prompt `describe`."""
     temperature: Temperature = 0.2
     max_new_tokens: Count = 1024
     allow_truncated: bool = False

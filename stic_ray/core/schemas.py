@@ -49,7 +49,11 @@ class Reason(StrEnum):
     TRUNCATED_ANSWER = "truncated_answer"
     TOO_LONG = "too_long"
     BAD_CONVERSATION = "bad_conversation"
+    UNREADABLE_ROW = "unreadable_row"
+    NO_IMAGE = "no_image"
     SEVERAL_IMAGES = "several_images"
+    VIDEO = "video"
+    AUDIO = "audio"
     ENGINE_FAILED = "engine_failed"
 
 

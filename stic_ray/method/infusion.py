@@ -6,41 +6,44 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stic_ray.core.config import InfusionConfig
+from stic_ray.core.outcomes import Rejected
+from stic_ray.core.randomness import random_for
 from stic_ray.core.schemas import Reason
-from stic_ray.method.preferences import Rejection
+from stic_ray.method.media import check_placeholders, without_placeholder
 from stic_ray.method.prompts import PromptSet
 
 Messages = list[dict[str, str]]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_PLACEHOLDER = "<image>"
 
 
-def read_conversation(turns: Any) -> Messages | Rejection:
+def read_conversation(turns: Any, *, has_image: bool) -> Messages:
     """Turn LLaVA turns ({"from", "value"}) into messages ({"role", "content"}), without image placeholders.
 
-    A conversation may open with a system turn, then alternates user and assistant and ends with the assistant;
-    anything else is a rejection, as nothing could be learned from it.
+    A conversation may open with a system turn, then alternates user and assistant and ends with the assistant.
+    Raises Rejected for anything else, as nothing could be learned from it, and where the texts ask for an image that
+    the row does not have, or for several.
     """
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-        return Rejection(Reason.BAD_CONVERSATION, "no turns in 'conversations'")
-    messages: Messages = []
-    num_placeholders = 0
-    for turn in turns:
-        message = _read_turn(turn)
-        if message is None:
-            return Rejection(Reason.BAD_CONVERSATION, f"a turn that is not from/value text: {str(turn)[:120]}")
-        num_placeholders += message["content"].count(_PLACEHOLDER)
-        messages.append({**message, "content": message["content"].replace(_PLACEHOLDER, "").strip()})
+        raise Rejected(Reason.BAD_CONVERSATION, f"'conversations' is no list of turns, but {str(turns)[:120]!r}")
+    messages = [_read_turn(turn) for turn in turns]
+    check_placeholders((message["content"] for message in messages), has_image=has_image)
+    messages = [{**m, "content": without_placeholder(m["content"]).strip()} for m in messages]
     roles = [message["role"] for message in messages]
     spoken = roles[1:] if roles[0] == "system" else roles
     if not spoken or len(spoken) % 2 or any(r != ("user", "assistant")[i % 2] for i, r in enumerate(spoken)):
-        return Rejection(Reason.BAD_CONVERSATION, f"turns are {', '.join(roles)}; user and assistant must alternate")
-    if num_placeholders > 1:
-        return Rejection(Reason.SEVERAL_IMAGES, f"{num_placeholders} image placeholders; one image per row")
+        raise Rejected(Reason.BAD_CONVERSATION, f"turns are {', '.join(roles)}; user and assistant must alternate")
     if any(message["role"] == "assistant" and not message["content"] for message in messages):
-        return Rejection(Reason.EMPTY_ANSWER, "an assistant turn is empty")
+        raise Rejected(Reason.EMPTY_ANSWER, "an assistant turn is empty")
     return messages
+
+
+def description_prompt(row_id: str, seed: int, config: InfusionConfig, prompts: PromptSet) -> str:
+    """Return what a row's picture is described with: a plain prompt drawn by (seed, row), or the one for all."""
+    if config.prompt == "describe":
+        return prompts.describe
+    return random_for(seed, row_id, "description").choice(prompts.plain)
 
 
 def infuse(messages: Messages, description: str, prompts: PromptSet) -> Messages:
@@ -50,9 +53,13 @@ def infuse(messages: Messages, description: str, prompts: PromptSet) -> Messages
     return [{**m, "content": question} if i == first else m for i, m in enumerate(messages)]
 
 
-def _read_turn(turn: Any) -> dict[str, str] | None:
+def _read_turn(turn: Any) -> dict[str, str]:
     if not isinstance(turn, Mapping):
-        return None
-    role = _ROLES.get(str(turn.get("from", turn.get("role"))))
-    content = turn.get("value", turn.get("content"))
-    return {"role": role, "content": content} if role and isinstance(content, str) else None
+        raise Rejected(Reason.BAD_CONVERSATION, f"a turn is no object, but {str(turn)[:120]!r}")
+    speaker, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    role = _ROLES.get(str(speaker).strip().lower())
+    if role is None:
+        raise Rejected(Reason.BAD_CONVERSATION, f"a turn is by {speaker!r:.60}; it can be by {', '.join(_ROLES)}")
+    if not isinstance(content, str):
+        raise Rejected(Reason.BAD_CONVERSATION, f"a turn by {speaker!r:.60} is no text, but {content!r:.60}")
+    return {"role": role, "content": content}

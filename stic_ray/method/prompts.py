@@ -9,14 +9,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from stic_ray.core.errors import ConfigError, nearest
+from stic_ray.method.media import without_placeholder
 
-
-def _without_placeholder(text: str) -> str:
-    """Remove LLaVA's "<image>": the chat template places the image."""
-    return text.replace("<image>", "").strip()
-
-
-Prompt = Annotated[str, AfterValidator(_without_placeholder), Field(min_length=1)]
+Prompt = Annotated[str, AfterValidator(lambda text: without_placeholder(text).strip()), Field(min_length=1)]
 PromptList = Annotated[tuple[Prompt, ...], Field(min_length=1)]
 
 _PLACEHOLDERS = {

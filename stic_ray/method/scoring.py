@@ -7,47 +7,19 @@ from dataclasses import dataclass, replace
 
 from stic_ray.method.objects import any_hallucination, hallucinated_share, named_objects, object_f1
 
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MAX_CHOICES = len(_LETTERS)
-
-
-def choice_lines(choices: Sequence[str]) -> str:
-    """Return the choices as "A. red" lines."""
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
-
-
-def read_choice(response: str, choices: Sequence[str]) -> str:
-    """Return the letter that a response chooses, or "" when it chooses none or several.
-
-    Taken in this order: a letter alone or with punctuation at the start ("B", "(b).", "B: red"), a letter behind
-    the word "answer" or "option", the text of exactly one choice. "A red ball" is no choice of A.
-    """
-    letters = _LETTERS[: len(choices)]
-    text = response.strip()
-    start = re.match(rf"\(?([{letters}{letters.lower()}])(?:[).:,]|\s*$)", text)
-    if start:
-        another = re.match(rf"\s*(?:,|;|/|&|and|or)?\s*\(?[{letters}]\b(?!\s+\w)", text[start.end() :])
-        return "" if another else start[1].upper()
-    named = re.findall(rf"(?i:\b(?:answer|option|choice)(?:\s+is)?)\s*:?\s*\(?([{letters}])\b", text)
-    if named and len(set(named)) == 1:
-        return str(named[0])
-    said = _normalise(text)
-    exact = [letter for letter, choice in zip(letters, choices, strict=True) if _normalise(choice) == said]
-    inside = exact or [
-        letter for letter, choice in zip(letters, choices, strict=True) if _contains(said, _normalise(choice))
-    ]
-    return inside[0] if len(inside) == 1 else ""
-
-
-def letter_of(answer: str | float, choices: Sequence[str]) -> str | None:
-    """Return the letter of a right answer given as the text of a choice, as letter, or as number from 0."""
-    letters = _LETTERS[: len(choices)]
-    if str(answer) in choices:
-        return letters[list(choices).index(str(answer))]
-    if isinstance(answer, int | float):
-        return letters[int(answer)] if answer in range(len(choices)) else None
-    letter = answer.strip().upper()
-    return letter if len(letter) == 1 and letter in letters else None
+_ARTICLES = ("a", "an", "the")
+_UP_TO_TEN = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_UP_TO_TEN.split())}
+_NEGATED = "ai are ca could did does do had has have is might must need ought sha should was were wo would"
+_SHORTENED = """
+i'm i've you'd you'll you're you've he'd he's she's it'd it'll we've they'd they'll they're they've that's there'd
+there're there's what'll what're what's what've where'd where's when's who'd who'll who's who've why's how'd how'll
+how's somebody's someone's something's could've might've must've should've would've ma'am o'clock y'all
+"""
+_CONTRACTIONS = {f"{verb}nt": f"{verb}n't" for verb in _NEGATED.split()} | {
+    word.replace("'", ""): word for word in _SHORTENED.split()
+}
+"""Contractions by what is left without the apostrophe, but for those that are another word then ("well", "its")."""
 
 
 def multiple_choice(prediction: str, answers: Sequence[str]) -> float:
@@ -57,27 +29,26 @@ def multiple_choice(prediction: str, answers: Sequence[str]) -> float:
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 when the response equals an accepted answer, case, punctuation and articles aside."""
-    said = _normalise(prediction)
+    said = normalise(prediction)
     if not said:  # nothing but articles and punctuation: compare what was written
         return float(prediction.strip().lower() in {answer.strip().lower() for answer in answers})
-    return float(said in {_normalise(answer) for answer in answers})
+    return float(said in {normalise(answer) for answer in answers})
 
 
 def contains(prediction: str, answers: Sequence[str]) -> float:
     """1 when an accepted answer stands in the response as whole words."""
-    return float(any(_contains(_normalise(prediction), _normalise(answer)) for answer in answers))
+    return float(any(has_words(normalise(prediction), normalise(answer)) for answer in answers))
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQA accuracy (Antol et al. 2015): a prediction is right when three of the annotators gave it.
 
-    Averaged over leaving each annotator out in turn, as the official scorer does; with fewer than four answers
-    it is an exact match.
+    Averaged over leaving each annotator out in turn; with fewer than four answers it must be one of them. Both sides
+    are normalised as the evaluation page of visualqa.org describes it.
     """
-    given = [_normalise(answer) for answer in answers]
+    said, given = _vqa_text(prediction), [_vqa_text(answer) for answer in answers]
     if len(given) < 4:
-        return exact_match(prediction, answers)
-    said = _normalise(prediction)
+        return float(said in given)
     num_equal = given.count(said)
     return sum(min(1.0, (num_equal - (answer == said)) / 3) for answer in given) / len(given)
 
@@ -141,13 +112,25 @@ METRICS: dict[str, Metric] = {
 """The metrics that a benchmark row may name."""
 
 
-def _normalise(text: str) -> str:
-    words = re.sub(r"[^\w\s.%-]|\.(?!\d)", " ", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+def normalise(text: str) -> str:
+    """Return a text in lower case, without punctuation, articles, and the commas of thousands."""
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower())
+    words = re.sub(r"[^\w\s.%-]|\.(?!\d)", " ", text).split()
+    return " ".join(word for word in words if word not in _ARTICLES)
 
 
-def _contains(text: str, part: str) -> bool:
+def has_words(text: str, part: str) -> bool:
+    """Say whether a text has another in it as whole words."""
     return bool(part) and f" {part} " in f" {text} "
+
+
+def _vqa_text(text: str) -> str:
+    """Return an answer as VQA compares it; one of nothing but articles and punctuation stays as it is."""
+    text = text.lower().strip()
+    plain = re.sub(r"(?<=\d),(?=\d)|\.(?!\d)", "", text)
+    words = re.sub(r"[^\w\s.':]|_", " ", plain).split()
+    words = [_NUMBERS.get(word, _CONTRACTIONS.get(word, word)) for word in words if word not in _ARTICLES]
+    return " ".join(words) or text
 
 
 def _number(text: str) -> float | None:

@@ -1,5 +1,6 @@
 """Reading benchmarks; their format is described in docs/evaluation.md."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,17 +8,31 @@ from typing import Any
 import pyarrow as pa
 
 from stic_ray.core.errors import SourceError, nearest
+from stic_ray.core.json_stream import literal
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.storage import Location
+from stic_ray.method.choices import LETTERS, Choice, letter_of, read_choices, shown
+from stic_ray.method.media import check_placeholders, is_null, without_placeholder
 from stic_ray.method.objects import phrases_of
-from stic_ray.method.scoring import MAX_CHOICES, METRICS, letter_of, read_yes_no
-from stic_ray.stages.records import folder_of, image_place, load_records, read_records
+from stic_ray.method.scoring import METRICS, read_yes_no
+from stic_ray.stages.records import Row, image_place, load_records, plain_text, read_rows, row_id
 from stic_ray.stages.shards import ShardTask
 
-_TEXT = ("benchmark", "id", "path", "question")
 _LISTS = ("choices", "answers", "metrics", "vocabulary")
 _QUESTIONS = pa.schema(
-    [(name, pa.string()) for name in _TEXT] + [("row", pa.int64())] + [(name, pa.list_(pa.string())) for name in _LISTS]
+    [(name, pa.string()) for name in ("benchmark", "id", "path", "column", "question")]
+    + [("row", pa.int64())]
+    + [(name, pa.list_(pa.string())) for name in _LISTS]
 )
+_FIELDS = ("id", "question", "answer", "answers", "choices", "metric", "vocabulary")
+_MISNAMED = {
+    **dict.fromkeys(("options", "option", "choice", "candidates", "A"), ("choices",)),
+    **dict.fromkeys(("label", "labels", "answerKey", "answer_key", "answer_index", "target"), ("answer", "answers")),
+    "metrics": ("metric",),
+    "vocab": ("vocabulary",),
+}
+"""Names that other benchmarks have for a field."""
+_ENDINGS = re.compile(r"(\.(jsonl?|ndjson|parquet|gz|gzip|bz2|zst))+$", re.IGNORECASE)
 
 
 def read_benchmarks(uris: Sequence[str]) -> list[dict[str, Any]]:
@@ -36,8 +51,8 @@ def read_benchmark(uri: str) -> list[dict[str, Any]]:
 
     Raises SourceError naming the row and the field at fault.
     """
-    source, rows = read_records(uri, "evaluation.benchmarks")
-    questions = [_question(number, row, source) for number, row in enumerate(rows)]
+    source, rows = read_rows(uri, "evaluation.benchmarks")
+    questions = [_question(row, source) for row in rows]
     repeated = [name for name, times in Counter(question["id"] for question in questions).items() if times > 1]
     if repeated:
         raise SourceError(f"evaluation.benchmarks: '{uri}' uses the id '{repeated[0]}' more than once.")
@@ -49,35 +64,61 @@ def load_questions(task: ShardTask) -> pa.Table:
     return load_records(task.payload["rows"], _QUESTIONS)
 
 
-def _question(number: int, row: Mapping[str, Any], source: Location) -> dict[str, Any]:
-    choices = [str(choice) for choice in _list_of(row.get("choices"))]
-    given = _list_of(row.get("answers")) or _list_of(row.get("answer"))
+def _question(row: Row, source: Location) -> dict[str, Any]:
+    try:
+        if row.value is None:
+            raise ValueError(f"cannot be read: {row.problem}. A benchmark is a list of rows, each a JSON object.")
+        return _checked(row.number, row.value, source)
+    except Rejected as why:
+        problem = why.message
+    except Exception as error:  # whatever a stranger's row makes Python raise
+        problem = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    raise SourceError(f"evaluation.benchmarks: '{source.uri}', {row.place}: {' '.join(problem.split())}")
+
+
+def _checked(number: int, row: Mapping[str, Any], source: Location) -> dict[str, Any]:
+    """Return a question in one form. Raises ValueError and Rejected, saying what is wrong with it."""
+    for name, fields in _MISNAMED.items():
+        if not is_null(row.get(name)) and all(is_null(row.get(field)) for field in fields):
+            raise ValueError(f"it has '{name}', but no '{fields[0]}'; name the field '{fields[0]}'.")
+    choices = read_choices(row.get("choices"))
     metrics = _list_of(row.get("metric")) or ["multiple_choice" if choices else "exact_match"]
-    place = image_place(row, source, folder_of(source))
-    problem = _problem(row, choices, given, metrics) or place.pop("problem")
-    if problem:
-        raise SourceError(f"evaluation.benchmarks: '{source.uri}', row {number}: {problem}")
+    answers = _answers(row, metrics)
+    if problem := _problem(row, choices, answers, metrics):
+        raise ValueError(problem)
+    place = image_place(row, _FIELDS, source, source.folder)
+    check_placeholders([row["question"], *shown(choices)], has_image=place["path"] is not None)
     return {
-        "benchmark": source.name.rsplit(".", 1)[0],
-        "id": str(row.get("id", number)),
+        "benchmark": _ENDINGS.sub("", source.name),
+        "id": row_id(row.get("id")) or str(number),
         **place,
-        "question": row["question"],
-        "choices": choices or None,
-        "answers": [letter_of(answer, choices) if choices else str(answer) for answer in given],
+        "question": without_placeholder(row["question"]).strip(),
+        "choices": shown(choices) or None,
+        "answers": [letter_of(answer, choices) if choices else plain_text(answer) for answer in answers],
         "metrics": list(dict.fromkeys(metrics)),
         "vocabulary": _list_of(row.get("vocabulary")) if METRICS[metrics[0]].is_open else None,
     }
 
 
+def _answers(row: Mapping[str, Any], metrics: list[Any]) -> list[Any]:
+    """Return the accepted answers as they are given: a value, a list, its text, or VQA's list of objects."""
+    given = row.get("answers")
+    if isinstance(given, str) and isinstance(spelled := literal(given), list):
+        given = spelled
+    answers = [each.get("answer") if isinstance(each, Mapping) else each for each in _list_of(given)]
+    answers = answers or _list_of(row.get("answer"))
+    return [("no", "yes")[each] if isinstance(each, bool) and metrics == ["yes_no"] else each for each in answers]
+
+
 def _list_of(value: Any) -> list[Any]:
-    """Return one value or several as a list; None is none."""
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    """Return one value or several as a list, without nulls."""
+    return [each for each in (value if isinstance(value, list | tuple) else [value]) if not is_null(each)]
 
 
-def _problem(row: Mapping[str, Any], choices: list[str], answers: list[Any], metrics: list[Any]) -> str | None:
+def _problem(row: Mapping[str, Any], choices: list[Choice], answers: list[Any], metrics: list[Any]) -> str | None:
     """Say what is wrong with a row, if anything is."""
     question = row.get("question")
-    if not isinstance(question, str) or not question.strip():
+    if not isinstance(question, str) or not without_placeholder(question).strip():
         return "no 'question'."
     unknown = [metric for metric in metrics if not isinstance(metric, str) or metric not in METRICS]
     if unknown:
@@ -87,6 +128,8 @@ def _problem(row: Mapping[str, Any], choices: list[str], answers: list[Any], met
         not answers and not (are_open and row.get("answers") is not None)
     ):
         return "neither 'answer' nor 'answers' with text or numbers."
+    if not all(answer.strip() for answer in answers if isinstance(answer, str)):
+        return "the answer is an empty text."
     if are_open and len(are_open) < len(metrics):
         closed = next(metric for metric in metrics if metric not in are_open)
         return f"the metrics '{are_open[0]}' and '{closed}' need different prompts; make two rows of them."
@@ -97,13 +140,14 @@ def _problem(row: Mapping[str, Any], choices: list[str], answers: list[Any], met
     return _problem_of_answers(choices, answers, metrics)
 
 
-def _problem_of_answers(choices: list[str], answers: list[Any], metrics: list[str]) -> str | None:
+def _problem_of_answers(choices: list[Choice], answers: list[Any], metrics: list[str]) -> str | None:
     """Say which answer no response could give."""
-    if choices and not 2 <= len(choices) <= MAX_CHOICES:
-        return f"{len(choices)} choices; from 2 to {MAX_CHOICES} can be asked."
+    num_choices = len(shown(choices))
+    if choices and not 2 <= num_choices <= len(LETTERS):
+        return f"{num_choices} choices; from 2 to {len(LETTERS)} can be asked."
     unknown = [answer for answer in answers if choices and letter_of(answer, choices) is None]
     if unknown:
-        return f"the answer {unknown[0]!r} is none of the {len(choices)} choices, as letter, number or text."
+        return f"the answer {unknown[0]!r} is none of the {num_choices} choices, as letter, number or text."
     if "yes_no" in metrics:
         neither = [answer for answer in answers if read_yes_no(str(answer)) != str(answer).strip().casefold()]
         return f"the answer {neither[0]!r} is neither 'yes' nor 'no', as the metric yes_no asks." if neither else None

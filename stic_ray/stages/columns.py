@@ -48,20 +48,18 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def image_value(value: Any) -> bytes | str:
+def image_value(value: Any) -> bytes | str | None:
     """Return the bytes or the address of an image as a column holds it: as it is, or in a struct as of `datasets`.
 
-    Either may be in a list of one. Raises Rejected for a value that is none, or several.
+    Either may be in a list of one. Raises Rejected for a list of several.
     """
     if isinstance(value, list):
         if len(value) > 1:
             raise Rejected(Reason.SEVERAL_IMAGES, f"{len(value)} images; one image per row")
         value = value[0] if value else None
     if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if value is None or value == "":
-        raise Rejected(Reason.EMPTY_FILE, "no value")
-    return value
+        return value.get("bytes") or value.get("path") or None
+    return None if value == "" else value
 
 
 def arrow_batches(stream: Stream) -> Iterator[tuple[int, int, pa.RecordBatch | Exception]]:

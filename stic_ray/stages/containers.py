@@ -268,6 +268,8 @@ def _values(
 def _image_or_place(file: Location, value: Any, reading: Reading) -> bytes | Location | Rejected:
     try:
         image = image_value(value)
+        if image is None:
+            return Rejected(Reason.EMPTY_FILE, "no value")
         if isinstance(image, bytes):
             check_size(len(image), reading.max_bytes)
             return image

@@ -19,10 +19,11 @@ from stic_ray.core.storage import Location
 from stic_ray.core.workload import SHORT_ANSWER_TOKENS, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
+from stic_ray.method.choices import choice_lines, read_choice
 from stic_ray.method.images import ImageLimits, decode
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
-from stic_ray.method.scoring import METRICS, choice_lines, read_choice
+from stic_ray.method.scoring import METRICS
 from stic_ray.method.statistics import bootstrap_mean
 from stic_ray.stages.benchmarks import load_questions, read_benchmarks
 from stic_ray.stages.fetch import fetched

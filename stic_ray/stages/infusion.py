@@ -6,15 +6,12 @@ Rows with an image go to rows-*.parquet, which TRL's SFTTrainer takes as they ar
 through to text-*.parquet, because TRL's collator has no place for an absent image in an image column.
 """
 
-import json
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-
-from stic_ray.core.config import IMAGE_SETTINGS, InfusionConfig, RunConfig
-from stic_ray.core.errors import ModelError, SourceError, nearest
+from stic_ray.core.config import IMAGE_SETTINGS, RunConfig
+from stic_ray.core.errors import ModelError, SourceError
 from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import Need, actors_need
 from stic_ray.core.randomness import seed_for
@@ -27,18 +24,13 @@ from stic_ray.engines.base import Answer, Request, Sampling, TokenCounter
 from stic_ray.engines.opening import open_counter, open_engine
 from stic_ray.engines.watched import WatchedEngine
 from stic_ray.method.images import ImageLimits, decode_for_storage
-from stic_ray.method.infusion import Messages, infuse, read_conversation
+from stic_ray.method.infusion import Messages, description_prompt, infuse
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetched
-from stic_ray.stages.records import folder_of, image_place, load_records, read_records
-from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
+from stic_ray.stages.instructions import index_instructions, load_instructions, read_instructions
+from stic_ray.stages.shards import ShardJob, rejected_row, run_shards
 from stic_ray.stages.windows import Rows
-
-_CONVERSATIONS = "conversations"
-_ROWS = pa.schema(
-    [("id", pa.string()), ("path", pa.string()), ("row", pa.int64()), ("problem", pa.string()), ("turns", pa.string())]
-)
 
 
 def build_infusion(step: StepRun) -> dict[str, Any]:
@@ -47,53 +39,23 @@ def build_infusion(step: StepRun) -> dict[str, Any]:
     Raises SourceError when the source is missing or of another format, or when no row is left.
     """
     config, output = step.config, step.output
-    rows = _sample(read_instructions(config.infusion), config)
-    size = config.pool.shard_size
-    tasks = [
-        ShardTask(number, {"rows": rows[start : start + size]})
-        for number, start in enumerate(range(0, len(rows), size))
-    ]
+    tasks, num_rows = index_instructions(config, output)
     job = ShardJob(
         stage=step.name,
         output=output,
         families={REJECTED_FAMILY: REJECTED, "text": INFUSED, "rows": INFUSED},
-        load=lambda task: load_records(task.payload["rows"], _ROWS),
+        load=load_instructions,
         make_worker=partial(Infuser, config, load_prompts(config.prompts), step.model()),
     )
     actors = config.actors.model_copy(update={"num_gpus": _need(config).each["GPU"]})
     throughput = run_shards(job, tasks, actors)
-    accounts = row_counts(len(rows), output.num_rows(["rows", "text"]), output.rejected_by_reason())
+    accounts = row_counts(num_rows, output.num_rows(["rows", "text"]), output.rejected_by_reason())
     if not accounts["num_rows_written"]:
         raise SourceError(
-            f"Not one of {len(rows)} instruction rows could be used: {accounts['rejected_by_reason']}. "
+            f"Not one of {num_rows} instruction rows could be used: {accounts['rejected_by_reason']}. "
             f"The rejected rows are in '{output.uri}'; delete that folder to try again with other settings."
         )
     return {**accounts, "num_text_only_rows": output.num_rows(["text"]), "throughput": throughput}
-
-
-def read_instructions(config: InfusionConfig) -> list[dict[str, Any]]:
-    """Return the rows of the source: id, where the image is (`path`, `row`; both None without one), turns as JSON.
-
-    Raises SourceError when the source is missing or of another format.
-    """
-    setting = f"infusion.source='{config.source}'"
-    source, rows = read_records(config.source, "infusion.source")
-    if not any(_CONVERSATIONS in row for row in rows):
-        names = list(rows[0])
-        raise SourceError(
-            f"{setting} has no '{_CONVERSATIONS}'.{nearest(_CONVERSATIONS, names)} Its columns: {', '.join(names)}."
-        )
-    if config.images and not Location.of(config.images).is_folder():
-        raise SourceError(f"infusion.images='{config.images}' is no folder.")
-    folder = Location.of(config.images) if config.images else folder_of(source)
-    return [
-        {
-            "id": str(row.get("id", number)),
-            **image_place(row, source, folder),
-            "turns": json.dumps(row.get(_CONVERSATIONS)),
-        }
-        for number, row in enumerate(rows)
-    ]
 
 
 class Infuser:
@@ -132,8 +94,7 @@ class Infuser:
             found: list[tuple[Answer | None, int]] = [(None, count) for count in counts]
         else:
             requests = [
-                Request(self.prompts.describe, p["picture"], seed_for(self.config.seed, p["id"], "infusion"))
-                for p in seen
+                Request(self._prompt(p), p["picture"], seed_for(self.config.seed, p["id"], "infusion")) for p in seen
             ]
             found = [(answer, answer.num_added_tokens) for answer in self.engine.generate(requests, self.sampling)]
         of_pictures = iter(found)
@@ -144,13 +105,13 @@ class Infuser:
             for p in prepared
         ]
 
+    def _prompt(self, row: dict[str, Any]) -> str:
+        return description_prompt(row["id"], self.config.seed, self.config.infusion, self.prompts)
+
     def _prepare(self, row: dict[str, Any]) -> dict[str, Any] | Rejection:
-        messages = read_conversation(json.loads(row["turns"]))
-        if isinstance(messages, Rejection):
-            return messages
-        if row["problem"] is not None:
-            return Rejection(Reason.SEVERAL_IMAGES, row["problem"])
-        found = {"id": row["id"], "messages": messages, "picture": None, "image": None}
+        if row["reason"] is not None:
+            return Rejection(Reason(row["reason"]), row["problem"])
+        found = {"id": row["id"], "messages": row["messages"], "picture": None, "image": None}
         if row["path"] is None:
             return found
         try:
@@ -183,20 +144,11 @@ class Infuser:
             "image": row["image"],
             "messages": messages,
             "description": answer.text if answer else None,
-            "description_prompt": self.prompts.describe if answer else None,
+            "description_prompt": self._prompt(row) if answer else None,
             "finish_reason": answer.finish_reason if answer else None,
             "num_sequence_tokens": length,
             "model": self.engine.name if self.engine else None,
         }
-
-
-def _sample(rows: list[dict[str, Any]], config: RunConfig) -> list[dict[str, Any]]:
-    """Return `infusion.num_rows` rows drawn by the run's seed, in the order of the source."""
-    wanted = config.infusion.num_rows
-    if wanted is None or wanted >= len(rows):
-        return rows
-    drawn = sorted(range(len(rows)), key=lambda number: seed_for(config.seed, str(number), "instructions"))
-    return [rows[number] for number in sorted(drawn[:wanted])]
 
 
 def _need(config: RunConfig) -> Need:

@@ -1,90 +1,171 @@
-"""Rows that the user brings, with or without an image: JSON, JSONL or Parquet, read in one way."""
+"""Rows that the user brings: a JSON list, JSON Lines or Parquet, compressed or not, a few in memory at a time."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stic_ray.core.errors import SourceError
+from stic_ray.core.json_stream import json_values
 from stic_ray.core.storage import Location
+from stic_ray.method.media import address_of, named_image
+from stic_ray.stages.containers import image_value
 from stic_ray.stages.fetch import fetch_indexed, with_images
 
-_IMAGE = "image"
+_BATCH_ROWS = 256
+_IMAGE_BATCH_ROWS = 16
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
+"""First bytes of a compressed file, and what pyarrow calls it."""
 
 
-def read_records(uri: str, setting: str) -> tuple[Location, list[dict[str, Any]]]:
-    """Return the rows of a .json list, a .jsonl or a .parquet file; `setting` names it in errors.
+class Row(NamedTuple):
+    """A row as the file has it, or why it cannot be read."""
 
-    Image bytes of a Parquet file stay where they are: such a row gets `image_row`, its number in the file.
-    Raises SourceError when the file is missing, empty or of another format.
+    number: int
+    """From 0."""
+    line: int | None
+    """Where it begins, from 1; None in Parquet."""
+    value: dict[str, Any] | None
+    problem: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Name the row for an error."""
+        return f"row {self.number}" + (f" (line {self.line})" if self.line else "")
+
+
+@dataclass(frozen=True)
+class InTable:
+    """Stands for bytes that stay in the Parquet file."""
+
+    column: str
+    row: int
+
+
+def read_rows(uri: str, setting: str) -> tuple[Location, Iterator[Row]]:
+    """Return the rows of a file one by one; `setting` names it in errors.
+
+    The content says what the file is, not its name. JSON is UTF-8, or UTF-16 or UTF-32 as JSON's standard tells them
+    apart, with any line ends. A row that cannot be read has its problem; the others are not touched by it. Raises
+    SourceError when the file is missing, empty or cannot be opened, and later when the storage fails.
     """
     source = Location.of(uri)
     if not source.exists() or source.is_folder():
-        raise SourceError(f"{setting}: '{uri}' is no file; it needs JSON, JSONL or Parquet.")
-    try:
-        if source.path.endswith(".parquet"):
-            rows = _read_parquet(source)
-        elif source.path.endswith(".jsonl"):
-            rows = [json.loads(line) for line in source.read().decode().split("\n") if line.strip()]
-        else:
-            rows = json.loads(source.read().decode())
-    except (json.JSONDecodeError, UnicodeDecodeError, pa.ArrowInvalid) as error:
-        raise SourceError(f"{setting}: '{uri}' cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(rows, list) or any(not isinstance(row, dict) for row in rows):
-        raise SourceError(f"{setting}: '{uri}' must hold a list of rows, each a JSON object.")
-    if not rows:
+        raise SourceError(f"{setting}: '{uri}' is no file; it needs JSON, JSON Lines or Parquet.")
+    rows = _guarded(source, f"{setting}: '{uri}'")
+    first = next(rows, None)
+    if first is None:
         raise SourceError(f"{setting}: '{uri}' holds no rows.")
-    return source, rows
+    return source, chain([first], rows)
 
 
-def image_place(row: Mapping[str, Any], source: Location, folder: Location) -> dict[str, Any]:
-    """Say where a row's image is: `path` of a file, `path` and `row` of the Parquet source, or neither.
+def image_place(row: Mapping[str, Any], texts: tuple[str, ...], source: Location, folder: Location) -> dict[str, Any]:
+    """Return where a row's image is: `path` of a file, or `path`, `row` and `column` of the source; all None without.
 
-    Relative paths are below `folder`. `problem` is set for a row with several images.
+    `texts` are the fields that name no picture. Relative paths are below `folder`. Raises Rejected as `named_image`
+    and `address_of` do.
     """
-    if row.get("image_row") is not None:
-        return {"path": source.uri, "row": row["image_row"], "problem": None}
-    image = row.get(_IMAGE)
-    if isinstance(image, list):
-        if len(image) > 1:
-            return {"path": None, "row": None, "problem": f"{len(image)} images; one image per row"}
-        image = image[0] if image else None
-    if isinstance(image, Mapping):
-        image = image.get("path")
-    if not image:
-        return {"path": None, "row": None, "problem": None}
-    path = str(image)
-    absolute = path.startswith("/") or "://" in path
-    return {"path": path if absolute else (folder / path).uri, "row": None, "problem": None}
-
-
-def folder_of(source: Location) -> Location:
-    """Return the folder that a file is in."""
-    return source.at(source.path.rsplit("/", 1)[0])
+    image = named_image(row, texts)
+    if image is None:
+        return {"path": None, "row": None, "column": None}
+    if isinstance(image, InTable):
+        return {"path": source.uri, "row": image.row, "column": image.column}
+    return {"path": folder.address_of(address_of(image)), "row": None, "column": None}
 
 
 def load_records(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Return rows that have `path` and `row` as a table, with the bytes of their images."""
-    fetched = iter(fetch_indexed([row for row in rows if row["path"] is not None], _IMAGE))
-    images = [None if row["path"] is None else next(fetched) for row in rows]
+    """Return rows that have `path`, `row` and `column` as a table, with the bytes of their images."""
+    images: list[Any] = [None] * len(rows)
+    for column in {row["column"] for row in rows if row["path"] is not None}:
+        places = [i for i, row in enumerate(rows) if row["path"] is not None and row["column"] == column]
+        for place, image in zip(places, fetch_indexed([rows[i] for i in places], column or ""), strict=True):
+            images[place] = image
     return with_images(pa.Table.from_pylist(list(rows), schema=schema), images)
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+def row_id(value: Any) -> str | None:
+    """Return an id as text; None where there is none, as null or pandas' NaN say."""
+    if value is None or value != value or value == "":  # only NaN is not equal to itself
+        return None
+    return plain_text(value) if isinstance(value, str | int | float) else json.dumps(value, default=str)
 
 
-def _read_parquet(source: Location) -> list[dict[str, Any]]:
-    with source.filesystem.open_input_file(source.path) as stream:
-        schema = pq.read_schema(stream)
-    holds_bytes = _IMAGE in schema.names and not _is_text(schema.field(_IMAGE).type)
-    columns = [name for name in schema.names if name != _IMAGE or not holds_bytes]
-    with source.filesystem.open_input_file(source.path) as stream:
-        rows = pq.read_table(stream, columns=columns).to_pylist()
-    if not holds_bytes:
-        return rows
-    with source.filesystem.open_input_file(source.path) as stream:
-        present = pq.read_table(stream, columns=[_IMAGE])[_IMAGE].is_valid().to_pylist()
-    return [{**row, "image_row": number if present[number] else None} for number, row in enumerate(rows)]
+def plain_text(value: str | float) -> str:
+    """Return a value as text; whole floats, which pandas makes of integers beside a null, as integers."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _guarded(source: Location, name: str) -> Iterator[Row]:
+    try:
+        with source.open() as file:
+            head = file.read(4)
+            file.seek(0)
+            if head == b"PAR1":
+                yield from _parquet_rows(file)
+                return
+            compression = next((kind for magic, kind in _COMPRESSIONS.items() if head.startswith(magic)), None)
+            values = json_values(pa.CompressedInputStream(file, compression) if compression else file)
+            for number, (line, value, problem) in enumerate(values):
+                if problem is None and not (isinstance(value, dict) and value):
+                    problem = "an object without fields" if value == {} else f"no object, but {json.dumps(value)[:80]}"
+                yield Row(number, line, None if problem else value, problem)
+    except (OSError, EOFError, pa.ArrowException) as error:
+        raise SourceError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _parquet_rows(stream: pa.NativeFile) -> Iterator[Row]:
+    parquet = pq.ParquetFile(stream)
+    heavy = [field.name for field in parquet.schema_arrow if _holds_bytes(field.type)]
+    light = [name for name in parquet.schema_arrow.names if name not in heavy]
+    number = 0
+    for group in range(parquet.num_row_groups):
+        images = {name: _images(parquet, group, name, number) for name in heavy}
+        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=light):
+            for value, problem in _values(batch):
+                own = {name: next(column) for name, column in images.items()}
+                yield Row(number, None, None if value is None else {**value, **own}, problem)
+                number += 1
+
+
+def _values(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    try:
+        yield from ((row, None) for row in batch.to_pylist())
+    except Exception:  # text that is no UTF-8, dates beyond Python's: the others are good
+        for place in range(batch.num_rows):
+            try:
+                yield batch.slice(place, 1).to_pylist()[0], None
+            except Exception as error:
+                yield None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return "binary" in str(kind)
+
+
+def _images(parquet: pq.ParquetFile, group: int, column: str, first: int) -> Iterator[Any]:
+    """Yield for each row of a group where its bytes stay, its address, or None.
+
+    The statistics say where every row has bytes; only elsewhere are they read.
+    """
+    metadata = parquet.metadata.row_group(group)
+    leaves = {metadata.column(i).path_in_schema: metadata.column(i) for i in range(metadata.num_columns)}
+    statistics = next((leaves[name].statistics for name in (column, f"{column}.bytes") if name in leaves), None)
+    if statistics is not None and statistics.has_null_count and statistics.null_count == 0:
+        yield from (InTable(column, first + place) for place in range(metadata.num_rows))
+        return
+    row = first
+    for batch in parquet.iter_batches(batch_size=_IMAGE_BATCH_ROWS, row_groups=[group], columns=[column]):
+        for scalar in batch[column]:
+            values = scalar.as_py()
+            found = [image_value(each) for each in (values if isinstance(values, list) else [values])]
+            kept = [InTable(column, row) if isinstance(each, bytes) else each for each in found if each]
+            yield kept if len(kept) > 1 else kept[0] if kept else None
+            row += 1

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from stic_ray.core.config import InfusionConfig
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.schemas import Reason
-from stic_ray.method.infusion import infuse, read_conversation
-from stic_ray.method.preferences import Rejection
+from stic_ray.method.infusion import description_prompt, infuse, read_conversation
 from stic_ray.method.prompts import load_prompts
 
 Turn = dict[str, Any]
@@ -52,7 +53,7 @@ def system(text: str) -> Turn:
     ids=["image first", "image last", "no image", "several turns", "system", "role/content", "other brackets"],
 )
 def test_a_conversation_is_read(turns: list[Turn], expected: list[Turn]) -> None:
-    assert read_conversation(turns) == expected
+    assert read_conversation(turns, has_image=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -82,10 +83,46 @@ def test_a_conversation_is_read(turns: list[Turn], expected: list[Turn]) -> None
     ],
 )
 def test_a_conversation_from_which_nothing_can_be_learned_is_rejected(turns: Any, expected: Reason) -> None:
-    result = read_conversation(turns)
-    assert isinstance(result, Rejection)
-    assert result.reason is expected
-    assert result.message
+    with pytest.raises(Rejected) as caught:
+        read_conversation(turns, has_image=True)
+    assert caught.value.reason is expected and caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("<image>\nHow many people are there?", Reason.NO_IMAGE),
+        ("What is in <image 1>?", Reason.NO_IMAGE),
+        ("<|image_pad|>What?", Reason.NO_IMAGE),
+        ("<video>\nWhat happens?", Reason.VIDEO),
+        ("<|video_pad|>What happens?", Reason.VIDEO),
+        ("<audio>What is said?", Reason.AUDIO),
+    ],
+)
+def test_a_text_that_asks_for_what_is_not_there_is_rejected(question: str, expected: Reason) -> None:
+    for texts in ([question, "a"], ["q", question]):
+        with pytest.raises(Rejected) as caught:
+            read_conversation([human(texts[0]), gpt(texts[1])], has_image=False)
+        assert caught.value.reason is expected
+
+
+def test_a_placeholder_inside_a_placeholder_is_removed() -> None:
+    messages = read_conversation([human("What does <im<im<image>age>age> mean?"), gpt("A tag.")], has_image=True)
+    assert messages[0]["content"] == "What does  mean?"
+
+
+def test_speakers_are_known_in_any_case() -> None:
+    turns = [{"from": "Human", "value": "What?"}, {"from": " GPT", "value": "A cat."}]
+    assert read_conversation(turns, has_image=False) == [user("What?"), assistant("A cat.")]
+
+
+def test_a_plain_prompt_is_drawn_for_each_row() -> None:
+    prompts, config = load_prompts(None), InfusionConfig()
+    drawn = [description_prompt(str(number), 3, config, prompts) for number in range(100)]
+    assert set(drawn) == set(prompts.plain)
+    assert drawn == [description_prompt(str(number), 3, config, prompts) for number in range(100)]
+    assert drawn != [description_prompt(str(number), 4, config, prompts) for number in range(100)]
+    assert description_prompt("1", 3, InfusionConfig(prompt="describe"), prompts) == prompts.describe
 
 
 def test_the_description_goes_in_front_of_the_first_question_only() -> None:

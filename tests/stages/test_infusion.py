@@ -12,7 +12,8 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED
-from stic_ray.stages.infusion import build_infusion, read_instructions
+from stic_ray.stages.infusion import build_infusion
+from stic_ray.stages.instructions import read_instructions
 from tests.stages.builders import draw_pictures, fake_config, rejected_of, step_of
 
 pytestmark = pytest.mark.usefixtures("ray_session")

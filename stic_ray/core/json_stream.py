@@ -1,0 +1,160 @@
+"""JSON read value by value, a list or JSON Lines in any encoding; a damaged value does not stop the others."""
+
+import ast
+import codecs
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+_CHUNK_BYTES = 1 << 20
+_MAX_VALUE_CHARACTERS = 1 << 25
+_DECODER = json.JSONDecoder(strict=False)  # line ends and tabs inside strings do no harm
+_BLANK = re.compile(r"[\s\ufeff]*")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.DOTALL)
+_LONGEST_WORD = len("-Infinity")
+
+
+def _decoded(stream: pa.NativeFile) -> Iterator[str]:
+    """Yield the text of a file in pieces, every line end as a line feed."""
+    piece = stream.read(_CHUNK_BYTES)
+    encoding = json.detect_encoding(piece)
+    # A byte that is no UTF-8 becomes a lone surrogate, by which its row is found; of UTF-16 these are the only errors.
+    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if "utf-8" in encoding else "replace")
+    lines = io.IncrementalNewlineDecoder(decoder, translate=True)
+    while piece:
+        yield lines.decode(piece)
+        piece = stream.read(_CHUNK_BYTES)
+    yield lines.decode(b"", final=True)
+
+
+class _Text:
+    """A text of which `text[at:]` waits to be parsed and more is read when it is needed."""
+
+    def __init__(self, pieces: Iterable[str]) -> None:
+        self.pieces = iter(pieces)
+        self.text, self.at, self.line = "", 0, 1
+        self.indent: str | None = None
+        """What stands in front of the next value on its line; None where it does not begin one."""
+
+    def read_on(self) -> bool:
+        """Read as much again as is waiting. Returns False at the end of the text."""
+        waiting, new = self.text[self.at :], []
+        while sum(map(len, new)) < max(len(waiting), 1) and (piece := next(self.pieces, None)) is not None:
+            new.append(piece)
+        self.text, self.at = waiting + "".join(new), 0
+        return len(self.text) > len(waiting)
+
+    def skip_to(self, end: int) -> None:
+        """Go forward, and count the lines."""
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def next_character(self) -> str:
+        """Return the next character that is no white space, without taking it; "" at the end."""
+        blank = ""
+        while True:
+            start = self.at
+            match = _BLANK.match(self.text, start)
+            self.skip_to(match.end() if match else start)
+            blank = (blank + self.text[start : self.at])[-1000:]
+            if self.at < len(self.text) or not self.read_on():
+                break
+        self.indent = blank.rpartition("\n")[2] if "\n" in blank else None
+        return self.text[self.at : self.at + 1]
+
+    def take_value(self, *, in_list: bool) -> tuple[Any, str | None]:
+        """Return the next value, or the problem with it, and go behind it."""
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                unfinished = error.msg.startswith("Unterminated") or error.pos > len(self.text) - _LONGEST_WORD
+                if unfinished and len(self.text) - self.at < _MAX_VALUE_CHARACTERS and self.read_on():
+                    continue
+                return None, self._skip_damaged(error.msg, in_list=in_list)
+            except (RecursionError, ValueError) as error:  # too deep; a number of too many digits
+                why = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
+                return None, self._skip_damaged(why, in_list=in_list)
+            if end == len(self.text) and self.read_on():  # a number may go on
+                continue
+            written = self.text[self.at : end]
+            self.skip_to(end)
+            return _mended(value, written)
+
+    def _skip_damaged(self, why: str, *, in_list: bool) -> str:
+        """Go behind a value that cannot be read, as far as that can be known."""
+        while (end := self._end_of_damaged(in_list=in_list)) is None:
+            if len(self.text) - self.at > _MAX_VALUE_CHARACTERS or not self.read_on():
+                self.skip_to(len(self.text))
+                return f"{why}; no row was found behind it" if in_list else why
+        self.skip_to(end)
+        return why
+
+    def _end_of_damaged(self, *, in_list: bool) -> int | None:
+        if not in_list:
+            end = self.text.find("\n", self.at)
+            return None if end < 0 else end
+        if self.indent is not None:  # the next row stands below this one
+            below = re.compile(rf"\n(?:{re.escape(self.indent)}\{{|\])").search(self.text, self.at)
+            return below.start() if below else None
+        opened: list[str] = []
+        for match in _BRACKETS.finditer(self.text, self.at):
+            if match[0] in "[{":
+                opened.append(match[0])
+            elif match[0] in "]}":
+                opening = "[" if match[0] == "]" else "{"
+                while opened and opened.pop() != opening:
+                    continue
+                if not opened:
+                    return match.end()
+        return None
+
+
+def json_values(stream: pa.NativeFile) -> Iterator[tuple[int, Any, str | None]]:
+    """Yield the values of a list, or one behind the other as in JSON Lines: line (from 1), value, problem.
+
+    A few are in memory at a time. A value that cannot be read has a problem; reading goes on with the next line or,
+    in a list, behind its last bracket.
+    """
+    text = _Text(_decoded(stream))
+    in_list = text.next_character() == "["
+    is_closed, problem = not in_list, None
+    while character := text.next_character():
+        if in_list and character in "[],":
+            is_closed = character == "]"
+            text.skip_to(text.at + 1)
+            continue
+        line = text.line
+        value, problem = text.take_value(in_list=in_list)
+        yield line, value, problem
+    if not is_closed and problem is None:
+        yield text.line, None, "the list has no end; was the file cut off?"
+
+
+def literal(text: str) -> Any:
+    """Return what a text spells in JSON or, as pandas writes lists, in Python; the text itself if neither."""
+    for read in (_DECODER.decode, ast.literal_eval):
+        try:
+            return _whole_characters(read(text))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    return text
+
+
+def _mended(value: Any, written: str) -> tuple[Any, str | None]:
+    """Return a value with U+FFFD for half characters, or the problem with its bytes."""
+    try:
+        written.encode()
+    except UnicodeEncodeError as error:
+        return None, f"the byte 0x{ord(written[error.start]) - 0xDC00:02X} is no UTF-8"
+    return (_whole_characters(value) if _SURROGATE.search(written) else value), None
+
+
+def _whole_characters(value: Any) -> Any:
+    text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return _DECODER.decode(text)
