@@ -16,7 +16,9 @@ import stic_ray
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(module.name for module in pkgutil.walk_packages(stic_ray.__path__, "stic_ray."))
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-SOURCES = sorted(file for folder in ("stic_ray", "jobs", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    file for folder in ("stic_ray", "jobs", "benchmarks", "experiments") for file in (ROOT / folder).rglob("*.py")
+)
 HEAVY = ("torch", "ray", "transformers", "trl", "peft", "deepspeed", "accelerate", "datasets")
 
 MAX_LINES_OF_FILE = 300

@@ -76,3 +76,9 @@ def test_a_stage_that_would_now_be_made_from_others_is_refused(tmp_path: Path) -
     config = apply_overrides(demo().config, ["sft.start=base"])
     with pytest.raises(RunError, match="infusion of .* was finished from dpo, .* from no other"):
         run_pipeline(config, stic(config), run, ["infusion"], FACTS)
+
+
+def test_settings_of_actors_that_change_answers_belong_to_what_was_made() -> None:
+    changed = apply_overrides(demo().config, ["actors.merge_adapter=true", "actors.num_actors=7"])
+    different = [step.name for step in stic(changed) if identity(step, changed) != identity(step, demo().config)]
+    assert different == ["preferences", "infusion", "evaluation"]

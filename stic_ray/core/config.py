@@ -22,6 +22,8 @@ Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
 MAY_CHANGE = ("actors", "workers", "cluster", "estimate")
 """Sections that may change between two invocations of the same run."""
 
+ANSWER_SETTINGS = ("actors.merge_adapter", "actors.max_length_tokens")
+"""Settings of the actors that may change an answer: they belong to what was made with them."""
 IMAGE_SETTINGS = ("pool.shard_size", "pool.min_side_px", "pool.max_image_pixels", "pool.max_aspect_ratio")
 """Settings of the pool that also hold for images of instruction data and benchmarks."""
 

@@ -1,4 +1,7 @@
-"""With what a run is computed: the processes that generate, and those that train. No result depends on it."""
+"""With what a run is computed: the processes that generate, and those that train.
+
+No result depends on it but for ANSWER_SETTINGS of core/config.py and the rounding of sums.
+"""
 
 import re
 from typing import Annotated, Any, Literal

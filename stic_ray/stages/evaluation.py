@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from stic_ray.core.config import IMAGE_SETTINGS, EvaluationConfig, RunConfig
+from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, EvaluationConfig, RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import actors_need
@@ -249,7 +249,7 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
 EVALUATION = Stage(
     name="evaluation",
     run=_run,
-    settings=("seed", "prompts", "model", "evaluation", *IMAGE_SETTINGS),
+    settings=("seed", "prompts", "model", "evaluation", *IMAGE_SETTINGS, *ANSWER_SETTINGS),
     need=actors_need,
     writes="scores.json",
     section="evaluation",

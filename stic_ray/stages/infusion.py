@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from stic_ray.core.config import IMAGE_SETTINGS, RunConfig
+from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, RunConfig
 from stic_ray.core.errors import ModelError, SourceError
 from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import Need, actors_need
@@ -173,7 +173,7 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
 INFUSION = Stage(
     name="infusion",
     run=build_infusion,
-    settings=("seed", "prompts", "model", "infusion", "sft.max_length_tokens", *IMAGE_SETTINGS),
+    settings=("seed", "prompts", "model", "infusion", "sft.max_length_tokens", *IMAGE_SETTINGS, *ANSWER_SETTINGS),
     need=_need,
     writes="rows-*.parquet",
     section="infusion",

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import ANSWER_SETTINGS, RunConfig
 from stic_ray.core.errors import ConfigError, SourceError
 from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import actors_need
@@ -208,7 +208,7 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
 PREFERENCES = Stage(
     name="preferences",
     run=build_preferences,
-    settings=("seed", "prompts", "model", "preferences", "dpo.max_length_tokens", "pool.shard_size"),
+    settings=("seed", "prompts", "model", "preferences", "dpo.max_length_tokens", "pool.shard_size", *ANSWER_SETTINGS),
     need=actors_need,
     writes="pairs-*.parquet",
     section="preferences",

@@ -1,6 +1,6 @@
 """The toy world's model: a LLaVA of 1.7 million parameters in the ordinary Hugging Face layout.
 
-`WEIGHTS` holds the pretrained one, which `jobs/pretrain_toyworld.py` made (`toyworld/pretraining.py`).
+`WEIGHTS` holds the pretrained one, which `experiments/pretrain_toyworld.py` made.
 """
 
 from collections.abc import Iterable

@@ -110,10 +110,10 @@ def test_a_finished_run_is_left_as_it_is(run: RunDir) -> None:
 
 STAGES = frozenset(step.stage.name for step in demo().steps(demo().config))
 OWN_PLACES = {
-    *("recipes.py", "core/config.py", "core/training.py", "study/systems.py"),
+    *("recipes.py", "core/config.py", "core/training.py"),
     *(f"stages/{name}.py" for name in STAGES),
 }
-"""The recipes, the sections of the configuration, the systems of the toy experiment, and each stage's own file."""
+"""The recipes, the sections of the configuration, and each stage's own file."""
 
 
 def stage_names_in(code: str) -> set[str]:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from experiments import toyworld_results as systems
+from experiments.toyworld_results import SYSTEMS, write_systems
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import RunDir
-from stic_ray.study import systems
 from stic_ray.study.plan import read_variants
-from stic_ray.study.systems import SYSTEMS, write_systems
 from tests.study.made import made_study
 
 VARIANTS = read_variants(Path(__file__).parents[2] / "docs" / "results" / "toyworld_variants.yaml")
@@ -25,7 +25,7 @@ def measures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_system_has_means_intervals_and_spread_at_the_largest_size(tmp_path: Path) -> None:
     home = made_study(tmp_path, variants=VARIANTS)
-    write_systems(home, tmp_path / "out", "python jobs/toyworld_results.py")
+    write_systems(home, tmp_path / "out", "python experiments/toyworld_results.py")
     table = json.loads((tmp_path / "out" / "toyworld.json").read_text())
     assert set(table["systems"]) == set(SYSTEMS)
     assert (table["sizes"], table["seeds"]) == ([250, 1000, 4000, 16000], [0, 1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from experiments.pretrain_toyworld import pretrain
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Request, Sampling
 from stic_ray.engines.batching import BatchLimits
@@ -15,7 +16,6 @@ from stic_ray.method.prompts import load_prompts
 from stic_ray.toyworld.language import NUMBERS, describe_fully, name_of
 from stic_ray.toyworld.lessons import PROMPTS, PROMPTS_FILE, brief
 from stic_ray.toyworld.model import WEIGHTS
-from stic_ray.toyworld.pretraining import pretrain
 from stic_ray.toyworld.scenes import KIND_WEIGHTS, draw_scene, sample_scene
 
 VOCABULARY = [name_of(kind) for kind in KIND_WEIGHTS]

@@ -1,10 +1,15 @@
 """The toy experiment's results: the systems that it compares, as numbers for machines and plots for people.
 
 A system is a way of getting an answer: a model of a variant, in a mode. The experiment is a study
-(`jobs/scaling_study.py`); docs/results/toyworld.md tells how it was made and what it says.
+(`jobs/scaling_study.py`); docs/results/toyworld.md describes how it was made and what it says.
+
+python experiments/toyworld_results.py --study studies/toyworld
 """
 
+import argparse
 import json
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -142,3 +147,11 @@ def _draw(axes: Axes, measure: str, name: str, system: Mapping[str, Any], place:
     middle = np.array([row[measure] for row in rows])
     ends = np.abs(np.array([[row[f"{measure}_{end}"] for row in rows] for end in ("low", "high")]) - middle)
     axes.errorbar(sizes, middle, ends, color=colour, linestyle=style, marker="o", markersize=4, label=name)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", required=True, help="folder or URI of the study")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the results")
+    options = parser.parse_args()
+    write_systems(RunDir.of(options.study), options.out, shlex.join(["python", *sys.argv]))
