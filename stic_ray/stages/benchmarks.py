@@ -59,9 +59,9 @@ def read_benchmark(uri: str) -> list[dict[str, Any]]:
     return questions
 
 
-def load_questions(task: ShardTask) -> pa.Table:
-    """Return the questions of a shard with their images."""
-    return load_records(task.payload["rows"], _QUESTIONS)
+def load_questions(task: ShardTask, max_bytes: int) -> pa.Table:
+    """Return the questions of a shard with their images of at most `max_bytes`."""
+    return load_records(task.payload["rows"], _QUESTIONS, max_bytes)
 
 
 def _question(row: Row, source: Location) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
             stage=f"evaluation of {model}",
             output=output,
             families={f"{REJECTED_FAMILY}-{model}": REJECTED, f"predictions-{model}": PREDICTIONS},
-            load=load_questions,
+            load=partial(load_questions, max_bytes=ImageLimits.of(config.pool).max_bytes),
             make_worker=partial(Examinee, config, prompts, model, checkpoint),
         )
         throughput[model] = run_shards(job, tasks, config.actors)

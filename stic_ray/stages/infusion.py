@@ -44,7 +44,7 @@ def build_infusion(step: StepRun) -> dict[str, Any]:
         stage=step.name,
         output=output,
         families={REJECTED_FAMILY: REJECTED, "text": INFUSED, "rows": INFUSED},
-        load=load_instructions,
+        load=partial(load_instructions, max_bytes=ImageLimits.of(config.pool).max_bytes),
         make_worker=partial(Infuser, config, load_prompts(config.prompts), step.model()),
     )
     actors = config.actors.model_copy(update={"num_gpus": _need(config).each["GPU"]})

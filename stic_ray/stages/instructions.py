@@ -84,10 +84,11 @@ def index_instructions(config: RunConfig, output: RunDir) -> tuple[list[ShardTas
     return tasks, found["num_rows"]
 
 
-def load_instructions(task: ShardTask) -> pa.Table:
-    """Return the rows of a shard with their images."""
+def load_instructions(task: ShardTask, max_bytes: int) -> pa.Table:
+    """Return the rows of a shard with their images of at most `max_bytes`."""
     folder = RunDir.of(task.payload["folder"])
-    return load_records(read_shard(folder.location / shard_name(_FAMILY, task.number), _ROWS).to_pylist(), _ROWS)
+    rows = read_shard(folder.location / shard_name(_FAMILY, task.number), _ROWS).to_pylist()
+    return load_records(rows, _ROWS, max_bytes)
 
 
 def _instruction(row: Row, source: Location, folder: Location) -> dict[str, Any]:

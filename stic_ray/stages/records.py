@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 
 from stic_ray.core.errors import SourceError
 from stic_ray.core.json_stream import json_values
+from stic_ray.core.outcomes import Failed, Rejected
 from stic_ray.core.storage import Location
 from stic_ray.method.media import address_of, named_image
-from stic_ray.stages.containers import image_value
+from stic_ray.stages.columns import image_value
 from stic_ray.stages.fetch import fetch_indexed, with_images
+from stic_ray.stages.reading import Patience, Stream, one_line
 
 _BATCH_ROWS = 256
 _IMAGE_BATCH_ROWS = 16
@@ -66,23 +68,24 @@ def read_rows(uri: str, setting: str) -> tuple[Location, Iterator[Row]]:
 def image_place(row: Mapping[str, Any], texts: tuple[str, ...], source: Location, folder: Location) -> dict[str, Any]:
     """Return where a row's image is: `path` of a file, or `path`, `row` and `column` of the source; all None without.
 
-    `texts` are the fields that name no picture. Relative paths are below `folder`. Raises Rejected as `named_image`
-    and `address_of` do.
+    `texts` are the fields that name no picture. Raises Rejected as `named_image` and `address_of` do, and for a place
+    that is not below `folder`.
     """
     image = named_image(row, texts)
     if image is None:
         return {"path": None, "row": None, "column": None}
     if isinstance(image, InTable):
         return {"path": source.uri, "row": image.row, "column": image.column}
-    return {"path": folder.address_of(address_of(image)), "row": None, "column": None}
+    return {"path": folder.inside(address_of(image)).uri, "row": None, "column": None}
 
 
-def load_records(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Return rows that have `path`, `row` and `column` as a table, with the bytes of their images."""
+def load_records(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, max_bytes: int) -> pa.Table:
+    """Return rows that have `path`, `row` and `column` as a table, with their images of at most `max_bytes`."""
     images: list[Any] = [None] * len(rows)
     for column in {row["column"] for row in rows if row["path"] is not None}:
         places = [i for i, row in enumerate(rows) if row["path"] is not None and row["column"] == column]
-        for place, image in zip(places, fetch_indexed([rows[i] for i in places], column or ""), strict=True):
+        found = fetch_indexed([rows[i] for i in places], column or "", max_bytes)
+        for place, image in zip(places, found, strict=True):
             images[place] = image
     return with_images(pa.Table.from_pylist(list(rows), schema=schema), images)
 
@@ -101,24 +104,23 @@ def plain_text(value: str | float) -> str:
 
 def _guarded(source: Location, name: str) -> Iterator[Row]:
     try:
-        with source.open() as file:
-            head = file.read(4)
-            file.seek(0)
-            if head == b"PAR1":
-                yield from _parquet_rows(file)
-                return
-            compression = next((kind for magic, kind in _COMPRESSIONS.items() if head.startswith(magic)), None)
-            values = json_values(pa.CompressedInputStream(file, compression) if compression else file)
-            for number, (line, value, problem) in enumerate(values):
-                if problem is None and not (isinstance(value, dict) and value):
-                    problem = "an object without fields" if value == {} else f"no object, but {json.dumps(value)[:80]}"
-                yield Row(number, line, None if problem else value, problem)
-    except (OSError, EOFError, pa.ArrowException) as error:
-        raise SourceError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+        stream = Stream(source, Patience())
+        file, head = pa.PythonFile(stream, "r"), stream.read_at(4, 0)
+        if head == b"PAR1":
+            yield from _parquet_rows(file)
+            return
+        compression = next((kind for magic, kind in _COMPRESSIONS.items() if head.startswith(magic)), None)
+        values = json_values(pa.CompressedInputStream(file, compression) if compression else file)
+        for number, (line, value, problem) in enumerate(values):
+            if problem is None and not (isinstance(value, dict) and value):
+                problem = "an object without fields" if value == {} else f"no object, but {json.dumps(value)[:80]}"
+            yield Row(number, line, None if problem else value, problem)
+    except (OSError, EOFError, pa.ArrowException, Rejected, Failed) as error:
+        raise SourceError(f"{name} cannot be read: {one_line(error)}") from error
 
 
-def _parquet_rows(stream: pa.NativeFile) -> Iterator[Row]:
-    parquet = pq.ParquetFile(stream)
+def _parquet_rows(file: pa.NativeFile) -> Iterator[Row]:
+    parquet = pq.ParquetFile(file)
     heavy = [field.name for field in parquet.schema_arrow if _holds_bytes(field.type)]
     light = [name for name in parquet.schema_arrow.names if name not in heavy]
     number = 0
@@ -166,6 +168,6 @@ def _images(parquet: pq.ParquetFile, group: int, column: str, first: int) -> Ite
         for scalar in batch[column]:
             values = scalar.as_py()
             found = [image_value(each) for each in (values if isinstance(values, list) else [values])]
-            kept = [InTable(column, row) if isinstance(each, bytes) else each for each in found if each]
+            kept = [InTable(column, row) if isinstance(each, bytes) else each for each in found if each is not None]
             yield kept if len(kept) > 1 else kept[0] if kept else None
             row += 1

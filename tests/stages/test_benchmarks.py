@@ -53,6 +53,7 @@ def test_the_forms_of_choices_and_answers(row: dict[str, Any], expected: Any, tm
         ({"video": "a.mp4"}, "only images can be shown"),
         ({"image": ["a.jpg", "b.jpg"]}, "2 images"),
         ({"image": 5}, "the image is 5, not the path"),
+        ({"image": "../private/passport.png"}, "'../private/passport.png' is not below"),
         ({"question": "<image>\nWhat?"}, "the text has <image>, but the row has no image"),
         ({"image": "a.jpg", "question": "<image><image>Which?"}, "2 image placeholders"),
         ({"image": "a.jpg", "question": "<image>"}, "no 'question'"),

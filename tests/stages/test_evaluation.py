@@ -288,7 +288,7 @@ def test_what_is_asked_twice_of_a_picture_is_generated_once(tmp_path: Path, monk
     (pictures / "beside.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     num_generated = []
     for benchmark in (pictures / "beside.jsonl", tmp_path / "in_table.parquet"):
-        shard = load_questions(ShardTask(0, {"rows": read_benchmark(str(benchmark))}))
+        shard = load_questions(ShardTask(0, {"rows": read_benchmark(str(benchmark))}), 10**6)
         engine.requests.clear()
         rows_of = Examinee(config, load_prompts(None), "base", None)(shard.to_pylist())
         num_generated.append(len(engine.requests))

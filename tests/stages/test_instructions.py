@@ -48,6 +48,9 @@ def test_rows_that_name_a_picture_and_have_none_are_rejected_each_with_its_reaso
         row("video token", "<video>\nq"),
         row("audio", audio="a.wav"),
         row("inline", "<image>", image="data:image/png;base64,AAAA"),
+        row("above", image="../private/passport.png"),
+        row("elsewhere", image="/etc/passwd"),
+        row("server", image="s3://bucket/a.png?endpoint_override=127.0.0.1:9"),
         '{"id": "cut off", "conver',
         "[]",
         {"id": "no turns", "conversations": "soon"},
@@ -63,8 +66,9 @@ def test_rows_that_name_a_picture_and_have_none_are_rejected_each_with_its_reaso
         "video": ("video", None),
         "video token": ("video", None),
         "audio": ("audio", None),
-        "12": ("unreadable_row", None),
-        "13": ("unreadable_row", None),
+        **{name: ("unreadable_file", None) for name in ("above", "elsewhere", "server")},
+        "15": ("unreadable_row", None),
+        "16": ("unreadable_row", None),
         "no turns": ("bad_conversation", None),
         "deep": ("bad_conversation", None),
     }
@@ -117,7 +121,7 @@ def config_of(source: Path, num_rows: int | None = None, seed: int = 0) -> RunCo
 
 def indexed(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
     tasks, num_rows = index_instructions(config, RunDir.of(str(folder)))
-    rows = [each for task in tasks for each in load_instructions(task).to_pylist()]
+    rows = [each for task in tasks for each in load_instructions(task, 10**6).to_pylist()]
     assert len(rows) == num_rows
     return rows
 

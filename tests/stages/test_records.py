@@ -114,7 +114,7 @@ def test_bytes_of_a_table_stay_there_until_they_are_asked_for(kind: str, tmp_pat
     places = [image_place(value, ("id",), source, source.folder) for value in values]
     assert all(place["path"] is None for place in places[2:])
     schema = pa.schema([("path", pa.string()), ("column", pa.string()), ("row", pa.int64())])
-    assert load_records(places, schema)["encoded"].to_pylist() == [RED, BLUE, None][: len(column)]
+    assert load_records(places, schema, 10**6)["encoded"].to_pylist() == [RED, BLUE, None][: len(column)]
 
 
 def test_addresses_in_a_struct_are_taken_where_there_are_no_bytes(tmp_path: Path) -> None:
