@@ -23,7 +23,8 @@ from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import BASE
-from stic_ray.study.analysis import over_seeds, spread
+from stic_ray.method.statistics import columns, score_of
+from stic_ray.study.analysis import spread
 from stic_ray.study.record import read_record
 from stic_ray.study.results import Result, Series, read_results
 from stic_ray.study.table import DIRECT
@@ -110,8 +111,7 @@ def _measures(name: str, size: int, results: Sequence[Result], config: Evaluatio
         scores = [run.scores[series] for run in runs if series in run.scores]
         if not scores:  # a study may ask fewer benchmarks
             continue
-        row = over_seeds(scores, config, "mean", "")
-        found |= {measure: row["mean"], f"{measure}_low": row["low"], f"{measure}_high": row["high"]}
+        found |= columns(score_of(scores, config), measure, f"{measure}_")
         found[f"{measure}_spread"] = spread(scores)
     return found
 

@@ -144,6 +144,7 @@ INFUSED = _schema(
 PREDICTIONS = _schema(
     _column("benchmark", pa.string(), "name of the benchmark file, without its ending"),
     _column("id", pa.string(), "the question's id"),
+    _column("image", pa.string(), "path or URI, with #row in a table; null for a question without", nullable=True),
     _column("model", pa.string(), "`base`, `dpo`, `sft`, or the name given to a single model"),
     _column("mode", pa.string(), "`direct` or `describe_and_respond`"),
     _column("prompt", pa.string(), "the question as the model got it"),
@@ -168,8 +169,8 @@ STUDY = _schema(
     _column("higher_is_better", pa.bool_(), "false for shares of mistakes", nullable=True),
     _column("num_questions", pa.int64(), "that were scored", nullable=True),
     _column("score", pa.float64(), "mean over the questions, 0 to 1", nullable=True),
-    _column("low", pa.float64(), "bootstrap interval over questions", nullable=True),
-    _column("high", pa.float64(), "bootstrap interval over questions", nullable=True),
+    _column("low", pa.float64(), "interval over images and their questions", nullable=True),
+    _column("high", pa.float64(), "interval over images and their questions", nullable=True),
     _column("difference", pa.float64(), "to the source's base model answering directly", nullable=True),
     _column("difference_low", pa.float64(), "paired by question", nullable=True),
     _column("difference_high", pa.float64(), "paired by question", nullable=True),

@@ -11,7 +11,6 @@ from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, EvaluationConf
 from stic_ray.core.errors import SourceError
 from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import actors_need
-from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
 from stic_ray.core.schemas import PREDICTIONS, REJECTED
 from stic_ray.core.steps import BASE, Stage, StepRun
@@ -24,7 +23,7 @@ from stic_ray.method.images import ImageLimits, decode
 from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.scoring import METRICS
-from stic_ray.method.statistics import bootstrap_mean
+from stic_ray.method.statistics import DIFFERENCES, Question, columns, differences, score_of
 from stic_ray.stages.benchmarks import load_questions, read_benchmarks
 from stic_ray.stages.fetch import fetched
 from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
@@ -69,31 +68,26 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
 
 def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig, seed: int) -> list[dict[str, Any]]:
     """Return mean score and interval per benchmark, metric, model and mode, paired with the base model."""
-    scores: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    scores: dict[tuple[str, str, str, str], dict[Question, float]] = {}
     for row in predictions:
         key = (row["benchmark"], row["metric"], row["model"], row["mode"])
-        scores.setdefault(key, {})[row["id"]] = row["score"]
-
-    def interval(values: Sequence[float], prefix: str) -> dict[str, float]:
-        found = bootstrap_mean(
-            values,
-            num_resamples=config.num_resamples,
-            confidence=config.confidence,
-            seed=seed_for(seed, "", "bootstrap"),
-        )
-        name = "difference" if prefix else "score"
-        return {name: found.mean, f"{prefix}low": found.low, f"{prefix}high": found.high}
-
+        scores.setdefault(key, {})[Question(row["id"], row["image"])] = row["score"]
     summary = []
-    for (benchmark, metric, model, mode), by_id in sorted(scores.items()):
-        row = {"benchmark": benchmark, "metric": metric, "higher_is_better": METRICS[metric].higher_is_better}
-        row |= {"model": model, "mode": mode, "num_questions": len(by_id)}
-        row |= {"difference": None, "difference_low": None, "difference_high": None}
-        baseline = scores.get((benchmark, metric, *BASELINE), {})
-        both = sorted(by_id.keys() & baseline.keys())
-        if both and (model, mode) != BASELINE:
-            row |= interval([by_id[i] - baseline[i] for i in both], "difference_")
-        summary.append({**row, **interval(list(by_id.values()), "")})
+    for (benchmark, metric, model, mode), own in sorted(scores.items()):
+        base = scores.get((benchmark, metric, *BASELINE), {}) if (model, mode) != BASELINE else {}
+        apart = score_of([differences(own, base)], config, seed, DIFFERENCES)
+        summary.append(
+            {
+                "benchmark": benchmark,
+                "metric": metric,
+                "higher_is_better": METRICS[metric].higher_is_better,
+                "model": model,
+                "mode": mode,
+                "num_questions": len(own),
+                **columns(apart, "difference", "difference_"),
+                **columns(score_of([own], config, seed), "score", ""),
+            }
+        )
     return summary
 
 
@@ -198,6 +192,7 @@ class Examinee:
         return {
             "benchmark": row["benchmark"],
             "id": row["id"],
+            "image": row["path"] if row["row"] is None else f"{row['path']}#{row['row']}",
             "model": self.name,
             "mode": mode,
             "prompt": prompt,

@@ -11,9 +11,10 @@ from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.steps import BASE
 from stic_ray.method.scaling import Curve, FitError, Floats, fit_curve, fit_curves
+from stic_ray.method.statistics import DIFFERENCES, SCORES, Scores, columns, differences, resampled_means, score_of
 from stic_ray.study.processes import DONE
 from stic_ray.study.results import Cost, Result, Series
-from stic_ray.study.table import DIRECT, base_scores, differences, finite, interval
+from stic_ray.study.table import DIRECT, base_scores
 
 POINT = 0.01
 """A point of score."""
@@ -27,8 +28,8 @@ class _Seen:
     """One cell's scores in one series."""
 
     seed: int
-    scores: Mapping[str, float]
-    differences: Mapping[str, float]
+    scores: Scores
+    differences: Scores
     """To the base model answering directly."""
     cost: Cost
 
@@ -85,8 +86,7 @@ def _base(results: Sequence[Result], config: EvaluationConfig) -> list[dict[str,
     rows = []
     for benchmark, metric in measures:
         own = [scores[benchmark, metric] for scores in bases.values() if (benchmark, metric) in scores]
-        row = over_seeds(own, config, "score", "")
-        rows.append({"benchmark": benchmark, "metric": metric, **row})
+        rows.append({"benchmark": benchmark, "metric": metric, **columns(score_of(own, config), "score", "")})
     return rows
 
 
@@ -111,13 +111,14 @@ def _curve(
 
 
 def _point(size: int, seen: Sequence[_Seen], is_higher: bool, config: EvaluationConfig) -> dict[str, Any]:
-    apart = over_seeds([each.differences for each in seen if each.differences], config, "difference", "difference_")
+    found = score_of([each.differences for each in seen], config, span=DIFFERENCES)
+    apart = columns(found, "difference", "difference_")
     core_hours = float(np.mean([each.cost.core_hours for each in seen]))
     gpu_hours = float(np.mean([each.cost.gpu_hours for each in seen]))
     return {
         "size": size,
         "seeds": [each.seed for each in seen],
-        **over_seeds([each.scores for each in seen], config, "score", ""),
+        **columns(score_of([each.scores for each in seen], config), "score", ""),
         "spread": spread([each.scores for each in seen]),
         **apart,
         "higher_is_better": is_higher,
@@ -128,7 +129,7 @@ def _point(size: int, seen: Sequence[_Seen], is_higher: bool, config: Evaluation
     }
 
 
-def spread(by_seed: Sequence[Mapping[str, float]]) -> float | None:
+def spread(by_seed: Sequence[Scores]) -> float | None:
     """Return the standard deviation of the means over seeds; None for one seed."""
     means = [float(np.mean(list(scores.values()))) for scores in by_seed]
     return float(np.std(means, ddof=1)) if len(means) > 1 else None
@@ -146,34 +147,19 @@ def _per_point(hours: float, apart: Mapping[str, float | None], is_higher: bool)
     return {"value": price(apart["difference"]), "low": price(most), "high": price(least)}
 
 
-def over_seeds(
-    by_seed: Sequence[Mapping[str, float]], config: EvaluationConfig, name: str, prefix: str
-) -> dict[str, float | None]:
-    """Return the mean over seeds and its interval over questions, each question averaged over the seeds."""
-    found = interval(_questions(by_seed).mean(axis=0).tolist(), config, 0) if by_seed else None
-    if found is None:
-        return {name: None, f"{prefix}low": None, f"{prefix}high": None}
-    return {name: found.mean, f"{prefix}low": finite(found.low), f"{prefix}high": finite(found.high)}
-
-
-def _questions(by_seed: Sequence[Mapping[str, float]]) -> Floats:
-    """Return scores as seeds x questions; seeds that share no question become one row of all their questions."""
-    shared = sorted(set.intersection(*(set(scores) for scores in by_seed)))
-    if shared:
-        return np.array([[scores[each] for each in shared] for scores in by_seed])
-    return np.array([[value for scores in by_seed for value in scores.values()]])
-
-
-def _fit(by_size: Mapping[int, list[Mapping[str, float]]], is_higher: bool, config: EvaluationConfig) -> dict[str, Any]:
+def _fit(by_size: Mapping[int, list[Scores]], is_higher: bool, config: EvaluationConfig) -> dict[str, Any]:
     """Return the fitted curve with intervals, or the reason why there is none."""
     sizes, sign = list(by_size), 1 if is_higher else -1
     ceiling = 1.0 if is_higher else 0.0
-    tables = [sign * _questions(scores) for scores in by_size.values()]
+    means = [score_of(scores, config) for scores in by_size.values()]
     try:
-        curve = fit_curve(sizes, [float(table.mean()) for table in tables], ceiling)
+        curve = fit_curve(sizes, [sign * mean.mean for mean in means if mean], ceiling)
     except FitError as error:
         return {"reason": str(error)}
-    resamples = fit_curves(sizes, _resampled(tables, sizes), ceiling)
+    # With one seed for all: sizes were asked the same questions, so they move together.
+    seed, num_seeds = seed_for(0, "", "fit"), max(map(len, by_size.values()))
+    drawn = [sign * resampled_means(scores, NUM_FITS, seed, SCORES) for scores in by_size.values()]
+    resamples = fit_curves(sizes, np.stack(drawn, axis=1), ceiling)
     shown = np.geomspace(sizes[0], 2 * sizes[-1], NUM_CURVE_POINTS)
     band = _ends(np.stack([each.at(shown) for each in resamples]), config.confidence)
     further = [each.further_images(sizes[-1], POINT) for each in resamples]
@@ -187,10 +173,10 @@ def _fit(by_size: Mapping[int, list[Mapping[str, float]]], is_higher: bool, conf
         "exponent": curve.exponent if curve.drop else None,
         "note": _note(curve),
         "at_size": sizes[-1],
-        "further_images": finite(curve.further_images(sizes[-1], POINT)),
+        "further_images": _finite(curve.further_images(sizes[-1], POINT)),
         **dict(zip(("further_low", "further_high"), _bounds(further, config), strict=True)),
         "share_never": float(np.mean(np.isinf(further))),
-        "resampled": "questions and seeds" if max(len(table) for table in tables) > 1 else "questions",
+        "resampled": "questions and seeds" if num_seeds > 1 else "questions",
         "line": {
             "sizes": shown.tolist(),
             "scores": (sign * curve.at(shown)).tolist(),
@@ -208,24 +194,6 @@ def _note(curve: Curve) -> str | None:
     return None
 
 
-def _resampled(tables: Sequence[Floats], sizes: Sequence[int]) -> Floats:
-    """Return NUM_FITS resamples of the mean at each size: questions, and seeds where there are several, redrawn.
-
-    Sizes with as many seeds and questions are redrawn alike, as they were asked the same questions.
-    """
-    columns: list[Floats] = []
-    for table in tables:
-        random = np.random.default_rng(seed_for(0, f"{table.shape}", "fit"))
-        num_seeds, num_questions = table.shape
-        drawn = np.empty(NUM_FITS)
-        for i in range(NUM_FITS):
-            rows = random.integers(num_seeds, size=num_seeds)
-            questions = random.integers(num_questions, size=num_questions)
-            drawn[i] = table[rows].mean(axis=0)[questions].mean()
-        columns.append(drawn)
-    return np.stack(columns, axis=1)
-
-
 def _ends(values: Floats, confidence: float) -> Floats:
     return np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
 
@@ -236,4 +204,9 @@ def _bounds(values: Sequence[float], config: EvaluationConfig) -> tuple[float | 
     last = len(ordered) - 1
     low = ordered[math.floor(last * (1 - config.confidence) / 2)]
     high = ordered[math.ceil(last * (1 + config.confidence) / 2)]
-    return finite(low), finite(high)
+    return _finite(low), _finite(high)
+
+
+def _finite(value: float) -> float | None:
+    """Return None for a bound that is not known."""
+    return value if math.isfinite(value) else None

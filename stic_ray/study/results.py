@@ -11,13 +11,14 @@ from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PREDICTIONS
 from stic_ray.core.steps import BASE, with_inputs
+from stic_ray.method.statistics import Question, Scores
 from stic_ray.recipes import stic
 from stic_ray.study.plan import SCORING
 from stic_ray.study.processes import DONE
 from stic_ray.study.record import Known, Record
 from stic_ray.study.run import SETTINGS, cell_is_done, outcome, source_is_done
 
-_COLUMNS = ["benchmark", "id", "model", "mode", "metric", "score"]
+_COLUMNS = ["benchmark", "id", "image", "model", "mode", "metric", "score"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class Result:
     run: Known
     status: str
     error: str | None
-    scores: Mapping[Series, Mapping[str, float]]
-    """Scores by question id."""
+    scores: Mapping[Series, Scores]
     higher_is_better: Mapping[tuple[str, str], bool]
     """By benchmark and metric."""
     costs: Mapping[str, Cost]
@@ -71,11 +71,11 @@ def _result(known: Known, run: RunDir) -> Result:
         return Result(known, status, error, {}, {}, {})
     config = _config(run)
     assert config is not None, f"'{run.uri}' is done and has no {SETTINGS}"
-    scores: dict[Series, dict[str, float]] = {}
+    scores: dict[Series, dict[Question, float]] = {}
     for model in config.evaluation.models:
         for row in (run / SCORING).read_table(f"predictions-{model}", PREDICTIONS, _COLUMNS).to_pylist():
             series = Series(row["model"], row["mode"], row["benchmark"], row["metric"])
-            scores.setdefault(series, {})[row["id"]] = row["score"]
+            scores.setdefault(series, {})[Question(row["id"], row["image"])] = row["score"]
     rows: list[dict[str, Any]] = (run / SCORING).read_json("scores.json") or []
     higher = {(row["benchmark"], row["metric"]): row["higher_is_better"] for row in rows}
     costs = {BASE: Cost(None, 0.0, 0.0)} if is_base else {m: _cost(m, config, run, known.size) for m in _models(scores)}

@@ -9,11 +9,10 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from stic_ray.core.config import EvaluationConfig
-from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import STUDY, table_of
 from stic_ray.core.steps import BASE
-from stic_ray.method.statistics import Interval, bootstrap_mean
+from stic_ray.method.statistics import DIFFERENCES, Scores, columns, differences, score_of
 from stic_ray.study.results import Result, Series
 
 DIRECT = "direct"
@@ -35,7 +34,7 @@ def write_table(home: RunDir, table: pa.Table) -> None:
     (home.location / "cells.csv").write(text.getvalue())
 
 
-def base_scores(results: Sequence[Result]) -> dict[str, dict[tuple[str, str], Mapping[str, float]]]:
+def base_scores(results: Sequence[Result]) -> dict[str, dict[tuple[str, str], Scores]]:
     """Return by source what the base model scored answering directly: by benchmark and metric, by question."""
     return {
         result.run.source: {
@@ -48,31 +47,7 @@ def base_scores(results: Sequence[Result]) -> dict[str, dict[tuple[str, str], Ma
     }
 
 
-def differences(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
-    """Return by question how far a model is from the base model, for the questions that both answered."""
-    return {each: scores[each] - base[each] for each in sorted(scores.keys() & base.keys())}
-
-
-def interval(values: Sequence[float], config: EvaluationConfig, seed: int) -> Interval | None:
-    """Return mean and bootstrap interval; None without values."""
-    if not values:
-        return None
-    return bootstrap_mean(
-        values,
-        num_resamples=config.num_resamples,
-        confidence=config.confidence,
-        seed=seed_for(seed, "", "bootstrap"),
-    )
-
-
-def finite(value: float) -> float | None:
-    """Return None for a bound that is not known."""
-    return value if abs(value) != float("inf") else None
-
-
-def _rows(
-    result: Result, base: Mapping[tuple[str, str], Mapping[str, float]], config: EvaluationConfig
-) -> list[dict[str, Any]]:
+def _rows(result: Result, base: Mapping[tuple[str, str], Scores], config: EvaluationConfig) -> list[dict[str, Any]]:
     run = result.run
     key = {"variant": run.variant, "size": run.size, "seed": run.seed, "source": run.source}
     state = {"status": result.status, "error": result.error}
@@ -90,8 +65,8 @@ def _rows(
                 "metric": series.metric,
                 "higher_is_better": result.higher_is_better.get((series.benchmark, series.metric), True),
                 "num_questions": len(by_id),
-                **_named(interval(list(by_id.values()), config, run.seed), "score", ""),
-                **_named(interval(list(paired.values()), config, run.seed), "difference", "difference_"),
+                **columns(score_of([by_id], config, run.seed), "score", ""),
+                **columns(score_of([paired], config, run.seed, DIFFERENCES), "difference", "difference_"),
                 "num_pairs": cost.num_pairs,
                 "core_hours": cost.core_hours,
                 "gpu_hours": cost.gpu_hours,
@@ -99,12 +74,6 @@ def _rows(
             }
         )
     return rows or [{**dict.fromkeys(STUDY.names), **key, **state}]
-
-
-def _named(found: Interval | None, name: str, prefix: str) -> dict[str, float | None]:
-    if found is None:
-        return {name: None, f"{prefix}low": None, f"{prefix}high": None}
-    return {name: found.mean, f"{prefix}low": finite(found.low), f"{prefix}high": finite(found.high)}
 
 
 def _order(series: Series) -> tuple[str, str, str, str]:

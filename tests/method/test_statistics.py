@@ -1,15 +1,34 @@
-"""Bootstrap intervals: they hold the mean, and cover the truth as often as they say."""
+"""Intervals: they hold the mean, and cover the truth as often as they say, with shared images and several seeds."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
-from stic_ray.method.statistics import Interval, bootstrap_mean
+from stic_ray.core.config import EvaluationConfig
+from stic_ray.method.statistics import DIFFERENCES, SCORES, Question, Score, Scores, columns, differences, score_of
+
+ANY = (-math.inf, math.inf)
 
 
-def interval(values: list[float], *, num_resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> Interval:
-    return bootstrap_mean(values, num_resamples=num_resamples, confidence=confidence, seed=seed)
+def asked(values: Sequence[float], images: Sequence[int] | None = None) -> Scores:
+    names = [None if images is None else f"{each}.jpg" for each in images or values]
+    return {Question(f"{i}", name): value for i, (value, name) in enumerate(zip(values, names, strict=True))}
+
+
+def interval(
+    *values: Sequence[float],
+    images: Sequence[int] | None = None,
+    num_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    span: tuple[float, float] = ANY,
+) -> Score:
+    config = EvaluationConfig(num_resamples=num_resamples, confidence=confidence)
+    found = score_of([asked(each, images) for each in values], config, seed, span)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(
@@ -39,6 +58,39 @@ def test_intervals_cover_the_truth_as_often_as_they_say(confidence: float, lowes
     assert lowest < np.mean([one.low <= 2.0 <= one.high for one in found]) < highest
 
 
+def test_questions_about_one_image_count_as_one() -> None:
+    """Six questions on each of 60 images that differ in difficulty: the images are what is sampled."""
+    generator = np.random.default_rng(0)
+    num_held = num_held_apart = 0
+    for number in range(200):
+        right = np.repeat(generator.normal(0.5, 0.3, 60), 6) + generator.normal(0, 0.3, 360)
+        images = np.repeat(np.arange(60), 6).tolist()
+        together = interval(right.tolist(), images=images, num_resamples=300, seed=number)
+        apart = interval(right.tolist(), num_resamples=300, seed=number)
+        num_held += together.low <= 0.5 <= together.high
+        num_held_apart += apart.low <= 0.5 <= apart.high
+    assert 0.90 < num_held / 200 < 0.99 and num_held_apart / 200 < 0.80
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 0.043])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_intervals_know_how_far_trainings_are_apart(spread: float, num_seeds: int) -> None:
+    generator = np.random.default_rng(0)
+    num_held = 0
+    for number in range(200):
+        questions = generator.normal(0.05, 0.25, 300)
+        runs = [questions + generator.normal(0, spread) + generator.normal(0, 0.1, 300) for _ in range(num_seeds)]
+        found = interval(*[run.tolist() for run in runs], num_resamples=300, seed=number)
+        num_held += found.low <= 0.05 <= found.high
+    assert num_held / 200 > 0.91
+
+
+def test_seeds_that_share_no_question_are_one_sample() -> None:
+    runs = [{Question(f"{run}-{i}"): value for i, value in enumerate((0.0, 1.0) * 20)} for run in range(3)]
+    found, alike = score_of(runs, EvaluationConfig()), interval([0.0, 1.0] * 60, num_resamples=2000)
+    assert found is not None and (found.low, found.high) == pytest.approx((alike.low, alike.high), abs=0.02)
+
+
 def test_more_confidence_is_a_wider_interval_and_more_values_a_narrower_one() -> None:
     values = list(np.random.default_rng(1).normal(size=50))
     widths = [interval(values, confidence=confidence) for confidence in (0.5, 0.9, 0.99)]
@@ -53,16 +105,42 @@ def test_the_seed_decides() -> None:
     assert interval(values, seed=3) != interval(values, seed=4)
 
 
-def test_one_value_says_nothing_about_its_spread() -> None:
-    assert interval([0.7]) == Interval(0.7, -math.inf, math.inf)
+@pytest.mark.parametrize(("values", "images"), [([0.7], None), ([0.5, 0.9], [1, 1])])
+def test_one_question_or_one_image_says_nothing_about_the_spread(values: list[float], images: list[int] | None) -> None:
+    assert interval(values, images=images) == Score(pytest.approx(0.7), -math.inf, math.inf)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1])
-def test_equal_values_have_no_spread(value: float) -> None:
-    found = interval([value] * 30)
-    assert (found.low, found.mean, found.high) == pytest.approx((value, value, value))
+@pytest.mark.parametrize(
+    ("value", "span", "low", "high"),
+    [
+        (1.0, SCORES, 0.8389, 1.0),  # Wilson's interval of 20 of 20
+        (0.0, SCORES, 0.0, 0.1611),
+        (0.5, SCORES, 0.4194, 0.5806),
+        (0.0, DIFFERENCES, -0.1611, 0.1611),
+        (1.0, DIFFERENCES, 0.6778, 1.0),
+    ],
+)
+def test_equal_values_are_not_certain(value: float, span: tuple[float, float], low: float, high: float) -> None:
+    found = interval([value] * 20, span=span)
+    assert (found.low, found.mean, found.high) == pytest.approx((low, value, high), abs=1e-4)
+    by_image = interval([value] * 40, images=[i // 2 for i in range(40)], span=span)
+    assert by_image == found, "20 images with two questions each"
 
 
-def test_no_values_have_no_mean() -> None:
-    with pytest.raises(AssertionError, match="at least one value"):
-        interval([])
+def test_equal_images_are_not_certain_either() -> None:
+    """On every image one of two answers is right."""
+    found = interval([0.0, 1.0] * 20, images=[i // 2 for i in range(40)], span=SCORES)
+    assert found.low < 0.45 and found.high > 0.55
+
+
+def test_no_scores_have_no_mean() -> None:
+    assert score_of([], EvaluationConfig()) is None and score_of([{}], EvaluationConfig()) is None
+
+
+def test_differences_are_of_the_questions_that_both_answered() -> None:
+    assert differences(asked([1.0, 0.5, 0.0]), asked([0.25, 0.75])) == asked([0.75, -0.25])
+
+
+def test_columns_hold_what_is_known() -> None:
+    assert columns(Score(0.5, 0.25, math.inf), "score", "") == {"score": 0.5, "low": 0.25, "high": None}
+    assert columns(None, "f1", "f1_") == {"f1": None, "f1_low": None, "f1_high": None}

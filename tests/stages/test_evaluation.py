@@ -103,7 +103,15 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_differences_are_paired_by_question() -> None:
     """The trained model is right on two more questions of ten; the unpaired intervals would overlap widely."""
     base = [
-        {"benchmark": "b", "metric": "contains", "model": "base", "mode": "direct", "id": str(i), "score": float(i < 5)}
+        {
+            "benchmark": "b",
+            "metric": "contains",
+            "model": "base",
+            "mode": "direct",
+            "id": str(i),
+            "image": None,
+            "score": float(i < 5),
+        }
         for i in range(10)
     ]
     sft = [{**row, "model": "sft", "score": float(int(row["id"]) < 7)} for row in reversed(base)]
@@ -115,7 +123,7 @@ def test_differences_are_paired_by_question() -> None:
 
 def test_metrics_of_a_question_are_compared_each_with_its_own(tmp_path: Path) -> None:
     rows = [
-        {"benchmark": "b", "metric": metric, "model": model, "mode": "direct", "id": "1", "score": score}
+        {"benchmark": "b", "metric": metric, "model": model, "mode": "direct", "id": "1", "image": None, "score": score}
         for metric, base, sft in (("object_f1", 0.5, 0.75), ("hallucinated_share", 0.25, 0.0))
         for model, score in (("base", base), ("sft", sft))
     ]
