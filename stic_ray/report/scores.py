@@ -11,6 +11,7 @@ from stic_ray.report.formats import label, percent, points
 
 MODES = get_args(AnswerMode)
 
+UNCORRECTED = " The interval is of this change alone: it is not corrected for being the best of several."
 _SCORE_KEYS = ("score", "low", "high", "difference", "difference_low", "difference_high")
 
 
@@ -113,7 +114,7 @@ def _sentence(best: Mapping[str, Any], num_changes: int, confidence: float | Non
     interval = f"{percent(confidence).removesuffix('.0')}% interval" if confidence else "interval"
     if _is_known(low) and _is_known(high):
         bounds = f"{interval} {points(low)} to {points(high)}"
-        zero = " The interval includes zero." if low <= 0 <= high else ""
+        zero = " The interval includes zero." if low <= 0 <= high else UNCORRECTED if num_changes > 1 else ""
     else:
         bounds, zero = f"{interval} not known", ""
     opening = "" if _gain(best) > 0 else "No gain: "

@@ -9,6 +9,7 @@ from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import BASE
 from stic_ray.report.formats import label, number, percent, points
+from stic_ray.report.scores import UNCORRECTED
 from stic_ray.report.write import render_page
 from stic_ray.study.analysis import analyse
 from stic_ray.study.plots import growth_plot
@@ -125,7 +126,7 @@ def _headline(measures: Sequence[Mapping[str, Any]], confidence: float) -> str:
     bounds, zero = "interval not known", ""
     if low is not None and high is not None:
         bounds = f"{percent(confidence).removesuffix('.0')}% interval {points(low)} to {points(high)}"
-        zero = " The interval includes zero." if low <= 0 <= high else ""
+        zero = " The interval includes zero." if low <= 0 <= high else UNCORRECTED if len(found) > 1 else ""
     opening = "" if gain(best) > 0 else "No gain: "
     direction = "" if measure["higher_is_better"] else " (lower is better)"
     which = "the only change" if len(found) == 1 else f"the best of {len(found)} changes"

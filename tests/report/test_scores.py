@@ -75,7 +75,8 @@ def test_a_lower_score_is_a_gain_where_lower_is_better(tmp_path: Path) -> None:
     report = with_scores(tmp_path, MANY)
     assert report["headline"]["sentence"] == (
         "\u221220.0 points (lower is better) on photos: hallucinated objects with sft, direct "
-        "(interval \u221226.0 to \u221214.0), the best of 32 changes against the base model answering directly."
+        "(interval \u221226.0 to \u221214.0), the best of 32 changes against the base model answering directly. "
+        "The interval is of this change alone: it is not corrected for being the best of several."
     )
     assert (report["headline"]["best"]["metric"], report["headline"]["best"]["mode"]) == (
         "hallucinated_share",
