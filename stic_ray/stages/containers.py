@@ -125,6 +125,8 @@ def _in_container(file: Location, reading: Reading, piece: int, num_pieces: int)
     try:
         stream = Stream(file, reading.patience)
         kind = kind_of(file.uri)
+        if not stream.size:
+            raise Rejected(Reason.EMPTY_FILE, "0 bytes")
         if is_image(stream.read_at(16, 0)):
             yield Found(file.uri, read_file(file, reading.max_bytes, reading.patience))
         elif kind == "tar":
