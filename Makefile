@@ -8,7 +8,7 @@ INSTALLED_VLLM := $(VENV_VLLM)/.installed
 EXTRA_QLORA ?= .qlora
 PYTHON_IS_KNOWN = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; give another with: make PYTHON=python3.12")'
 
-.PHONY: demo test test-vllm test-qlora check format clean help
+.PHONY: demo test test-all test-vllm test-qlora check format clean help
 
 help:  ## show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -16,8 +16,11 @@ help:  ## show the commands
 demo: $(INSTALLED)  ## run the whole pipeline on a toy world: minutes on 2 CPU cores
 	$(BIN)/python jobs/full_pipeline.py
 
-test: $(INSTALLED)  ## run all tests: fast ones first, then those that start Ray
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED)  ## run the tests: fast ones first, then those that start Ray
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test-all: test  ## and then those that take minutes each: kills, ZeRO stages, object stores, autoscaling, jobs
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m slow
 
 test-vllm: $(INSTALLED_VLLM)  ## test the vllm engine on vLLM's CPU build, in an environment of its own
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm

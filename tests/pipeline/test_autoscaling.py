@@ -23,6 +23,8 @@ from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
 from tests.stages.test_training_batches import write_pairs
 from tests.stages.test_training_resume import checkpoints
 
+pytestmark = pytest.mark.slow
+
 JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
 HEAD_ID = "f" * 51 + "00000"
 """By which the provider knows the head."""

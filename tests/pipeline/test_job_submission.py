@@ -19,6 +19,8 @@ from tests.pipeline.test_scaling_study import SETTINGS
 from tests.ray_head import RAY, Head, ray_head
 from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 NUM_PICTURES, SHARD_SIZE = 24, 2
 

@@ -63,6 +63,7 @@ def test_plan_and_estimate_show_the_steps(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_second_round_goes_on_from_the_first(run: RunDir) -> None:
     manifests = {name: (run / name).manifest or {} for name in STEPS}
     assert [manifests[name]["stage"] for name in STEPS] == [
@@ -82,6 +83,7 @@ def test_the_second_round_goes_on_from_the_first(run: RunDir) -> None:
     assert models == {"base", "dpo", "dpo_2"}
 
 
+@pytest.mark.slow
 def test_status_and_report_show_the_steps(run: RunDir) -> None:
     assert [line.split()[0] for line in run_status(run)] == STEPS
     report = json.loads((run.location / "report.json").read())
@@ -92,6 +94,7 @@ def test_status_and_report_show_the_steps(run: RunDir) -> None:
     assert all(name in page for name in STEPS)
 
 
+@pytest.mark.slow
 def test_every_step_records_what_it_was_made_with(run: RunDir) -> None:
     recorded = yaml.safe_load((run.location / "config.yaml").read())["steps"]
     assert [step["name"] for step in recorded] == STEPS
@@ -103,6 +106,7 @@ def test_every_step_records_what_it_was_made_with(run: RunDir) -> None:
         assert manifest["num_attempts"] == 1
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is(run: RunDir) -> None:
     again = job(Path(run.location.path))
     assert again.returncode == 0 and again.stderr.count("already done, skipped") == len(STEPS)

@@ -27,6 +27,8 @@ from tests.stages.sources import as_parquet, as_tar, tiny_pictures
 from tests.stages.test_training_batches import config_for
 from tests.stages.test_training_data import places, write_positions
 
+pytestmark = pytest.mark.slow
+
 JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
 BUCKET = "s3://pictures"
 

@@ -20,6 +20,8 @@ from ray.cluster_utils import Cluster
 from stic_ray.core.rundir import RunDir
 from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
 
+pytestmark = pytest.mark.slow
+
 JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
 NUM_SHARDS = 12
 PAIRS_PER_SHARD = 2

@@ -150,6 +150,7 @@ def test_the_order_is_that_of_one_bucket_whatever_their_number(tmp_path: Path, m
 
 
 @pytest.mark.timeout(600)  # four starts of Ray
+@pytest.mark.slow
 def test_a_pool_killed_at_every_step_is_that_of_a_quiet_run(ray_session: None, tmp_path: Path) -> None:
     """kill -9 of driver and workers: when listing has begun, while scanning and while ordering."""
     source = as_files(tmp_path / "source", tiny_pictures(300))

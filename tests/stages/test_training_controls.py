@@ -22,6 +22,8 @@ from tests.stages.builders import draw_pictures, pairs_in, run_stages, step_of
 from tests.stages.test_training_batches import config_for, picture, write_pairs
 from tests.stages.test_training_data import write_positions
 
+pytestmark = pytest.mark.slow
+
 
 def with_other_rejected(folder: Path) -> Path:
     """Write the same pairs with another dispreferred answer."""

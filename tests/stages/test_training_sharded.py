@@ -22,6 +22,8 @@ from tests.stages.builders import conversations_in, pairs_in
 from tests.stages.groups import run_group
 from tests.stages.test_training_batches import config_for, write_pairs, write_rows
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 2e-4
 """Relative: float32 sums in another order, behind two steps of an optimiser with a large learning rate."""
 PROJECTOR = {"tuning": {"projector_learning_rate": 0.003}}

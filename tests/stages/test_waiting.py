@@ -11,7 +11,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import RunDir
-from stic_ray.stages import cluster, functions, waiting
+from stic_ray.core.steps import StepRun
+from stic_ray.stages import cluster, waiting
 from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of, run_stages
 from tests.stages.test_training_batches import config_for, write_pairs
 
@@ -82,13 +83,13 @@ def test_training_finds_the_gpus_that_generation_held(
     """Two actors hold both GPUs; Ray Train's two workers, one GPU each, must have them at once."""
     left: list[dict[str, Any]] = []
 
-    def train(*_: Any) -> dict[str, Any]:
+    def train(step: StepRun) -> dict[str, Any]:
         left.extend(cluster.own_processes("actors"))
         scaling = ScalingConfig(num_workers=2, use_gpu=True)
         TorchTrainer(lambda: None, scaling_config=scaling, torch_config=TorchConfig(backend="gloo")).fit()
         return {"num_rows_in": 0, "num_rows_written": 0, "num_rows_rejected": 0, "rejected_by_reason": {}}
 
-    monkeypatch.setitem(functions.FUNCTIONS, "dpo", train)
+    monkeypatch.setattr("stic_ray.stages.training.launch.train_dpo", train)
     monkeypatch.setattr(
         "stic_ray.preparation.check_before_work", lambda *_, **__: set()
     )  # the fake engine trains nothing
