@@ -205,9 +205,16 @@ NESTED: dict[str, Callable[[Callable[[list], pa.Array], str], Callable[[list], p
 }
 
 
-@pytest.mark.parametrize("nested", NESTED)
-@pytest.mark.parametrize("kind", [*BYTES, *TEXTS])
-@pytest.mark.parametrize("file", ["a.parquet", "plain.parquet", "a.arrow"])
+CASES = [
+    (file, kind, nested)
+    for file in ("a.parquet", "plain.parquet", "a.arrow")
+    for kind in [*BYTES, *TEXTS]
+    for nested in NESTED
+    if not ("view" in kind and nested == "list of structs" and "parquet" in file)  # pyarrow cannot write them
+]
+
+
+@pytest.mark.parametrize(("file", "kind", "nested"), CASES)
 def test_every_type_that_holds_pictures_or_their_places_is_read(
     kind: str, nested: str, file: str, tmp_path: Path
 ) -> None:
@@ -216,12 +223,11 @@ def test_every_type_that_holds_pictures_or_their_places_is_read(
     values = PICTURES if holds_bytes else [str(file.relative_to(tmp_path)) for file in files]
     column = NESTED[nested]((BYTES | TEXTS)[kind], "bytes" if holds_bytes else "path")(values)
     table = pa.table({"image": column})
-    rows = 13 if "view" in kind else 5  # pyarrow cannot cut all views
     if file.endswith(".arrow"):
         with pa.ipc.new_file(tmp_path / file, table.schema) as writer:
-            writer.write_table(table, max_chunksize=rows)
+            writer.write_table(table, max_chunksize=5)
     else:
-        pq.write_table(table, tmp_path / file, row_group_size=rows, compression="none" if "plain" in file else "snappy")
+        pq.write_table(table, tmp_path / file, row_group_size=5, compression="none" if "plain" in file else "snappy")
     found = found_in(tmp_path / file)
     assert used(found) == PICTURES
     check_fetched(found)
