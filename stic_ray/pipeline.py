@@ -16,7 +16,18 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest
 from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import MANIFEST, STARTED, RunDir, digest
-from stic_ray.core.steps import BASE, CONFIG, Step, StepRun, Steps, check_steps, identity, input_hashes, with_inputs
+from stic_ray.core.steps import (
+    BASE,
+    CHECKPOINT,
+    CONFIG,
+    Step,
+    StepRun,
+    Steps,
+    check_steps,
+    identity,
+    input_hashes,
+    with_inputs,
+)
 from stic_ray.core.storage import Location
 from stic_ray.estimate.steps import record_estimate
 
@@ -55,18 +66,14 @@ def run_pipeline(config: RunConfig, steps: Steps, run: RunDir, names: Sequence[s
 def run_evaluation_alone(
     config: RunConfig, step: Step, run: RunDir, checkpoint: str | None, facts: dict[str, Any]
 ) -> None:
-    """Score the model of the configuration and, when given, a checkpoint that was trained from it."""
+    """Score the model of the configuration and, when given, a checkpoint that was trained from it as `checkpoint`."""
     if checkpoint is not None and not Location.of(checkpoint).is_folder():
         raise SourceError(f"--checkpoint '{checkpoint}' is no folder with an adapter or a model.")
-    inputs = {CHECKPOINT_MODEL: Location.of(checkpoint).uri} if checkpoint else {}
+    inputs = {CHECKPOINT: Location.of(checkpoint).uri} if checkpoint else {}
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"models": (BASE,)})})
     step = replace(step, inputs=inputs)
     if not _is_done(step, config, run):
         _run([step], [step], config, run, facts)
-
-
-CHECKPOINT_MODEL = "checkpoint"
-"""Name of the model of `--checkpoint` in the scores."""
 
 
 def names_of(steps: Steps) -> tuple[str, ...]:
@@ -89,13 +96,14 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
 
     for name, value in cluster.process_environment(config).items():
         os.environ.setdefault(name, value)  # before torch and its friends are imported
-    from stic_ray.preparation import check_before_work, prepare
+    from stic_ray.preparation import check_before_work, make_sources, prepare
 
     with lease.held(run) as cut_off_at:
         for step in steps:
             history.end_attempt(run / step.name, history.KILLED, at=cut_off_at)
         prepared = list(zip(todo, prepare(todo, config, run), strict=True))
         _write_config(config, steps, run, facts)
+        make_sources(todo, config, run)
         record_estimate(config, steps, run, [step.name for step in todo])
         # Where a cluster does the work, this machine need not have the model, nor what an engine needs.
         checked = check_before_work(prepared, engine_too=cluster.is_local())

@@ -16,16 +16,14 @@ from stic_ray.toyworld.sources import make_toyworld, resolve_toyworld
 
 
 def prepare(steps: Sequence[Step], config: RunConfig, run: RunDir) -> list[StepRun]:
-    """Return the steps as their functions get them, the toy world's files that they read made.
+    """Return the steps as their functions get them. Raises UserError for settings that cannot be."""
+    return [prepare_step(step, config, run, resolve(step.configured(config), run)) for step in steps]
 
-    Raises UserError for a mistake that can be found now.
-    """
-    prepared = []
+
+def make_sources(steps: Sequence[Step], config: RunConfig, run: RunDir) -> None:
+    """Make what the steps read from the toy world, if they do."""
     for step in steps:
-        own = step.configured(config)
-        prepared.append(prepare_step(step, config, run, resolve(own, run)))
-        make_toyworld(step.stage.sources, own, run)
-    return prepared
+        make_toyworld(step.stage.sources, step.configured(config), run)
 
 
 def resolve(config: RunConfig, run: RunDir) -> RunConfig:
