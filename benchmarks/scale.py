@@ -29,11 +29,10 @@ from pool import memory_mib
 from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir, read_shard
-from stic_ray.core.schemas import INDEX, REJECTED
+from stic_ray.core.schemas import INDEX
 from stic_ray.core.storage import Location
 from stic_ray.engines.watched import WatchedEngine
-from stic_ray.method.preferences import Rejection
-from stic_ray.stages import cluster, shards
+from stic_ray.stages import cluster, flow, shards
 from stic_ray.stages.extents import index_shards
 from stic_ray.stages.windows import Rows
 
@@ -47,14 +46,22 @@ class Waiter:
         """Wait so that so many images pass in a second and thread."""
         self.images_per_s = images_per_s
 
-    def __call__(self, window: list[dict[str, Any]]) -> Rows:
-        """Wait, and return the rows."""
-        time.sleep(len(window) / self.images_per_s)
-        return {"seen": window}
-
-    def reject(self, row: dict[str, Any], rejection: Rejection) -> Rows:
+    def identities(self, row: dict[str, Any]) -> list[dict[str, str]]:
         """Nothing is rejected."""
-        raise AssertionError(f"{row['image_id']}: {rejection.message}")
+        raise AssertionError(row["image_id"])
+
+    def prepare(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the row."""
+        return row
+
+    def answer(self, prepared: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """Wait, and return the rows."""
+        time.sleep(len(prepared) / self.images_per_s)
+        return prepared
+
+    def finish(self, prepared: dict[str, Any], answer: dict[str, Any]) -> Rows:
+        """Return the row."""
+        return {"seen": [answer]}
 
 
 def main() -> None:
@@ -75,7 +82,7 @@ def main() -> None:
         # A thread of an actor is a GPU; it takes windows, so that a shard is spread over the GPUs of its actor.
         actors = {"num_actors": options.num_actors, "num_cpus": 0.01, "batch_size": window}
         actors |= {"windows_in_flight": options.gpus_per_actor}
-        shards._SHARDS_PER_ACTOR *= options.gpus_per_actor  # two for each GPU, as ever
+        flow._SHARDS_PER_ACTOR *= options.gpus_per_actor  # two for each GPU, as ever
         config = build_config({"name": "scale", "pool": {"shard_size": options.shard_size}, "actors": actors})
         os.environ.update(cluster.process_environment(config))
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -115,13 +122,13 @@ def measure(config: RunConfig, run: RunDir, images_per_s: float) -> dict[str, An
     job = shards.ShardJob(
         stage="seen",
         output=output,
-        families={"rejected": REJECTED, "seen": INDEX},
+        families={"seen": INDEX},
         load=lambda task: read_shard(Location.of(task.payload["index"]), INDEX),
         make_worker=lambda: Waiter(images_per_s),
     )
     tasks = [shards.ShardTask(part.number, {"index": part.location.uri}) for part in parts]
     connected_mib, cpu_s, began_s = memory_mib("VmRSS"), driver_cpu_s(), time.monotonic()
-    throughput = shards.run_shards(job, tasks, config.actors)
+    throughput = shards.run_shards(job, tasks, config.actors).throughput
     assert throughput is not None
     assert (
         output.num_rows(["seen"]) == throughput["num_rows"] == run.read_json("pool/manifest.json")["num_rows_written"]

@@ -33,7 +33,7 @@ from stic_ray.engines.loading import load_processor
 from stic_ray.engines.sequences import SequenceBuilder
 from stic_ray.engines.weight_names import use_hub_names
 from stic_ray.method.images import decode_for_storage
-from stic_ray.method.preferences import Rejection, picture_for_rejected, plan_pair
+from stic_ray.method.preferences import picture_for_rejected, plan_pair
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages import cluster, preferences
 from stic_ray.toyworld.model import WEIGHTS
@@ -70,11 +70,10 @@ def requests_of(config: RunConfig, run: RunDir, prompts: PromptSet) -> list[Requ
     for row in (run / "pool").read_table("index", INDEX).to_pylist():
         clean, _ = decode_for_storage(Path(row["path"]).read_bytes())
         plan = plan_pair(row["image_id"], config.seed, config.preferences, prompts)
-        picture = picture_for_rejected(plan, clean)
-        assert not isinstance(picture, Rejection)
+        for_rejected, _ = picture_for_rejected(plan, clean)
         for prompt, image, purpose in (
             (plan.chosen_prompt, clean, "chosen"),
-            (plan.rejected_prompt, picture[0], "rejected"),
+            (plan.rejected_prompt, for_rejected, "rejected"),
         ):
             requests.append(Request(prompt, image, seed_for(config.seed, row["image_id"], purpose)))
     return requests

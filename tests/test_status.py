@@ -8,6 +8,7 @@ import yaml
 
 from stic_ray import cli
 from stic_ray.core.errors import RunError
+from stic_ray.core.publishing import publish
 from stic_ray.core.rundir import STARTED, RunDir, row_counts
 from stic_ray.recipes import recipe
 from stic_ray.stages.extents import index_shards
@@ -44,10 +45,9 @@ def test_shards_that_are_there_are_counted(tmp_path: Path) -> None:
     stage, rows = run / "preferences", pa.table({"a": [1]})
     stage.write_json(STARTED, {"num_shards": {"pairs": 8}})
     assert "0 of 8 shards" in line(run, "preferences")
-    for family, number in (("pairs", 0), ("rejected", 0)):
-        stage.write_shard(family, number, rows, rows.schema)
-    for number in (0, 2):
-        stage.write_json(f"shard-{number:06d}.json", {})
+    for number, tables in ((0, {"pairs": rows}), (2, {})):
+        publish(stage, "", number, tables, {"pairs": rows.schema})
+    stage.write_shard("pairs", 3, rows, rows.schema)  # without a record: cut off
     stage.write_json("attempts-000001.json", {})
     assert "begun       2 of 8 shards, 1 at work or cut off; last file" in line(run, "preferences")
 

@@ -133,6 +133,9 @@ class ClusterConfig(Section):
     resource_timeout_s: Positive = 1800.0
     """Seconds that a stage waits without a place for any of its processes until it stops; machines that have to be
     started, or another job's, are waited for as long."""
+    max_failed_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Share of a stage's rows that may fail (storage away, credentials expired) for the stage to be done all the same.
+    With more, the stage stops in the end, and the same command tries those rows again."""
 
 
 def accumulation_steps(global_batch: int, workers: WorkersConfig) -> int:

@@ -27,11 +27,14 @@ STARTED = "started.json"
 ESTIMATE = "estimate.json"
 """What the stages were expected to take, written before they are made."""
 REJECTED_FAMILY = "rejected"
+FAILED_FAMILY = "failed"
+RECORD_FAMILY = "shard"
+"""Of the records that say that a shard is done (core/publishing.py)."""
 ATTEMPTS_FAMILY = "attempts"
 """Of small files that are there only while a shard is being made."""
 
-_NUM_READERS = 16
-"""Threads that read footers, which is mostly waiting for the storage."""
+NUM_READERS = 32
+"""Threads that read small files or footers, which is mostly waiting for the storage."""
 
 
 def digest(value: Any) -> str:
@@ -53,6 +56,16 @@ def _finite(value: Any) -> Any:
 def shard_name(family: str, number: int) -> str:
     """Return the fixed file name of a shard: "pairs-000007.parquet"."""
     return f"{family}-{number:06d}.parquet"
+
+
+def record_name(part: str, number: int) -> str:
+    """Return the file name of a shard's record: "shard-000007.json", "shard-base-000007.json" of the part `base`."""
+    return f"{family_name(RECORD_FAMILY, part)}-{number:06d}.json"
+
+
+def family_name(family: str, part: str) -> str:
+    """Return how the files of a family begin: "predictions-base" in the part `base` of a stage, else "pairs"."""
+    return f"{family}-{part}" if part else family
 
 
 @dataclass(frozen=True)
@@ -88,24 +101,38 @@ class RunDir:
         return json.loads(location.read()) if location.exists() else None
 
     def shards(self, family: str) -> list[Location]:
-        """Return the finished shards of a family, ordered by number."""
-        return [self.location / name for _, name in sorted(self._numbered(family))]
+        """Return the shards of a family, ordered by number.
+
+        Where shards are published with records, those that have one; a folder without any, as the pool's, has whole
+        shards only.
+        """
+        found, part = self._numbered(family, "parquet"), family.partition("-")[2]
+        records = self._numbered(family_name(RECORD_FAMILY, part), "json")
+        return [self.location / found[number] for number in sorted(found) if not records or number in records]
 
     def shard_numbers(self, family: str) -> set[int]:
-        """Return the numbers of the finished shards of a family."""
-        return {number for number, _ in self._numbered(family)}
+        """Return the numbers of the shards of a family."""
+        return set(self._numbered(family, "parquet"))
+
+    def record_numbers(self, part: str = "") -> set[int]:
+        """Return the numbers of the shards that are done."""
+        return set(self._numbered(family_name(RECORD_FAMILY, part), "json"))
 
     def rejected_families(self) -> list[str]:
         """Return the families of rejected rows: one, or one per model of an evaluation."""
         names = [re.fullmatch(rf"({REJECTED_FAMILY}(?:-.+)?)-\d+\.parquet", f.base_name) for f in self.location.files()]
         return sorted({name[1] for name in names if name})
 
-    def _numbered(self, family: str) -> list[tuple[int, str]]:
-        names = [re.fullmatch(rf"{re.escape(family)}-(\d+)\.parquet", f.base_name) for f in self.location.files()]
-        return [(int(name[1]), name[0]) for name in names if name]
+    def _numbered(self, family: str, ending: str) -> dict[int, str]:
+        pattern = rf"{re.escape(family)}-(\d+)\.{ending}"
+        names = [re.fullmatch(pattern, file.base_name) for file in self.location.files()]
+        return {int(name[1]): name[0] for name in names if name}
 
-    def write_shard(self, family: str, number: int, table: pa.Table, schema: pa.Schema) -> None:
-        """Write one shard, checked against its schema, whole or not at all. Raises OSError with its path."""
+    def write_shard(self, family: str, number: int, table: pa.Table, schema: pa.Schema) -> int:
+        """Write one file of a shard, checked against its schema, whole or not at all, and return its size in bytes.
+
+        Raises OSError with its path.
+        """
         sink = pa.BufferOutputStream()
         # Images do not repeat: a dictionary of them is one giant page that every reader must hold.
         pq.write_table(
@@ -116,7 +143,9 @@ class RunDir:
             use_dictionary=False,
             write_batch_size=16,
         )
-        _write(self.location / shard_name(family, number), sink.getvalue())
+        content = sink.getvalue()
+        _write(self.location / shard_name(family, number), content)
+        return content.size
 
     def read_table(self, family: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
         """Read all shards of a family, in order, or the given columns of them."""
@@ -127,27 +156,8 @@ class RunDir:
     def num_rows(self, families: Iterable[str]) -> int:
         """Count rows of the finished shards from their footers."""
         shards = [shard for family in families for shard in self.shards(family)]
-        with ThreadPoolExecutor(_NUM_READERS) as readers:
+        with ThreadPoolExecutor(NUM_READERS) as readers:
             return sum(readers.map(_num_rows, shards))
-
-    def damaged_shards(self, families: Iterable[str]) -> set[int]:
-        """Return the numbers of shards of which a file is no Parquet, as a machine that lost power may leave it."""
-        found = [(number, self.location / name) for family in families for number, name in self._numbered(family)]
-        with ThreadPoolExecutor(_NUM_READERS) as readers:
-            whole = readers.map(_is_whole, (file for _, file in found))
-            return {number for (number, _), is_whole in zip(found, whole, strict=True) if not is_whole}
-
-    def delete_shards(self, families: Iterable[str], numbers: set[int]) -> None:
-        """Remove all files of some shards."""
-        for family in families:
-            for number in numbers & self.shard_numbers(family):
-                (self.location / shard_name(family, number)).delete()
-
-    def delete_leftovers(self) -> None:
-        """Remove what writers left that were killed: temporary files, notes of attempts. Call it when none is alive."""
-        for file in self.location.files():
-            if re.fullmatch(rf"\..+\.tmp|{ATTEMPTS_FAMILY}-.+\.json", file.base_name):
-                self.location.at(file.path).delete()
 
     def rejected_by_reason(self) -> dict[str, int]:
         """Count the rejected rows by reason."""
@@ -182,7 +192,8 @@ def _num_rows(shard: Location) -> int:
         return pq.read_metadata(stream).num_rows
 
 
-def _is_whole(shard: Location) -> bool:
+def is_parquet(shard: Location) -> bool:
+    """Whether a file is Parquet to its end."""
     try:
         _num_rows(shard)
     except pa.ArrowInvalid:
@@ -190,15 +201,18 @@ def _is_whole(shard: Location) -> bool:
     return True
 
 
-def row_counts(num_rows_in: int, num_rows_written: int, rejected: Mapping[str, int]) -> dict[str, Any]:
-    """Return the row accounts of a manifest; what goes in must come out, written or rejected."""
+def row_counts(
+    num_rows_in: int, num_rows_written: int, rejected: Mapping[str, int], num_rows_failed: int = 0
+) -> dict[str, Any]:
+    """Return the row accounts of a manifest; what goes in must come out: written, rejected, or failed."""
     num_rejected = sum(rejected.values())
-    assert num_rows_in == num_rows_written + num_rejected, (
-        f"{num_rows_in} rows in, but {num_rows_written} written and {num_rejected} rejected"
+    assert num_rows_in == num_rows_written + num_rejected + num_rows_failed, (
+        f"{num_rows_in} rows in, but {num_rows_written} written, {num_rejected} rejected and {num_rows_failed} failed"
     )
     return {
         "num_rows_in": num_rows_in,
         "num_rows_written": num_rows_written,
         "num_rows_rejected": num_rejected,
+        "num_rows_failed": num_rows_failed,
         "rejected_by_reason": dict(rejected),
     }

@@ -55,6 +55,8 @@ class Reason(StrEnum):
     VIDEO = "video"
     AUDIO = "audio"
     ENGINE_FAILED = "engine_failed"
+    UNEXPECTED_ERROR = "unexpected_error"
+    """The row raised what nothing was prepared for; its message has the error's type."""
 
 
 def _column(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = False) -> pa.Field:
@@ -104,6 +106,13 @@ REJECTED = _schema(
     _column("path", pa.string(), "path or URI that the row came from"),
     *_REJECTION,
 )
+
+FAILED = _schema(
+    _column("image_id", pa.string(), "as in the rejected rows"),
+    _column("path", pa.string(), "path or URI that the row came from"),
+    _column("message", pa.string(), "what was in the way: storage, credentials, an engine"),
+)
+"""Rows that could not be done, for a reason outside of them: the same command tries them again."""
 
 PAIRS = _schema(
     _column("image_id", pa.string(), "as in the index"),

@@ -73,6 +73,8 @@ class WatchedEngine:
         self._running: dict[int, float] = {}
         """Thread and start of the running calls, the oldest first."""
         self._work = Work()
+        self.num_answered = 0
+        """Requests that were answered, or scored, since the start: signs of life."""
         self._since_s = self._busy_since_s = math.inf
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
@@ -87,6 +89,7 @@ class WatchedEngine:
             with self._lock:
                 num_tokens = sum(answer.num_tokens for answer in answers)
                 self._work += Work(num_calls=1, num_requests=len(requests), num_tokens=num_tokens)
+                self.num_answered += len(requests)
             return answers
 
     def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:

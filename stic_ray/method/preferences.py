@@ -7,6 +7,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from stic_ray.core.config import PreferencesConfig
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.randomness import random_for
 from stic_ray.core.schemas import Reason
 from stic_ray.method.corruption import Corruption, corrupt, draw_corruption, pixel_change
@@ -24,14 +25,6 @@ class PairPlan:
     rejected_prompt: str
     negative: Negative
     corruption: Corruption | None
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Why an image gave no pair."""
-
-    reason: Reason
-    message: str
 
 
 @dataclass(frozen=True)
@@ -54,17 +47,17 @@ def plan_pair(image_id: str, seed: int, config: PreferencesConfig, prompts: Prom
     return PairPlan(prompt, chosen_prompt, prompt, "corrupted_image", draw_corruption(generator, config))
 
 
-def picture_for_rejected(plan: PairPlan, clean: Image.Image) -> tuple[Image.Image, float | None] | Rejection:
+def picture_for_rejected(plan: PairPlan, clean: Image.Image) -> tuple[Image.Image, float | None]:
     """Return the picture that the dispreferred answer is given on, and its mean change from the clean one.
 
-    The change is None for a clean picture; a corruption that changed nothing is a rejection.
+    The change is None for a clean picture. Raises Rejected for a corruption that changed nothing.
     """
     if plan.corruption is None:
         return clean, None
     corrupted = corrupt(clean, plan.corruption)
     change = pixel_change(clean, corrupted)
     if change == 0.0:
-        return Rejection(Reason.CORRUPTION_CHANGED_NOTHING, f"{plan.corruption['kind']} left every pixel as it was")
+        raise Rejected(Reason.CORRUPTION_CHANGED_NOTHING, f"{plan.corruption['kind']} left every pixel as it was")
     return corrupted, change
 
 
@@ -75,24 +68,24 @@ def judge_pair(
     *,
     count_tokens: Callable[[str], int],
     max_length_tokens: int,
-) -> int | Rejection:
-    """Return the longer sequence's length in tokens, or why the two answers are no pair.
+) -> int:
+    """Return the longer sequence's length in tokens. Raises Rejected where the two answers are no pair.
 
     `count_tokens` gives the length of the training sequence (image, prompt and answer) for an answer's text.
     """
     for name, answer in (("preferred", chosen), ("dispreferred", rejected)):
         if not answer.text.strip():
-            return Rejection(Reason.EMPTY_ANSWER, f"the {name} answer is empty")
+            raise Rejected(Reason.EMPTY_ANSWER, f"the {name} answer is empty")
         if answer.finish_reason == "length" and not config.allow_truncated:
-            return Rejection(
+            raise Rejected(
                 Reason.TRUNCATED_ANSWER,
                 f"the {name} answer was cut off at preferences.max_new_tokens={config.max_new_tokens}",
             )
     if chosen.text.strip() == rejected.text.strip():
-        return Rejection(Reason.IDENTICAL_ANSWERS, f"both answers are {chosen.text.strip()[:80]!r}")
+        raise Rejected(Reason.IDENTICAL_ANSWERS, f"both answers are {chosen.text.strip()[:80]!r}")
     length = max(count_tokens(chosen.text), count_tokens(rejected.text))
     if length > max_length_tokens:
-        return Rejection(Reason.TOO_LONG, f"{length} tokens, more than dpo.max_length_tokens={max_length_tokens}")
+        raise Rejected(Reason.TOO_LONG, f"{length} tokens, more than dpo.max_length_tokens={max_length_tokens}")
     return length
 
 

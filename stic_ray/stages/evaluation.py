@@ -3,16 +3,16 @@
 The format of a benchmark is described in docs/evaluation.md.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, EvaluationConfig, RunConfig
 from stic_ray.core.errors import SourceError
-from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import actors_need
-from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, row_counts
-from stic_ray.core.schemas import PREDICTIONS, REJECTED
+from stic_ray.core.rundir import RunDir, family_name, row_counts
+from stic_ray.core.schemas import PREDICTIONS
 from stic_ray.core.steps import BASE, Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import SHORT_ANSWER_TOKENS, Sizes, Work
@@ -20,15 +20,15 @@ from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.choices import choice_lines, read_choice
 from stic_ray.method.images import ImageLimits, decode
-from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.scoring import METRICS
 from stic_ray.method.statistics import DIFFERENCES, Question, columns, differences, score_of
 from stic_ray.stages.benchmarks import load_questions, read_benchmarks
 from stic_ray.stages.fetch import fetched
-from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
+from stic_ray.stages.shards import ShardJob, ShardTask, run_shards
 from stic_ray.stages.windows import Rows
 
+_PREDICTIONS = "predictions"
 DIRECT = "direct"
 BASELINE = (BASE, DIRECT)
 _PREDICTION_BYTES = 400
@@ -45,25 +45,28 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     questions = sorted(read_benchmarks(config.evaluation.benchmarks), key=lambda q: (q["path"] or "", q["row"] or 0))
     prompts = load_prompts(config.prompts)
     tasks = _tasks(questions, config.pool.shard_size)
-    throughput = {}
+    done = {}
     for model, checkpoint in models.items():
         job = ShardJob(
             stage=f"evaluation of {model}",
             output=output,
-            families={f"{REJECTED_FAMILY}-{model}": REJECTED, f"predictions-{model}": PREDICTIONS},
+            families={_PREDICTIONS: PREDICTIONS},
             load=partial(load_questions, max_bytes=ImageLimits.of(config.pool).max_bytes),
-            make_worker=partial(Examinee, config, prompts, model, checkpoint),
+            make_worker=partial(Respondent, config, prompts, model, checkpoint),
+            part=model,
+            max_failed_share=config.cluster.max_failed_share,
         )
-        throughput[model] = run_shards(job, tasks, config.actors)
+        done[model] = run_shards(job, tasks, config.actors)
+    reasons = dict(sorted(sum((Counter(each.rejected_by_reason) for each in done.values()), Counter()).items()))
     predictions = [
-        row for model in models for row in output.read_table(f"predictions-{model}", PREDICTIONS).to_pylist()
+        row for model in models for row in output.read_table(family_name(_PREDICTIONS, model), PREDICTIONS).to_pylist()
     ]
     if not predictions:
-        raise SourceError(f"Not one question could be asked: {output.rejected_by_reason()}.")
+        raise SourceError(f"Not one question could be asked: {reasons}.")
     output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
     num_rows = sum(len(question["metrics"]) for question in questions) * len(config.evaluation.modes) * len(models)
-    accounts = row_counts(num_rows, len(predictions), output.rejected_by_reason())
-    return {**accounts, "throughput": throughput}
+    accounts = row_counts(num_rows, len(predictions), reasons, sum(each.num_failed for each in done.values()))
+    return {**accounts, "throughput": {model: each.throughput for model, each in done.items()}}
 
 
 def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig, seed: int) -> list[dict[str, Any]]:
@@ -91,8 +94,24 @@ def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig
     return summary
 
 
+class _Question(NamedTuple):
+    """A question that can be asked."""
+
+    row: dict[str, Any]
+    picture: Any
+
+
+class _Response(NamedTuple):
+    """What the model answered in a mode."""
+
+    mode: str
+    prompt: str
+    description: str | None
+    answer: Answer
+
+
 class _Asked(NamedTuple):
-    """A question on its way to the model."""
+    """What the model is asked about a question, in one form or another."""
 
     row: dict[str, Any]
     picture: Any
@@ -105,8 +124,8 @@ class _Asked(NamedTuple):
         return self.row["path"], self.row["row"], self.prompt, self.max_new_tokens
 
 
-class Examinee:
-    """Answers the questions of a window in both modes; owns a model."""
+class Respondent:
+    """Answers questions in both modes; owns a model."""
 
     def __init__(self, config: RunConfig, prompts: PromptSet, name: str, checkpoint: Location | None) -> None:
         """Load the base model, or what a training stage left in `checkpoint`."""
@@ -116,53 +135,39 @@ class Examinee:
         self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
         self.limits = ImageLimits.of(config.pool)
 
-    def __call__(self, window: list[dict[str, Any]]) -> Rows:
-        """Return for each question a prediction, or a rejected row, per mode and metric."""
-        found: Rows = {f"{REJECTED_FAMILY}-{self.name}": []}
-        asked = []
-        for row in window:
-            picture = self._picture(row)
-            if isinstance(picture, Rejection):
-                found[f"{REJECTED_FAMILY}-{self.name}"] += self.reject(row, picture)[f"{REJECTED_FAMILY}-{self.name}"]
-            else:
-                asked.append((row, picture))
-        return {**found, f"predictions-{self.name}": self._answer(asked)}
-
-    def reject(self, row: dict[str, Any], rejection: Rejection) -> Rows:
-        """Return the rejected rows of a question."""
+    def identities(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """Return the question's id, and the path of its image, for each mode and metric."""
         times = len(self.config.evaluation.modes) * len(row["metrics"])
-        return {f"{REJECTED_FAMILY}-{self.name}": [rejected_row(row["id"], row["path"] or "", rejection)] * times}
+        return [{"image_id": row["id"], "path": row["path"] or ""}] * times
 
-    def _picture(self, row: dict[str, Any]) -> Any:
-        if row["path"] is None:
-            return None
-        try:
-            return decode(fetched(row), self.limits)
-        except Rejected as error:
-            return Rejection(error.reason, error.message)
+    def prepare(self, row: dict[str, Any]) -> _Question:
+        """Decode the image, where there is one."""
+        return _Question(row, None if row["path"] is None else decode(fetched(row), self.limits))
 
-    def _answer(self, asked: list[tuple[dict[str, Any], Any]]) -> list[dict[str, Any]]:
+    def answer(self, prepared: Sequence[_Question]) -> list[list[_Response]]:
+        """Return the responses to each question, one per mode; an image is described once for all of its questions."""
         long, short = self.config.evaluation.max_description_tokens, self.config.evaluation.max_answer_tokens
         modes = self.config.evaluation.modes
-        is_seen = [picture is not None and modes != (DIRECT,) for _, picture in asked]
-        seen = [_Asked(*each, self.prompts.describe, long) for each, seen in zip(asked, is_seen, strict=True) if seen]
-        texts = iter(answer.text for answer in self._generate(seen))
-        descriptions = [next(texts) if seen else None for seen in is_seen]
-        questions = [
-            (row, picture, mode, description if mode != DIRECT else None)
-            for (row, picture), description in zip(asked, descriptions, strict=True)
-            for mode in modes
+        described = [q for q in prepared if q.picture is not None and modes != (DIRECT,)]
+        texts = self._generate([_Asked(*question, self.prompts.describe, long) for question in described])
+        descriptions = {id(question): text.text for question, text in zip(described, texts, strict=True)}
+        asked, given = [], []
+        for question in prepared:
+            for mode in modes:
+                description = descriptions.get(id(question)) if mode != DIRECT else None
+                limit = long if _is_open(question.row) else short
+                asked.append(_Asked(*question, self._prompt(question.row, description), limit))
+                given.append((mode, description))
+        responses = [
+            _Response(mode, each.prompt, description, answer)
+            for (mode, description), each, answer in zip(given, asked, self._generate(asked), strict=True)
         ]
-        requests = [
-            _Asked(row, picture, self._prompt(row, description), long if _is_open(row) else short)
-            for row, picture, _, description in questions
-        ]
-        responses = self._generate(requests)
-        return [
-            self._prediction(row, metric, mode, request.prompt, description, answer)
-            for (row, _, mode, description), request, answer in zip(questions, requests, responses, strict=True)
-            for metric in row["metrics"]
-        ]
+        return [responses[start : start + len(modes)] for start in range(0, len(responses), len(modes))]
+
+    def finish(self, prepared: _Question, answer: list[_Response]) -> Rows:
+        """Return a prediction per mode and metric."""
+        row = prepared.row
+        return {_PREDICTIONS: [self._prediction(row, metric, each) for each in answer for metric in row["metrics"]]}
 
     def _generate(self, asked: Sequence[_Asked]) -> list[Answer]:
         """Answer greedily, and only once what is asked several times of the same picture."""
@@ -183,9 +188,8 @@ class Examinee:
         # A question without an image has no description.
         return prompt if description is None else self.prompts.infused(description, prompt)
 
-    def _prediction(
-        self, row: dict[str, Any], metric: str, mode: str, prompt: str, description: str | None, answer: Answer
-    ) -> dict[str, Any]:
+    def _prediction(self, row: dict[str, Any], metric: str, response: _Response) -> dict[str, Any]:
+        answer = response.answer
         vocabulary = row["vocabulary"] or ()
         chosen = read_choice(answer.text, row["choices"]) if row["choices"] else None
         prediction = METRICS[metric].read(answer.text, vocabulary) if chosen is None else chosen
@@ -194,9 +198,9 @@ class Examinee:
             "id": row["id"],
             "image": row["path"] if row["row"] is None else f"{row['path']}#{row['row']}",
             "model": self.name,
-            "mode": mode,
-            "prompt": prompt,
-            "description": description,
+            "mode": response.mode,
+            "prompt": response.prompt,
+            "description": response.description,
             "response": answer.text,
             "prediction": prediction,
             "answers": row["answers"],

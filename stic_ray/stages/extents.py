@@ -13,6 +13,8 @@ class IndexShard:
     number: int
     location: Location
     num_rows: int
+    num_bytes: int
+    """At most so many bytes of images; 0 where the manifest does not say it."""
 
 
 def index_shards(pool: RunDir, shard_size: int, num_images: int | None = None) -> list[IndexShard]:
@@ -25,8 +27,9 @@ def index_shards(pool: RunDir, shard_size: int, num_images: int | None = None) -
     shards, left = [], manifest["num_rows_written"] if num_images is None else num_images
     for extent in manifest["extents"]:
         first, remaining = extent["first_shard"], extent["num_rows"]
+        num_bytes = extent.get("max_shard_bytes", 0)
         while remaining and left:
             num_rows = min(shard_size, remaining, left)
-            shards.append(IndexShard(first, pool.location / shard_name("index", first), num_rows))
+            shards.append(IndexShard(first, pool.location / shard_name("index", first), num_rows, num_bytes))
             first, remaining, left = first + 1, remaining - min(shard_size, remaining), left - num_rows
     return shards

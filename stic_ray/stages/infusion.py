@@ -6,17 +6,19 @@ Rows with an image go to rows-*.parquet, which TRL's SFTTrainer takes as they ar
 through to text-*.parquet, because TRL's collator has no place for an absent image in an image column.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+
+from PIL import Image
 
 from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, RunConfig
 from stic_ray.core.errors import ModelError, SourceError
 from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import Need, actors_need
 from stic_ray.core.randomness import seed_for
-from stic_ray.core.rundir import REJECTED_FAMILY, row_counts
-from stic_ray.core.schemas import INFUSED, REJECTED, Reason
+from stic_ray.core.schemas import INFUSED, Reason
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
@@ -25,11 +27,10 @@ from stic_ray.engines.opening import open_counter, open_engine
 from stic_ray.engines.watched import WatchedEngine
 from stic_ray.method.images import ImageLimits, decode_for_storage
 from stic_ray.method.infusion import Messages, description_prompt, infuse
-from stic_ray.method.preferences import Rejection
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetched
 from stic_ray.stages.instructions import index_instructions, load_instructions, read_instructions
-from stic_ray.stages.shards import ShardJob, rejected_row, run_shards
+from stic_ray.stages.shards import ShardJob, run_shards
 from stic_ray.stages.windows import Rows
 
 
@@ -43,23 +44,34 @@ def build_infusion(step: StepRun) -> dict[str, Any]:
     job = ShardJob(
         stage=step.name,
         output=output,
-        families={REJECTED_FAMILY: REJECTED, "text": INFUSED, "rows": INFUSED},
+        families={"text": INFUSED, "rows": INFUSED},
         load=partial(load_instructions, max_bytes=ImageLimits.of(config.pool).max_bytes),
         make_worker=partial(Infuser, config, load_prompts(config.prompts), step.model()),
+        max_failed_share=config.cluster.max_failed_share,
     )
     actors = config.actors.model_copy(update={"num_gpus": _need(config).each["GPU"]})
-    throughput = run_shards(job, tasks, actors)
-    accounts = row_counts(num_rows, output.num_rows(["rows", "text"]), output.rejected_by_reason())
+    done = run_shards(job, tasks, actors)
+    accounts = done.accounts(num_rows, ["rows", "text"])
     if not accounts["num_rows_written"]:
         raise SourceError(
             f"Not one of {num_rows} instruction rows could be used: {accounts['rejected_by_reason']}. "
             f"The rejected rows are in '{output.uri}'; delete that folder to try again with other settings."
         )
-    return {**accounts, "num_text_only_rows": output.num_rows(["text"]), "throughput": throughput}
+    return {**accounts, "num_text_only_rows": done.num_rows.get("text", 0), "throughput": done.throughput}
+
+
+class _Instruction(NamedTuple):
+    """A row on its way to be infused."""
+
+    id: str
+    messages: Messages
+    picture: Image.Image | None
+    stored: dict[str, Any] | None
+    """The image as it is written."""
 
 
 class Infuser:
-    """Infuses the rows of a window; owns the model that describes."""
+    """Infuses a row; owns the model that describes."""
 
     def __init__(self, config: RunConfig, prompts: PromptSet, checkpoint: Location | None) -> None:
         """Load the model that `dpo` left in `checkpoint`, the base model, or none where nothing is described."""
@@ -72,83 +84,73 @@ class Infuser:
         self.sampling = Sampling(config.infusion.max_new_tokens, config.infusion.temperature)
         self.limits = ImageLimits.of(config.pool)
 
-    def __call__(self, window: list[dict[str, Any]]) -> Rows:
-        """Return infused, text-only and rejected rows, together as many as the window has."""
-        found: Rows = {REJECTED_FAMILY: [], "text": [], "rows": []}
-        for row, result in zip(window, self._infuse_all(window), strict=True):
-            if isinstance(result, Rejection):
-                found[REJECTED_FAMILY].append(rejected_row(row["id"], row["path"] or "", result))
-            else:
-                found["rows" if result["image"] else "text"].append(result)
+    def identities(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """Return the instruction's id, and the path of its image."""
+        return [{"image_id": row["id"], "path": row["path"] or ""}]
+
+    def prepare(self, row: dict[str, Any]) -> _Instruction:
+        """Decode the image, where there is one."""
+        if row["reason"] is not None:
+            raise Rejected(Reason(row["reason"]), row["problem"])
+        if row["path"] is None:
+            return _Instruction(row["id"], row["messages"], None, None)
+        picture, stored = decode_for_storage(fetched(row), self.limits)
+        return _Instruction(row["id"], row["messages"], picture, {"bytes": stored, "path": row["path"]})
+
+    def answer(self, prepared: Sequence[_Instruction]) -> list[tuple[Answer | None, int]]:
+        """Return the description of each image, if one is asked for, and how many tokens the image adds."""
+        seen = [(place, row.picture) for place, row in enumerate(prepared) if row.picture is not None]
+        if self.engine is None:
+            counts = self.counter.count_added_tokens([picture for _, picture in seen])
+            described: list[tuple[Answer | None, int]] = [(None, count) for count in counts]
+        else:
+            ids = [prepared[place].id for place, _ in seen]
+            requests = [
+                Request(self._prompt(name), picture, seed_for(self.config.seed, name, "infusion"))
+                for name, (_, picture) in zip(ids, seen, strict=True)
+            ]
+            described = [(answer, answer.num_added_tokens) for answer in self.engine.generate(requests, self.sampling)]
+        found: list[tuple[Answer | None, int]] = [(None, 0)] * len(prepared)
+        for (place, _), description in zip(seen, described, strict=True):
+            found[place] = description
         return found
 
-    def reject(self, row: dict[str, Any], rejection: Rejection) -> Rows:
-        """Return the rejected row of an instruction."""
-        return {REJECTED_FAMILY: [rejected_row(row["id"], row["path"] or "", rejection)]}
-
-    def _infuse_all(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | Rejection]:
-        prepared = [self._prepare(row) for row in rows]
-        seen = [p for p in prepared if not isinstance(p, Rejection) and p["picture"] is not None]
-        if self.engine is None:
-            counts = self.counter.count_added_tokens([p["picture"] for p in seen])
-            found: list[tuple[Answer | None, int]] = [(None, count) for count in counts]
-        else:
-            requests = [
-                Request(self._prompt(p), p["picture"], seed_for(self.config.seed, p["id"], "infusion")) for p in seen
-            ]
-            found = [(answer, answer.num_added_tokens) for answer in self.engine.generate(requests, self.sampling)]
-        of_pictures = iter(found)
-        return [
-            p
-            if isinstance(p, Rejection)
-            else self._finish(p, *(next(of_pictures) if p["picture"] is not None else (None, 0)))
-            for p in prepared
-        ]
-
-    def _prompt(self, row: dict[str, Any]) -> str:
-        return description_prompt(row["id"], self.config.seed, self.config.infusion, self.prompts)
-
-    def _prepare(self, row: dict[str, Any]) -> dict[str, Any] | Rejection:
-        if row["reason"] is not None:
-            return Rejection(Reason(row["reason"]), row["problem"])
-        found = {"id": row["id"], "messages": row["messages"], "picture": None, "image": None}
-        if row["path"] is None:
-            return found
+    def finish(self, prepared: _Instruction, answer: tuple[Answer | None, int]) -> Rows:
+        """Return the row with the description in front of its first question."""
+        description, num_added_tokens = answer
+        messages = prepared.messages
+        if description is not None:
+            self._check(description)
+            messages = infuse(messages, description.text, self.prompts)
         try:
-            picture, stored = decode_for_storage(fetched(row), self.limits)
-        except Rejected as error:
-            return Rejection(error.reason, error.message)
-        return {**found, "picture": picture, "image": {"bytes": stored, "path": row["path"]}}
-
-    def _finish(self, row: dict[str, Any], answer: Answer | None, num_added_tokens: int) -> dict[str, Any] | Rejection:
-        messages: Messages = row["messages"]
-        if answer is not None:
-            if not answer.text:
-                return Rejection(Reason.EMPTY_ANSWER, "the description is empty")
-            if answer.finish_reason == "length" and not self.config.infusion.allow_truncated:
-                limit = self.config.infusion.max_new_tokens
-                return Rejection(
-                    Reason.TRUNCATED_ANSWER, f"the description was cut off at infusion.max_new_tokens={limit}"
-                )
-            messages = infuse(messages, answer.text, self.prompts)
-        try:
-            length = self.counter.count_text_tokens(messages, with_image=row["picture"] is not None)
+            length = self.counter.count_text_tokens(messages, with_image=prepared.picture is not None)
         except ModelError as error:
-            return Rejection(Reason.BAD_CONVERSATION, str(error))
+            raise Rejected(Reason.BAD_CONVERSATION, str(error)) from error
         length += num_added_tokens
         limit = self.config.sft.max_length_tokens
         if length > limit:
-            return Rejection(Reason.TOO_LONG, f"{length} tokens, more than sft.max_length_tokens={limit}")
-        return {
-            "id": row["id"],
-            "image": row["image"],
+            raise Rejected(Reason.TOO_LONG, f"{length} tokens, more than sft.max_length_tokens={limit}")
+        row = {
+            "id": prepared.id,
+            "image": prepared.stored,
             "messages": messages,
-            "description": answer.text if answer else None,
-            "description_prompt": self._prompt(row) if answer else None,
-            "finish_reason": answer.finish_reason if answer else None,
+            "description": description.text if description else None,
+            "description_prompt": self._prompt(prepared.id) if description else None,
+            "finish_reason": description.finish_reason if description else None,
             "num_sequence_tokens": length,
             "model": self.engine.name if self.engine else None,
         }
+        return {"rows" if prepared.stored else "text": [row]}
+
+    def _prompt(self, identity: str) -> str:
+        return description_prompt(identity, self.config.seed, self.config.infusion, self.prompts)
+
+    def _check(self, description: Answer) -> None:
+        if not description.text:
+            raise Rejected(Reason.EMPTY_ANSWER, "the description is empty")
+        if description.finish_reason == "length" and not self.config.infusion.allow_truncated:
+            limit = self.config.infusion.max_new_tokens
+            raise Rejected(Reason.TRUNCATED_ANSWER, f"the description was cut off at infusion.max_new_tokens={limit}")
 
 
 def _need(config: RunConfig) -> Need:

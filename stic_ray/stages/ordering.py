@@ -62,8 +62,8 @@ def order_images(seed: int, scan: RunDir, indexed: list[Location], output: RunDi
 
 def write_index(
     buckets: list[Bucket], ordered: RunDir, output: RunDir, shard_size: int, first_shard: int, first_position: int
-) -> None:
-    """Write the ordered images as index shards behind those that are there."""
+) -> int:
+    """Write the ordered images as index shards behind those that are there; return the bytes of the largest one."""
     begins = [0]
     for bucket in buckets:
         begins.append(begins[-1] + bucket.num_rows)
@@ -76,7 +76,7 @@ def write_index(
                 b.number for b, at in zip(buckets, begins, strict=False) if at < reach and b.number >= bucket.number
             ]
             tasks.append((needed, begin, shards, ordered, output, shard_size, first_shard, first_position))
-    map_tasks("pool", _write_shards, tasks)
+    return max(map_tasks("pool", _write_shards, tasks), default=0)
 
 
 def count_rows(files: list[Location]) -> int:
@@ -169,11 +169,17 @@ def _write_shards(
     shard_size: int,
     first_shard: int,
     first_position: int,
-) -> None:
-    """Write the shards that begin in the first of the needed buckets, whose first row is `begin` of the new rows."""
+) -> int:
+    """Write the shards that begin in the first of the needed buckets, whose first row is `begin` of the new rows.
+
+    Returns how many bytes the images of the largest of them have.
+    """
+    max_shard_bytes = 0
     rows = pa.concat_tables([read_shard(ordered.location / shard_name(ORDERED, n), SCAN) for n in needed])
     for shard in shards:
         table = rows.slice(shard * shard_size - begin, shard_size)
         positions = first_position + shard * shard_size + np.arange(table.num_rows)
         table = table.append_column(INDEX.field("position"), pa.array(positions, pa.int64()))
         output.write_shard("index", first_shard + shard, table, INDEX)
+        max_shard_bytes = max(max_shard_bytes, pc.sum(table["num_bytes"]).as_py())
+    return max_shard_bytes

@@ -26,7 +26,7 @@ from stic_ray.core.workload import Sizes, Work
 from stic_ray.stages import listing
 from stic_ray.stages.listing import BUILDING
 from stic_ray.stages.near_duplicates import reject_near_duplicates
-from stic_ray.stages.ordering import ORDERED, count_rows, order_images, write_index
+from stic_ray.stages.ordering import ORDERED, order_images, write_index
 from stic_ray.stages.scanning import scan_parts
 from stic_ray.stages.tasks import map_tasks
 
@@ -55,7 +55,7 @@ def build_pool(step: StepRun) -> dict[str, Any]:
         )
     _warn_of_compressed(config.pool, building)
     scan = building / "scan"
-    scan_parts(config.pool, parts, building, output, scan)
+    scanned = scan_parts(config.pool, parts, building, output, scan, config.cluster.max_failed_share)
     indexed = [output.location / shard_name("index", number) for number in range(first_shard)]
     ordered = building / ORDERED
     buckets = order_images(config.seed, scan, indexed, ordered)
@@ -72,14 +72,14 @@ def build_pool(step: StepRun) -> dict[str, Any]:
         _finish(building)
         _delete_behind(output, 0, {})
         raise _nothing_to_use(config.pool.source, reasons, rejected.example)
-    write_index(buckets, ordered, output, config.pool.shard_size, first_shard, num_images)
-    num_scanned = _count(scan.shards("scan")) + _count(scan.shards(REJECTED_FAMILY))
+    max_shard_bytes = write_index(buckets, ordered, output, config.pool.shard_size, first_shard, num_images)
     map_tasks("pool", _copy, [(shard, output.location / shard.name) for shard in building.shards(listing.FAMILY)])
     _finish(building)
     extent = {"first_shard": first_shard, "first_position": num_images, "num_rows": num_new}
-    accounts = row_counts(
-        before.get("num_rows_in", 0) + num_scanned, num_images + num_new, dict(sorted(reasons.items()))
-    )
+    extent["max_shard_bytes"] = max_shard_bytes
+    num_failed = before.get("num_rows_failed", 0) + scanned.num_failed
+    num_rows_in = before.get("num_rows_in", 0) + sum(scanned.num_rows.values()) + scanned.num_failed
+    accounts = row_counts(num_rows_in, num_images + num_new, dict(sorted(reasons.items())), num_failed)
     extents = [*before["extents"], *([extent] if num_new else [])]
     num_shards = {"num_rejected_shards": rejected.num_shards, "num_listing_shards": len(output.shards(listing.FAMILY))}
     return {**accounts, "extents": extents, **num_shards}
@@ -119,11 +119,6 @@ def _gather(files: list[Location], output: RunDir, number: int) -> tuple[Counter
     examples = table.slice(0, 1).to_pylist()
     example = f" For one, '{examples[0]['path']}': {examples[0]['message']}" if examples else ""
     return Counter(table["reason"].to_pylist()), example
-
-
-def _count(files: list[Location]) -> int:
-    groups = [files[start : start + _FILES_PER_TASK] for start in range(0, len(files), _FILES_PER_TASK)]
-    return sum(map_tasks("pool", count_rows, [(group,) for group in groups]))
 
 
 def _copy(source: Location, target: Location) -> None:

@@ -1,19 +1,19 @@
 """Stage `preferences`: from the index to preference pairs (STIC Algorithm 1, first stage)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from PIL import Image
 
 from stic_ray.core.config import ANSWER_SETTINGS, RunConfig
 from stic_ray.core.errors import ConfigError, SourceError
-from stic_ray.core.outcomes import Rejected
 from stic_ray.core.placement import actors_need
 from stic_ray.core.randomness import seed_for
-from stic_ray.core.rundir import REJECTED_FAMILY, read_shard, row_counts
-from stic_ray.core.schemas import INDEX, PAIRS, REJECTED
+from stic_ray.core.rundir import read_shard
+from stic_ray.core.schemas import INDEX, PAIRS
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_tokens
@@ -23,7 +23,6 @@ from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import (
     AnswerText,
     PairPlan,
-    Rejection,
     judge_pair,
     pair_row,
     picture_for_rejected,
@@ -32,7 +31,7 @@ from stic_ray.method.preferences import (
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.extents import index_shards
 from stic_ray.stages.fetch import fetch_indexed, fetched, with_images
-from stic_ray.stages.shards import ShardJob, ShardTask, rejected_row, run_shards
+from stic_ray.stages.shards import ShardJob, ShardTask, run_shards
 from stic_ray.stages.windows import Rows
 
 
@@ -44,22 +43,23 @@ def build_preferences(step: StepRun) -> dict[str, Any]:
     config, output = step.config, step.output
     shards = index_shards(step.inputs["index"], config.pool.shard_size, config.preferences.num_images)
     num_images = sum(shard.num_rows for shard in shards)
-    tasks = [ShardTask(s.number, {"index": s.location.uri, "num_rows": s.num_rows}) for s in shards]
+    tasks = [ShardTask(s.number, {"index": s.location.uri, "num_rows": s.num_rows}, s.num_bytes) for s in shards]
     job = ShardJob(
         stage=step.name,
         output=output,
-        families={REJECTED_FAMILY: REJECTED, "pairs": PAIRS},
+        families={"pairs": PAIRS},
         load=lambda task: _load_shard(task, config.pool.image_column),
         make_worker=partial(PairMaker, config, load_prompts(config.prompts), step.model()),
+        max_failed_share=config.cluster.max_failed_share,
     )
-    throughput = run_shards(job, tasks, config.actors)
-    accounts = row_counts(num_images, output.num_rows(["pairs"]), output.rejected_by_reason())
+    done = run_shards(job, tasks, config.actors)
+    accounts = done.accounts(num_images, ["pairs"])
     if not accounts["num_rows_written"]:
         raise SourceError(
             f"Not one of {num_images} images gave a preference pair: {accounts['rejected_by_reason']}. "
             f"The rejected rows are in '{output.uri}'; delete that folder to try again with other settings."
         )
-    return {**accounts, "throughput": throughput}
+    return {**accounts, "throughput": done.throughput}
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,13 @@ class _Candidate:
     pixel_change: float | None
 
 
+class _Answers(NamedTuple):
+    chosen: Answer
+    rejected: Answer
+
+
 class PairMaker:
-    """Makes the pairs of a window; owns the model."""
+    """Makes a pair of an image; owns the model."""
 
     def __init__(self, config: RunConfig, prompts: PromptSet, checkpoint: Location | None = None) -> None:
         """Load the base model of the run, or what a training step left in `checkpoint`."""
@@ -86,50 +91,41 @@ class PairMaker:
             config.preferences.max_new_tokens, config.preferences.temperature, config.preferences.top_p
         )
 
-    def __call__(self, window: list[dict[str, Any]]) -> Rows:
-        """Return pairs and rejected rows, together as many as the window has images."""
-        found: Rows = {REJECTED_FAMILY: [], "pairs": []}
-        for row, pair in zip(window, self._make_pairs(window), strict=True):
-            if isinstance(pair, Rejection):
-                found[REJECTED_FAMILY].append(rejected_row(row["image_id"], row["path"], pair))
-            else:
-                found["pairs"].append(pair)
-        return found
+    def identities(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """Return the image's id and path."""
+        return [{"image_id": row["image_id"], "path": row["path"]}]
 
-    def reject(self, row: dict[str, Any], rejection: Rejection) -> Rows:
-        """Return the rejected row of an image."""
-        return {REJECTED_FAMILY: [rejected_row(row["image_id"], row["path"], rejection)]}
+    def prepare(self, row: dict[str, Any]) -> _Candidate:
+        """Decode the image, plan its pair and corrupt a copy of it."""
+        clean, stored = decode_for_storage(fetched(row))
+        plan = plan_pair(row["image_id"], self.config.seed, self.config.preferences, self.prompts)
+        return _Candidate(row, plan, clean, stored, *picture_for_rejected(plan, clean))
 
-    def _make_pairs(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | Rejection]:
-        prepared = [self._prepare(row) for row in rows]
-        requests = [r for p in prepared if isinstance(p, _Candidate) for r in self._requests(p)]
-        answers = iter(self.engine.generate(requests, self.sampling))
-        pairs = [p if isinstance(p, Rejection) else self._finish(p, next(answers), next(answers)) for p in prepared]
-        if self.config.preferences.reference_logps:
-            self._score([(c, p) for c, p in zip(prepared, pairs, strict=True) if isinstance(p, dict)])
-        return pairs
+    def answer(self, prepared: Sequence[_Candidate]) -> list[_Answers]:
+        """Return the preferred and the dispreferred answer of each image."""
+        requests = [request for candidate in prepared for request in self._requests(candidate)]
+        answers = self.engine.generate(requests, self.sampling)
+        return [_Answers(*answers[2 * place : 2 * place + 2]) for place in range(len(prepared))]
 
-    def _score(self, made: list[tuple[Any, dict[str, Any]]]) -> None:
-        """Add the log-probabilities of both answers to the pairs."""
+    def finish(self, prepared: _Candidate, answer: _Answers) -> Rows:
+        """Return the pair."""
+        return {"pairs": [self._pair(prepared, *answer)]}
+
+    def complete(self, finished: Sequence[tuple[_Candidate, Rows]]) -> None:
+        """Add the log-probabilities of both answers to the pairs, where they are asked for."""
+        if not self.config.preferences.reference_logps:
+            return
+        pairs = [(candidate, rows["pairs"][0]) for candidate, rows in finished]
         asked = [
             AnsweredPair(
-                each.clean,
+                candidate.clean,
                 *(pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")),
                 *(pair[f"{side}_finish_reason"] == "length" for side in ("chosen", "rejected")),
             )
-            for each, pair in made
+            for candidate, pair in pairs
         ]
-        for (_, pair), (chosen, rejected) in zip(made, self.engine.score_pairs(asked), strict=True):
+        for (_, pair), (chosen, rejected) in zip(pairs, self.engine.score_pairs(asked), strict=True):
             pair |= {"reference_chosen_logp": chosen, "reference_rejected_logp": rejected}
-
-    def _prepare(self, row: dict[str, Any]) -> _Candidate | Rejection:
-        try:
-            clean, stored = decode_for_storage(fetched(row))
-        except Rejected as error:
-            return Rejection(error.reason, error.message)
-        plan = plan_pair(row["image_id"], self.config.seed, self.config.preferences, self.prompts)
-        picture = picture_for_rejected(plan, clean)
-        return picture if isinstance(picture, Rejection) else _Candidate(row, plan, clean, stored, *picture)
 
     def _requests(self, candidate: _Candidate) -> tuple[Request, Request]:
         """The two requests of an image travel next to each other, in one batch where that has room."""
@@ -141,7 +137,7 @@ class PairMaker:
             ),
         )
 
-    def _finish(self, candidate: _Candidate, chosen: Answer, rejected: Answer) -> dict[str, Any] | Rejection:
+    def _pair(self, candidate: _Candidate, chosen: Answer, rejected: Answer) -> dict[str, Any]:
         def count_tokens(answer: str) -> int:
             conversation = [
                 {"role": "user", "content": candidate.plan.prompt},
@@ -157,8 +153,6 @@ class PairMaker:
             count_tokens=count_tokens,
             max_length_tokens=self.config.dpo.max_length_tokens,
         )
-        if isinstance(length, Rejection):
-            return length
         return {
             "image_id": candidate.row["image_id"],
             "position": candidate.row["position"],

@@ -10,20 +10,23 @@ import pyarrow as pa
 
 from stic_ray.core.config import PoolConfig
 from stic_ray.core.outcomes import Failed, Rejected
-from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, shard_name
-from stic_ray.core.schemas import REJECTED, table_of
+from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, RunDir, read_shard, shard_name
+from stic_ray.core.schemas import FAILED, REJECTED, table_of
 from stic_ray.core.storage import Location
 from stic_ray.method.images import ImageLimits, image_id, inspect
 from stic_ray.stages.containers import Found, Reading, images_in
 from stic_ray.stages.listing import FAMILY, LISTING, Part
 from stic_ray.stages.ordering import SCAN
 from stic_ray.stages.reading import Patience
-from stic_ray.stages.shards import ShardJob, ShardTask, Tables, run_shards
+from stic_ray.stages.shards import ShardJob, Shards, ShardTask, run_shards
+from stic_ray.stages.windows import Tables
 
 _PART = pa.schema([(name, pa.int64()) for name in Part.__dataclass_fields__])
 
 
-def scan_parts(pool: PoolConfig, parts: Sequence[Part], listing: RunDir, output: RunDir, scan: RunDir) -> None:
+def scan_parts(
+    pool: PoolConfig, parts: Sequence[Part], listing: RunDir, output: RunDir, scan: RunDir, max_failed_share: float
+) -> Shards:
     """Scan the parts that were not scanned yet, each by a task, to `scan`; copies of images go to `output`."""
     source = Location.of(pool.source)
     reading = Reading(
@@ -36,11 +39,12 @@ def scan_parts(pool: PoolConfig, parts: Sequence[Part], listing: RunDir, output:
     job = ShardJob(
         stage="pool",
         output=scan,
-        families={REJECTED_FAMILY: REJECTED, "scan": SCAN},
+        families={"scan": SCAN},
         load=lambda task: pa.Table.from_pylist([dict(task.payload)], schema=_PART),
         make_worker=lambda: partial(_scan_part, pool=pool, reading=reading, listing=listing, output=output),
+        max_failed_share=max_failed_share,
     )
-    run_shards(job, [ShardTask(number, asdict(part)) for number, part in enumerate(parts)], actors=None)
+    return run_shards(job, [ShardTask(number, asdict(part)) for number, part in enumerate(parts)], actors=None)
 
 
 def _scan_part(part: pa.Table, pool: PoolConfig, reading: Reading, listing: RunDir, output: RunDir) -> Tables:
@@ -51,7 +55,7 @@ def _scan_part(part: pa.Table, pool: PoolConfig, reading: Reading, listing: RunD
     sized = zip(files["uri"].to_pylist(), files["num_bytes"].to_pylist(), strict=True)
     copies = output.location / f"images-{given.shard:06d}-{given.start:06d}-{given.piece:06d}.bin"
     limits, with_hash = ImageLimits.of(pool), pool.near_duplicate_bits is not None
-    accepted, rejected = [], []
+    accepted, rejected, failed = [], [], []
     with copies.writing() if pool.copy_compressed else nullcontext() as stream:
         for image in images_in(sized, replace(reading, patience=Patience()), given.piece, given.num_pieces):
             encoded = image.encoded
@@ -60,12 +64,19 @@ def _scan_part(part: pa.Table, pool: PoolConfig, reading: Reading, listing: RunD
                 if isinstance(encoded, Rejected | Failed):
                     raise encoded
                 facts = inspect(encoded, limits, with_hash=with_hash)
+            except Failed as error:
+                failed.append({**identity, "message": error.message})
+                continue
             except Rejected as error:
                 rejected.append({**identity, "reason": error.reason, "message": error.message})
                 continue
             place = _place_of(image, encoded, copies, stream)
             accepted.append({**identity, **vars(facts), **place, "num_bytes": len(encoded)})
-    return {REJECTED_FAMILY: table_of(rejected, REJECTED), "scan": table_of(accepted, SCAN)}
+    return {
+        REJECTED_FAMILY: table_of(rejected, REJECTED),
+        FAILED_FAMILY: table_of(failed, FAILED),
+        "scan": table_of(accepted, SCAN),
+    }
 
 
 def _place_of(

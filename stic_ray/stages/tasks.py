@@ -1,8 +1,15 @@
-"""Small work on the cluster: a function over items, each a Ray task that leaves files and returns little."""
+"""Work on the cluster, and its errors as a user should read them.
 
+`map_tasks` is for small work: a function over items, each a Ray task that leaves files and returns little.
+"""
+
+import builtins
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
+from stic_ray.core import errors
 from stic_ray.core.errors import StageError, UserError
 
 _IN_FLIGHT = 256
@@ -11,7 +18,8 @@ _IN_FLIGHT = 256
 def map_tasks(what: str, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Return `function(*each)` for each of `arguments`, in order, every call a task on the cluster.
 
-    Calls may be made again when a worker dies. Raises UserError as a task raised it, StageError for anything else.
+    Calls may be made again when a worker dies. Raises UserError as a task raised it, StageError for anything else; no
+    task is left running then.
     """
     import ray  # only where something runs: stages are read without it
     import ray.exceptions
@@ -26,12 +34,12 @@ def map_tasks(what: str, function: Callable[..., Any], arguments: Sequence[tuple
             running[task.remote(*each)] = number
         while running:
             _take_one(running, results)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise StageError(f"{what} stopped: {type(error.cause).__name__}: {error.cause}") from error
-    except ray.exceptions.RayError as error:
-        raise StageError(f"{what} stopped: {str(error).splitlines()[0]}") from error
+    except BaseException as error:
+        for left in running:
+            ray.cancel(left)
+        if isinstance(error, ray.exceptions.RayError):
+            raise explain(what, error) from error
+        raise
     return [results[number] for number in range(len(arguments))]
 
 
@@ -40,3 +48,41 @@ def _take_one(running: dict[Any, int], results: dict[int, Any]) -> None:
 
     [ready], _ = ray.wait(list(running), num_returns=1)
     results[running.pop(ready)] = ray.get(ready)
+
+
+def explain(stage: str, error: BaseException, doing: str = "") -> UserError | StageError:
+    """Return an error of a task, an actor or Ray in one line: a UserError as it came, else a StageError.
+
+    The line has the stage and the message; of an error that nothing was prepared for also its type, its place in the
+    code and what was being done.
+    """
+    cause = getattr(error, "cause", None)  # of what Ray raises for a task's error
+    error = cause if isinstance(cause, BaseException) else error
+    if isinstance(error, UserError):
+        return error
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    where = f" while {doing}" if doing else ""
+    if isinstance(error, StageError):
+        return StageError(f"{stage} stopped: {message}")
+    if isinstance(error, OSError):
+        return StageError(f"{stage} could not read or write: {message}. Mend this and run the same command again.")
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames and doing else ""
+    return StageError(f"{stage} stopped{where}: {type_name(error)}: {message}{place}")
+
+
+def type_name(error: BaseException) -> str:
+    """Return the name of an error's type as Python's tracebacks have it: "ValueError", "struct.error"."""
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == builtins.__name__ else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def packed_error(error: UserError | StageError) -> str:
+    """Return what `unpacked_error` makes the error of again, in another process."""
+    return f"{type(error).__name__}: {error}"
+
+
+def unpacked_error(text: str) -> UserError | StageError:
+    """Return the error that was packed."""
+    kind, _, message = text.partition(": ")
+    return getattr(errors, kind, StageError)(message)

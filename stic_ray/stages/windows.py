@@ -3,8 +3,8 @@
 A window is a run of rows whose pictures are decoded together. Windows are answered in order, those of the shard that
 came first before those of the next, so that an actor that dies leaves little more than one shard undone.
 
-What goes wrong is narrowed down. A window that failed, or that actors died over, is done image by image, with nothing
-beside it; an image that fails or kills alone becomes a rejected row.
+Here, and only here, it is decided how a row ends: written, rejected or failed (core/outcomes.py). What goes wrong with
+a window is narrowed down to its rows (stages/quarantine.py).
 """
 
 import logging
@@ -12,21 +12,24 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
 from stic_ray.core.config import ActorsConfig
-from stic_ray.core.errors import EngineError, StageError
+from stic_ray.core.errors import EngineError, StageError, SticError
+from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY
 from stic_ray.core.schemas import Reason, table_of
 from stic_ray.engines.watched import WatchedEngine
-from stic_ray.method.preferences import Rejection
-from stic_ray.stages.attempts import Attempts
+from stic_ray.stages.quarantine import Quarantine
+from stic_ray.stages.tasks import type_name
 
 logger = logging.getLogger(__name__)
 
 Tables = dict[str, pa.Table]
-Rows = dict[str, list[dict[str, Any]]]
+Rows = Mapping[str, list[dict[str, Any]]]
 """Output rows by family; a family without rows may be left out."""
 
 _NUM_FAILURES_OF_A_BROKEN_ENGINE = 8
@@ -35,104 +38,222 @@ _NUM_DEADLY_IMAGES_OF_A_BROKEN_ENGINE = 3
 """Nor are so many images that kill, with none between that does not."""
 
 
+class RowWorker(Protocol):
+    """What a stage does with a row: prepare it, ask the engine, finish it; from several threads.
+
+    Owns a model, or what else is expensive to set up. Each function raises Rejected or Failed to end a row that way,
+    and any other error of `prepare` and `finish` rejects the row, too.
+    """
+
+    @property
+    def engine(self) -> WatchedEngine | None:
+        """The engine, if there is one."""
+        ...
+
+    def identities(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """Return `image_id` and `path` of the row in the tables of rejected and failed rows, once per row of output."""
+        ...
+
+    def prepare(self, row: dict[str, Any]) -> Any:
+        """Return what `answer` and `finish` need of a row, such as its decoded picture."""
+        ...
+
+    def answer(self, prepared: Sequence[Any]) -> Sequence[Any]:
+        """Ask the engine about the prepared rows of a window, and return an answer for each, in order."""
+        ...
+
+    def finish(self, prepared: Any, answer: Any) -> Rows:
+        """Return the output rows of a prepared row and its answer."""
+        ...
+
+
 @runtime_checkable
-class WindowWorker(Protocol):
-    """Owns a model, or what else is expensive to set up, and works on a few rows at a time; from several threads."""
+class Completing(Protocol):
+    """A worker that asks the engine a second time, about rows that are finished."""
 
-    engine: WatchedEngine | None
-
-    def __call__(self, window: list[dict[str, Any]]) -> Rows:
-        """Return the output rows of some input rows. Raises EngineError as the engine does."""
+    def complete(self, finished: Sequence[tuple[Any, Rows]]) -> None:
+        """Add to the output rows of a window; each comes with what was prepared of it."""
         ...
 
-    def reject(self, row: dict[str, Any], rejection: Rejection) -> Rows:
-        """Return the output rows of an input row that the engine cannot answer."""
-        ...
+
+@dataclass
+class _Row:
+    given: dict[str, Any]
+    prepared: Any = None
+    output: Rows | None = None
+    """Set when the row has ended."""
 
 
 class Windows:
     """Takes shards through a worker."""
 
-    def __init__(self, worker: WindowWorker, families: Mapping[str, pa.Schema], actors: ActorsConfig) -> None:
-        """Work with so many threads as windows may be in flight."""
+    def __init__(self, worker: RowWorker, families: Mapping[str, pa.Schema], actors: ActorsConfig) -> None:
+        """Work with so many threads as windows may be in flight; `families` has rejected and failed rows, too."""
         self._worker = worker
         self._families = families
         self._actors = actors
         self._threads = ThreadPoolExecutor(actors.windows_in_flight)  # first come, first served
         self._room = _Room()
-        self._has_answered = False
-        self._num_failures_in_a_row = 0
-        self._broken: StageError | None = None
+        self._health = _Health(worker.engine)
 
-    def do(self, shard: pa.Table, attempts: Attempts) -> Tables:
+    def do(self, shard: pa.Table, quarantine: Quarantine) -> Tables:
         """Return the output tables of a shard, by family, in the order of its rows.
 
-        Raises StageError when the engine is broken, and whatever the worker raises beside EngineError.
+        Raises StageError when the engine is broken, and UserError as the worker raises it.
         """
         size = self._actors.batch_size
         starts = range(0, shard.num_rows, size)
-        tasks = [self._threads.submit(self._do_window, shard.slice(start, size), start, attempts) for start in starts]
+        tasks = [self._threads.submit(self._do_window, shard.slice(start, size), start, quarantine) for start in starts]
         try:
             done = [task.result() for task in tasks]
         finally:
             for task in tasks:
                 task.cancel()
         return {
-            family: table_of([row for rows in done for row in rows.get(family, [])], schema)
+            family: pa.concat_tables([tables[family] for tables in done]) if done else schema.empty_table()
             for family, schema in self._families.items()
         }
 
-    def _do_window(self, window: pa.Table, start: int, attempts: Attempts) -> Rows:
-        rows = window.to_pylist()
-        name = f"{start}-{start + len(rows)}"
-        images = [f"{start + place}" for place in range(len(rows))]
-        suspected = attempts.deaths[name] >= self._actors.max_retries or any(attempts.deaths[i] for i in images)
-        if not suspected:
+    def _do_window(self, window: pa.Table, start: int, quarantine: Quarantine) -> Tables:
+        given = window.to_pylist()
+        name = f"{start}-{start + len(given)}"
+        images = [f"{start + place}" for place in range(len(given))]
+        if not quarantine.is_suspect(name, images):
             try:
-                with self._room.shared(), attempts.working_on(name):
-                    return self._answered(rows)
+                with self._room.shared(), quarantine.working_on(name):
+                    return self._tables(self._worked([_Row(row) for row in given]))
             except EngineError as error:
-                logger.warning("the engine failed on %d images, trying them one by one: %s", len(rows), error)
+                logger.warning("the engine failed on %d images, trying them one by one: %s", len(given), error)
         with self._room.alone():
-            if self._broken:  # found out by the window before
-                raise self._broken
-            return self._one_by_one(rows, images, attempts)
+            return self._tables(self._one_by_one([_Row(row) for row in given], images, quarantine))
 
-    def _one_by_one(self, rows: list[dict[str, Any]], images: Sequence[str], attempts: Attempts) -> Rows:
-        found: Rows = {}
+    def _one_by_one(self, rows: list[_Row], images: Sequence[str], quarantine: Quarantine) -> list[_Row]:
         num_deadly, has_survived = 0, False
         for row, image in zip(rows, images, strict=True):
-            if attempts.deaths[image] >= self._actors.max_retries:
+            self._health.check()
+            if quarantine.is_deadly(image):
                 num_deadly += 1
                 if num_deadly >= _NUM_DEADLY_IMAGES_OF_A_BROKEN_ENGINE and not has_survived:
                     raise StageError(f"every image kills its actor: {num_deadly} one after another did.")
-                message = f"{attempts.deaths[image]} actors died, or hung until actors.timeout_s, over this image alone"
-                result = self._worker.reject(row, Rejection(Reason.ENGINE_FAILED, message))
-            else:
-                with attempts.working_on(image):
-                    result = self._answered_or_rejected(row, len(rows))
-                has_survived = True
-            for family, more in result.items():
-                found.setdefault(family, []).extend(more)
-        return found
+                deaths = quarantine.deaths[image]
+                message = f"{deaths} actors died, or hung until actors.timeout_s, over this image alone"
+                row.output = self._ended(row, REJECTED_FAMILY, reason=Reason.ENGINE_FAILED, message=message)
+                continue
+            try:
+                with quarantine.working_on(image):
+                    self._worked([row])
+            except EngineError as error:
+                self._health.failed(error, len(rows))
+                row.output = self._ended(row, REJECTED_FAMILY, reason=Reason.ENGINE_FAILED, message=str(error))
+            has_survived |= row.prepared is not None
+        return rows
 
-    def _answered_or_rejected(self, row: dict[str, Any], num_rows: int) -> Rows:
+    def _worked(self, rows: list[_Row]) -> list[_Row]:
+        """Have every row end."""
+        for row in rows:
+            with self._ending(row):
+                row.prepared = self._worker.prepare(row.given)
+        ready = [row for row in rows if row.output is None]
+        if not ready:
+            return rows
+        with _as_engine_error():
+            try:
+                answers = self._worker.answer([row.prepared for row in ready])
+                self._health.num_rows_answered += len(ready)
+            except Failed as error:  # the engine is away, for all of them
+                answers = [error] * len(ready)
+        for row, answer in zip(ready, answers, strict=True):
+            with self._ending(row):
+                if isinstance(answer, Failed):
+                    raise answer
+                row.output = self._worker.finish(row.prepared, answer)
+        if isinstance(self._worker, Completing):
+            with _as_engine_error():
+                finished = [row for row in ready if row.output and not _ENDED & row.output.keys()]
+                self._worker.complete([(row.prepared, row.output or {}) for row in finished])
+        return rows
+
+    @contextmanager
+    def _ending(self, row: _Row) -> Iterator[None]:
+        """Reject the row, or have it fail, where the block says so or raises what nobody is prepared for."""
         try:
-            return self._answered([row])
-        except EngineError as error:
-            self._num_failures_in_a_row += 1
-            limit = _NUM_FAILURES_OF_A_BROKEN_ENGINE
-            if self._num_failures_in_a_row >= (limit if self._has_answered else max(2, min(limit, num_rows))):
-                self._broken = StageError(
-                    f"the engine fails on every image, {self._num_failures_in_a_row} one after another: {error}"
-                )
-                raise self._broken from error
-            return self._worker.reject(row, Rejection(Reason.ENGINE_FAILED, str(error)))
+            yield
+        except Failed as error:
+            row.output = self._ended(row, FAILED_FAMILY, message=error.message)
+        except Rejected as error:
+            row.output = self._ended(row, REJECTED_FAMILY, reason=error.reason, message=error.message)
+        except SticError:
+            raise
+        except Exception as error:
+            number = row.given.get("row")
+            where = f"'{row.given.get('path')}'" + ("" if number is None else f", row {number}")
+            message = f"{type_name(error)}: {' '.join(str(error).split())} ({where})"
+            row.output = self._ended(row, REJECTED_FAMILY, reason=Reason.UNEXPECTED_ERROR, message=message)
 
-    def _answered(self, rows: list[dict[str, Any]]) -> Rows:
-        result = self._worker(rows)
-        self._has_answered, self._num_failures_in_a_row = True, 0
-        return result
+    def _ended(self, row: _Row, family: str, **why: str) -> Rows:
+        found = [{**identity, **why} for identity in self._worker.identities(row.given)]
+        return {family: [{name: _storable(text) for name, text in each.items()} for each in found]}
+
+    def _tables(self, rows: list[_Row]) -> Tables:
+        try:
+            return self._collected(rows)
+        except Exception:  # something in a row that a table cannot hold
+            for row in rows:
+                with self._ending(row):
+                    self._collected([row])
+            return self._collected(rows)
+
+    def _collected(self, rows: list[_Row]) -> Tables:
+        return {
+            family: table_of([each for row in rows for each in (row.output or {}).get(family, [])], schema)
+            for family, schema in self._families.items()
+        }
+
+
+_ENDED = {REJECTED_FAMILY, FAILED_FAMILY}
+
+
+def _storable(text: str) -> str:
+    """Return a text without the halves of characters that no file can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
+@contextmanager
+def _as_engine_error() -> Iterator[None]:
+    """Raise EngineError for an error that is not one of ours, so that it is narrowed down as an engine's is."""
+    try:
+        yield
+    except SticError:
+        raise
+    except Exception as error:
+        raise EngineError(f"{type_name(error)}: {' '.join(str(error).split())}") from error
+
+
+class _Health:
+    """Whether the engine still answers; only what it answered is a sign of life."""
+
+    def __init__(self, engine: WatchedEngine | None) -> None:
+        self._engine = engine
+        self._num_failures = self._num_answered = self.num_rows_answered = 0
+        self._broken: StageError | None = None
+
+    def check(self) -> None:
+        """Raise StageError where the engine was found to be broken, by another window too."""
+        if self._broken:
+            raise self._broken
+
+    def failed(self, error: EngineError, num_rows: int) -> None:
+        """Count an image of a window that the engine failed on alone. Raises StageError when the engine is broken."""
+        num_answered = self._engine.num_answered if self._engine else self.num_rows_answered
+        if num_answered > self._num_answered:
+            self._num_answered, self._num_failures = num_answered, 0
+        self._num_failures += 1
+        limit = _NUM_FAILURES_OF_A_BROKEN_ENGINE
+        if self._num_failures >= (limit if num_answered else max(2, min(limit, num_rows))):
+            self._broken = StageError(
+                f"the engine fails on every image, {self._num_failures} one after another: {error}"
+            )
+            raise self._broken from error
 
 
 class _Room:

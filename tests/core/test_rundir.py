@@ -1,7 +1,6 @@
 """The run directory: fixed names, manifests, row accounts."""
 
 import json
-import os
 import pickle
 from datetime import datetime
 from pathlib import Path
@@ -63,32 +62,6 @@ def test_writing_a_shard_again_replaces_it(stage: RunDir) -> None:
     assert stage.read_table("pairs", PAIRS)["position"].to_pylist() == [5]
 
 
-def test_damaged_shards_are_found_and_removed_whole(stage: RunDir, tmp_path: Path) -> None:
-    """A file of any family condemns the number; names that are no shard of ours are left alone."""
-    folder = tmp_path / "preferences"
-    for number in range(4):
-        stage.write_shard("pairs", number, pairs_at(number), PAIRS)
-        stage.write_shard("rejected", number, table_of([rejected("too_small")], REJECTED), REJECTED)
-    os.truncate(folder / shard_name("pairs", 1), 100)
-    (folder / shard_name("rejected", 3)).write_bytes(b"")
-    (folder / "other-000002.parquet").write_bytes(b"not ours")
-    families = ["rejected", "pairs"]
-    assert stage.damaged_shards(families) == {1, 3}
-    stage.delete_shards(families, {1, 3, 7})
-    assert stage.damaged_shards(families) == set()
-    assert stage.shard_numbers("pairs") == stage.shard_numbers("rejected") == {0, 2}
-    assert (folder / "other-000002.parquet").exists()
-
-
-def test_what_killed_writers_left_is_removed_and_nothing_else(stage: RunDir, tmp_path: Path) -> None:
-    stage.write_shard("pairs", 0, pairs_at(0), PAIRS)
-    stage.write_json("started.json", {})
-    for leftover in (".pairs-000001.parquet.0a1b.tmp", "attempts-000001.json", "attempts-0fe1.json"):
-        stage.write_text(leftover, "{}")
-    stage.delete_leftovers()
-    assert sorted(os.listdir(tmp_path / "preferences")) == ["pairs-000000.parquet", "started.json"]
-
-
 def test_a_write_that_fails_names_its_path(stage: RunDir, tmp_path: Path) -> None:
     (tmp_path / "preferences").write_text("a file where the folder belongs")
     with pytest.raises(OSError, match=f"'{stage.uri}/pairs-000000.parquet': "):
@@ -126,14 +99,13 @@ def test_a_file_that_does_not_fit_its_schema_is_not_read(stage: RunDir, tmp_path
         stage.read_table("pairs", PAIRS)
 
 
-def test_rows_are_counted_by_family_and_reason(stage: RunDir) -> None:
+def test_rows_are_counted_by_family(stage: RunDir) -> None:
     stage.write_shard("pairs", 0, pairs_at(0, 1), PAIRS)
     stage.write_shard("pairs", 1, pairs_at(2), PAIRS)
     reasons = ["duplicate", "too_small", "duplicate"]
     stage.write_shard("rejected", 1, table_of([rejected(reason) for reason in reasons], REJECTED), REJECTED)
     assert stage.num_rows(["pairs"]) == 3
     assert stage.num_rows(["pairs", "rejected"]) == 6
-    assert stage.rejected_by_reason() == {"duplicate": 2, "too_small": 1}
 
 
 def test_the_accounts_of_a_manifest_add_up() -> None:
@@ -141,8 +113,10 @@ def test_the_accounts_of_a_manifest_add_up() -> None:
         "num_rows_in": 10,
         "num_rows_written": 7,
         "num_rows_rejected": 3,
+        "num_rows_failed": 0,
         "rejected_by_reason": {"duplicate": 2, "too_small": 1},
     }
+    assert row_counts(10, 7, {"duplicate": 2}, 1)["num_rows_failed"] == 1
 
 
 @pytest.mark.parametrize(("written", "rejections"), [(7, {}), (7, {"duplicate": 4}), (11, {}), (0, {"duplicate": 9})])

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from stic_ray.core.config import PreferencesConfig
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.schemas import PAIRS, Reason, table_of
 from stic_ray.method.corruption import pixel_change
 from stic_ray.method.preferences import (
     AnswerText,
     PairPlan,
-    Rejection,
     judge_pair,
     pair_row,
     picture_for_rejected,
@@ -96,9 +96,7 @@ def test_every_corrupted_image_is_another_picture_than_the_clean_one() -> None:
     clean = photo()
     num_corrupted = 0
     for plan in plans(ids=IDS[:120]):
-        found = picture_for_rejected(plan, clean)
-        assert not isinstance(found, Rejection)
-        picture, change = found
+        picture, change = picture_for_rejected(plan, clean)
         if plan.negative == "hallucination_prompt":
             assert picture is clean
             assert change is None
@@ -115,20 +113,19 @@ def test_a_corruption_that_changes_nothing_is_a_rejection(share: float) -> None:
     """White stays white at low resolution, in any hue, and when made brighter."""
     config = PreferencesConfig(hallucination_share=0.0, low_resolution_share=share)
     white = Image.new("RGB", (64, 64), "white")
-    results = [
-        picture_for_rejected(plan, white)
+    found = [
+        plan
         for plan in plans(config=config, ids=IDS[:50])
         if plan.corruption and (plan.corruption["brightness_factor"] or 2.0) > 1.0
     ]
-    assert len(results) > 10
-    for result in results:
-        assert isinstance(result, Rejection)
-        assert result.reason is Reason.CORRUPTION_CHANGED_NOTHING
+    assert len(found) > 10
+    for plan in found:
+        with pytest.raises(Rejected) as caught:
+            picture_for_rejected(plan, white)
+        assert caught.value.reason is Reason.CORRUPTION_CHANGED_NOTHING
 
 
-def judge(
-    chosen: AnswerText, rejected: AnswerText, *, allow_truncated: bool = False, limit: int = 100
-) -> int | Rejection:
+def judge(chosen: AnswerText, rejected: AnswerText, *, allow_truncated: bool = False, limit: int = 100) -> int:
     """Sequences have ten tokens of image and prompt, and one token for each word."""
     return judge_pair(
         chosen,
@@ -157,16 +154,17 @@ def said(text: str, finish_reason: str = "stop") -> AnswerText:
     ],
 )
 def test_two_answers_that_are_no_pair_are_rejected(chosen: AnswerText, rejected: AnswerText, expected: Reason) -> None:
-    result = judge(chosen, rejected)
-    assert isinstance(result, Rejection)
-    assert result.reason is expected
-    assert result.message
+    with pytest.raises(Rejected) as caught:
+        judge(chosen, rejected)
+    assert caught.value.reason is expected
+    assert caught.value.message
 
 
 def test_a_rejection_names_the_setting_that_decided() -> None:
-    truncated, long = judge(said("a", "length"), said("b")), judge(said("word " * 91), said("b"))
-    assert isinstance(truncated, Rejection) and "preferences.max_new_tokens=9" in truncated.message
-    assert isinstance(long, Rejection) and "dpo.max_length_tokens=100" in long.message and "101" in long.message
+    with pytest.raises(Rejected, match="preferences.max_new_tokens=9"):
+        judge(said("a", "length"), said("b"))
+    with pytest.raises(Rejected, match="101 tokens.*dpo.max_length_tokens=100"):
+        judge(said("word " * 91), said("b"))
 
 
 def test_a_pair_has_the_length_of_its_longer_answer() -> None:

@@ -16,7 +16,7 @@ from stic_ray.core.schemas import PREDICTIONS
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.method.prompts import load_prompts
 from stic_ray.stages.benchmarks import load_questions, read_benchmark, read_benchmarks
-from stic_ray.stages.evaluation import Examinee, evaluate, summarise
+from stic_ray.stages.evaluation import Respondent, evaluate, summarise
 from stic_ray.stages.shards import ShardTask
 from tests.stages.builders import draw_pictures, fake_config
 
@@ -298,9 +298,15 @@ def test_what_is_asked_twice_of_a_picture_is_generated_once(tmp_path: Path, monk
     for benchmark in (pictures / "beside.jsonl", tmp_path / "in_table.parquet"):
         shard = load_questions(ShardTask(0, {"rows": read_benchmark(str(benchmark))}), 10**6)
         engine.requests.clear()
-        rows_of = Examinee(config, load_prompts(None), "base", None)(shard.to_pylist())
+        worker = Respondent(config, load_prompts(None), "base", None)
+        questions = [worker.prepare(row) for row in shard.to_pylist()]
+        answers = worker.answer(questions)
         num_generated.append(len(engine.requests))
-        found = rows_of["predictions-base"]
+        found = [
+            row
+            for question, answer in zip(questions, answers, strict=True)
+            for row in worker.finish(question, answer)["predictions"]
+        ]
         assert len(found) == 2 * shard.num_rows
         for row in found:
             assert engine.requests[int(row["response"].split()[1])][0] == row["prompt"]

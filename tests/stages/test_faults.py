@@ -122,7 +122,8 @@ def test_damaged_files_and_what_killed_writers_left_are_cleaned_up(tmp_path: Pat
     assert pairs_of(run_stages(config, tmp_path / "run", "preferences")).equals(before)
 
     assert [path for path in written if path.stat().st_mtime_ns == written[path]] == [whole]
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", *(path.name for path in written)]
+    records = [f"shard-{number:06d}.json" for number in range(4)]
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", *(p.name for p in written), *records]
 
 
 @pytest.mark.usefixtures("ray_session")

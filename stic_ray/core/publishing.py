@@ -1,0 +1,148 @@
+"""Publishing a shard: all of its files, or none.
+
+A shard is a file per family that has rows (pairs-000007.parquet, rejected-000007.parquet) and a record of them, which
+is written last (shard-000007.json). Without its record a shard is not done: files that a kill, a full disk or a fault
+of the storage left are no part of it, and are replaced or deleted when the shard is done again. Then the record goes
+first.
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+
+import pyarrow as pa
+from pyarrow import fs
+
+from stic_ray.core.rundir import (
+    ATTEMPTS_FAMILY,
+    FAILED_FAMILY,
+    NUM_READERS,
+    REJECTED_FAMILY,
+    RunDir,
+    family_name,
+    is_parquet,
+    record_name,
+    shard_name,
+)
+from stic_ray.core.schemas import FAILED, REJECTED
+
+logger = logging.getLogger(__name__)
+
+_NUM_MESSAGES = 5
+"""Messages of failed rows that a record keeps, the most frequent ones."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a published shard holds."""
+
+    num_rows: Mapping[str, int]
+    """By family; a family without rows has no file and is left out."""
+    num_bytes: Mapping[str, int]
+    """Sizes of the files, by family."""
+    rejected_by_reason: Mapping[str, int] = field(default_factory=dict)
+    failed_by_message: Mapping[str, int] = field(default_factory=dict)
+    """The most frequent messages of its failed rows, with their numbers."""
+
+    @property
+    def num_failed(self) -> int:
+        """Rows to be tried again."""
+        return self.num_rows.get(FAILED_FAMILY, 0)
+
+    @property
+    def num_rows_in_all(self) -> int:
+        """Rows of all families together."""
+        return sum(self.num_rows.values())
+
+
+def all_families(families: Mapping[str, pa.Schema]) -> dict[str, pa.Schema]:
+    """Return the families of a stage with those that every stage has: rejected and failed rows."""
+    return {REJECTED_FAMILY: REJECTED, FAILED_FAMILY: FAILED, **families}
+
+
+def publish(
+    output: RunDir, part: str, number: int, tables: Mapping[str, pa.Table], schemas: Mapping[str, pa.Schema]
+) -> ShardRecord:
+    """Write the files of a shard and its record; `tables` may leave out families of `schemas` that have no rows.
+
+    `part` tells apart the jobs that share a folder (`predictions-base`), and is empty where there is one. Raises
+    OSError with the path of what could not be written; the same call then begins again.
+    """
+    record_file = output.location / record_name(part, number)
+    if record_file.exists():
+        record_file.delete()
+    sizes = {}
+    for family, schema in schemas.items():
+        table = tables.get(family)
+        if table is not None and table.num_rows:
+            sizes[family] = output.write_shard(family_name(family, part), number, table, schema)
+        elif (leftover := output.location / shard_name(family_name(family, part), number)).exists():
+            leftover.delete()
+    rejected, failed = tables.get(REJECTED_FAMILY), tables.get(FAILED_FAMILY)
+    record = ShardRecord(
+        {family: tables[family].num_rows for family in sizes},
+        sizes,
+        dict(sorted(Counter(rejected["reason"].to_pylist()).items())) if rejected is not None else {},
+        dict(_messages(failed).most_common(_NUM_MESSAGES)) if failed is not None else {},
+    )
+    output.write_text(record_file.name, json.dumps(asdict(record)))
+    return record
+
+
+def published(output: RunDir, part: str, families: Iterable[str]) -> dict[int, ShardRecord]:
+    """Return the records of the shards that are done, by number.
+
+    A shard whose files are not those of its record, or damaged, as a machine that lost power may leave them, is not
+    done.
+    """
+    numbers = sorted(output.record_numbers(part))
+    files = {file.base_name: file for file in output.location.files()} if numbers else {}
+    with ThreadPoolExecutor(NUM_READERS) as readers:
+        records = list(readers.map(lambda number: _whole_record(output, part, number, families, files), numbers))
+    found = {number: record for number, record in zip(numbers, records, strict=True) if record}
+    if len(found) < len(numbers):
+        logger.warning("'%s': %d shards are damaged and are made again", output.uri, len(numbers) - len(found))
+    return found
+
+
+def delete_leftovers(output: RunDir, part: str, families: Iterable[str], done: Iterable[int]) -> None:
+    """Remove what writers left that did not finish: temporary files, notes, files of shards that are not `done`.
+
+    Call it when no writer is alive.
+    """
+    kept = set(done)
+    names = "|".join(re.escape(family_name(family, part)) for family in families)
+    for file in output.location.files():
+        unfinished = re.fullmatch(rf"(?:{names})-(\d+)\.parquet", file.base_name)
+        if (unfinished and int(unfinished[1]) not in kept) or re.fullmatch(
+            rf"\..+\.tmp|{ATTEMPTS_FAMILY}-.+\.json", file.base_name
+        ):
+            output.location.at(file.path).delete()
+
+
+def _messages(failed: pa.Table) -> Counter[str]:
+    """Count the messages of failed rows; the path of a row's own file is left out, so that equal causes are one."""
+    rows = failed.select(["path", "message"]).to_pylist()
+    return Counter(row["message"].replace(row["path"], "...") if row["path"] else row["message"] for row in rows)
+
+
+def _whole_record(
+    output: RunDir, part: str, number: int, families: Iterable[str], files: Mapping[str, fs.FileInfo]
+) -> ShardRecord | None:
+    """Return the record of a shard whose files are all there, and no others; None for any other shard."""
+    try:
+        record = ShardRecord(**output.read_json(record_name(part, number)))
+    except (ValueError, TypeError):
+        return None
+    names = {family: shard_name(family_name(family, part), number) for family in {*families, *record.num_bytes}}
+    there = {family: files[name].size for family, name in names.items() if name in files}
+    if there != dict(record.num_bytes):
+        return None
+    # Where machines lose power, a file may have its size and not its content.
+    if output.location.is_local and not all(is_parquet(output.location / names[family]) for family in there):
+        return None
+    return record

@@ -1,0 +1,185 @@
+"""A shard's way through Ray Data: load, work, publish.
+
+Load (a task, near the storage) -> work (an actor pool, or tasks) -> publish (a task). A shard travels as one row
+that holds its tables as Arrow IPC bytes: Ray Data splits and merges blocks on the way, but never a row. Images
+travel encoded. An error travels as a row, too: Ray would wrap it in its own words, and print pages of stack.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any, cast
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from stic_ray.core.config import ActorsConfig
+from stic_ray.core.errors import SticError
+from stic_ray.core.placement import TASK_CPUS
+from stic_ray.core.publishing import ShardRecord, publish
+from stic_ray.engines.watched import Work
+from stic_ray.stages.progress import ActorMetrics
+from stic_ray.stages.quarantine import Quarantine, loading, nobody_has_loaded, notes_name
+from stic_ray.stages.shards import ShardJob, ShardTask, ShardWorker
+from stic_ray.stages.tasks import explain, packed_error, unpacked_error
+from stic_ray.stages.windows import RowWorker, Tables, Windows
+
+_SHARDS_PER_ACTOR = 2
+"""Shards that an actor holds: the next one's windows follow without a gap, and little is lost when it dies."""
+_TASK_BYTES, _BYTES_PER_BYTE = 200 * 2**20, 6
+"""What a task that reads or writes a shard needs of memory: its process, and copies in Python, Arrow and Ray."""
+_LARGEST_SHARE_OF_A_NODE = 0.8
+
+
+def do_shards(
+    job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | None
+) -> Generator[tuple[int, ShardRecord, Work]]:
+    """Do some shards, and yield each when it is published: its number, its record, and what its engine did.
+
+    Raises UserError as a worker raised it, and StageError for any other failure. Nothing of it is left running when
+    the iterator ends or is closed.
+    """
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # plans and paths; our own lines say how far a stage is
+    nobody_has_loaded(job.output)
+    dataset = _dataset(job, todo, actors)
+    try:
+        for row in dataset.iter_rows():
+            if row["error"]:
+                raise unpacked_error(row["error"])
+            yield row["number"], ShardRecord(**json.loads(row["record"])), Work(**json.loads(row["work"]))
+    except SticError:
+        raise
+    except Exception as error:
+        raise explain(job.stage, error) from error
+    finally:
+        # Ctrl-C does not reach the thread that fetches the rows, so the actors would live on, or be waited for.
+        if executor := dataset._current_executor:
+            with suppress(Exception):  # it may have ended with an error of its own
+                executor.shutdown(force=True)
+
+
+def _dataset(job: ShardJob, todo: Sequence[ShardTask], actors: ActorsConfig | None) -> Dataset:
+    context = DataContext.get_current()
+    # Every second Ray Data would add up the memory of every task's process, 5 ms of CPU and more with a large model.
+    context.memory_usage_poll_interval_s = None
+    # It would end a stage that reports nothing for half an hour; a shard may take hours, and so may finding a place.
+    context.execution_no_progress_timeout_s = -1
+    context.issue_detectors_config.detectors = []  # advice on settings that are ours
+    rows = [{"number": task.number, "payload": json.dumps(task.payload)} for task in todo]
+    small = {"num_cpus": TASK_CPUS, "memory": _memory_of(todo)}
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset.set_name(job.stage.replace(" ", "_"))
+    loaded = dataset.map(lambda row: _step(job, "loading", lambda row: _load(job, row), row | {"error": ""}), **small)
+    if actors is None:
+        worked = loaded.map(lambda row: _step(job, "working on", lambda row: _work(job, row), row), num_cpus=1)
+    else:
+        most = min(actors.num_actors, len(rows))
+        context.max_consecutive_actor_init_deaths = actors.num_actors  # those that Ray itself has to do with
+        worked = loaded.map(
+            cast(Any, _Actor),  # Ray types functions only
+            fn_constructor_args=(job, actors),
+            compute=ActorPoolStrategy(
+                min_size=min(actors.min_actors or most, most),
+                max_size=most,
+                max_concurrent_calls_per_actor=_SHARDS_PER_ACTOR,
+                max_tasks_in_flight_per_actor=_SHARDS_PER_ACTOR,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=actors.num_cpus,
+            num_gpus=actors.num_gpus,
+            label_selector=dict(actors.label_selector) or None,
+        )
+    return worked.map(lambda row: _step(job, "publishing", lambda row: _publish(job, row), row), **small)
+
+
+def _memory_of(todo: Sequence[ShardTask]) -> float | None:
+    """Return the bytes of memory that a task for any of these shards reserves, or None where their size is not known.
+
+    What no node has is not asked for, as it would be waited for without end.
+    """
+    largest = max(task.num_bytes for task in todo)
+    if not largest:
+        return None
+    largest_node = max((node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    return min(_TASK_BYTES + _BYTES_PER_BYTE * largest, _LARGEST_SHARE_OF_A_NODE * largest_node) or None
+
+
+def _step(
+    job: ShardJob, doing: str, function: Callable[[dict[str, Any]], dict[str, Any]], row: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what `function` makes of a shard's row, or the row of the error that it or a step before it raised."""
+    done: dict[str, Any] = {"number": row["number"], "error": row["error"]}
+    if done["error"]:
+        return done
+    try:
+        return done | function(row)
+    except Exception as error:
+        return done | {"error": packed_error(explain(job.stage, error, f"{doing} shard {row['number']}"))}
+
+
+def _load(job: ShardJob, row: dict[str, Any]) -> dict[str, Any]:
+    return {"shard": _pack(job.load(ShardTask(row["number"], json.loads(row["payload"]))))}
+
+
+def _work(job: ShardJob, row: dict[str, Any]) -> dict[str, Any]:
+    return _packed(cast(ShardWorker, job.make_worker())(_unpack(row["shard"])), Work())
+
+
+def _publish(job: ShardJob, row: dict[str, Any]) -> dict[str, Any]:
+    tables = {name: _unpack(data) for name, data in zip(row["names"], row["tables"], strict=True)}
+    assert tables.keys() <= job.all_families.keys(), f"{job.stage} gave {sorted(tables)}, not all of {job.families}"
+    record = publish(job.output, job.part, row["number"], tables, job.all_families)
+    notes = job.output.location / notes_name(row["number"])
+    if notes.exists():
+        notes.delete()
+    return {"record": json.dumps(asdict(record)), "work": row["work"]}
+
+
+def _packed(tables: Tables, work: Work) -> dict[str, Any]:
+    """Return a shard's tables, and what its engine did meanwhile, as a row."""
+    packed = [_pack(table) for table in tables.values()]
+    return {"tables": packed, "names": list(tables), "work": json.dumps(asdict(work))}
+
+
+def _pack(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _unpack(data: bytes) -> pa.Table:
+    return pa.ipc.open_stream(data).read_all()
+
+
+class _Actor:
+    """Owns the worker of an actor; called for several rows of Ray Data at a time."""
+
+    def __init__(self, job: ShardJob, actors: ActorsConfig) -> None:
+        self.job, self.max_retries = job, actors.max_retries
+        self.error = ""
+        try:
+            with loading(job.output, ray.get_runtime_context().get_actor_id() or "", actors.max_retries + 1):
+                worker = cast(RowWorker, job.make_worker())
+        except Exception as error:  # the first call reports it, and the stage stops
+            self.error = packed_error(explain(job.stage, error, "loading the model"))
+            return
+        self.engine = worker.engine
+        self.windows = Windows(worker, job.all_families, actors)
+        self.metrics = ActorMetrics(job.stage)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return _step(self.job, "working on", self.work, row | {"error": row["error"] or self.error})
+
+    def work(self, row: dict[str, Any]) -> dict[str, Any]:
+        quarantine = Quarantine(self.job.output, row["number"], self.max_retries)
+        with quarantine.handling("unpacking"):
+            shard = _unpack(row["shard"])
+        tables = self.windows.do(shard, quarantine)
+        with quarantine.handling("packing"):
+            result = _packed(tables, self.engine.take_work() if self.engine else Work())
+        self.metrics.record(shard.num_rows, Work(**json.loads(result["work"])))
+        return result
