@@ -6,9 +6,10 @@ INSTALLED := $(VENV)/.installed
 VENV_VLLM ?= .venv-vllm
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
 EXTRA_QLORA ?= .qlora
+EXTRA_FAMILIES ?= .families
 PYTHON_IS_KNOWN = $(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; give another with: make PYTHON=python3.12")'
 
-.PHONY: demo test test-all test-vllm test-qlora check format clean help
+.PHONY: demo test test-all test-vllm test-qlora test-families check format clean help
 
 help:  ## show the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -29,6 +30,11 @@ test-qlora: $(INSTALLED)  ## test training on weights of 4 bits, with bitsandbyt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(EXTRA_QLORA) 'bitsandbytes==0.50.2'
 	PYTHONPATH=$(EXTRA_QLORA) $(BIN)/python -m pytest tests/qlora
 
+test-families: $(INSTALLED)  ## test model families that need torchvision, with it beside the environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(EXTRA_FAMILIES) --requirement tests/families/requirements.txt
+	cp tests/vllm/torchvision_shim.py $(EXTRA_FAMILIES)/sitecustomize.py
+	PYTHONPATH=$(EXTRA_FAMILIES) $(BIN)/python -m pytest tests/families
+
 check: $(INSTALLED)  ## format, lint, types; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -39,7 +45,7 @@ format: $(INSTALLED)  ## format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the environment and the runs
-	rm -rf $(VENV) $(VENV_VLLM) $(EXTRA_QLORA) runs
+	rm -rf $(VENV) $(VENV_VLLM) $(EXTRA_QLORA) $(EXTRA_FAMILIES) runs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON_IS_KNOWN)

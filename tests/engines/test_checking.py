@@ -99,12 +99,6 @@ def test_a_family_that_needs_torchvision_names_the_extra(family: str, checkpoint
     assert "stic-ray[torchvision]" in refusal(check_model, checkpoint(family))
 
 
-@pytest.mark.skipif(not TORCHVISION, reason="torchvision is not installed")
-@pytest.mark.parametrize("family", NEED_TORCHVISION)
-def test_a_family_that_needs_torchvision_passes_with_it(family: str, checkpoint: Checkpoints) -> None:
-    check_model(ModelConfig(path=str(checkpoint(family))))
-
-
 def lose_a_shard(model: Path) -> None:
     cut_into_shards(model)
     (model / "model-00002-of-00002.safetensors").unlink()

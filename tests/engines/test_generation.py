@@ -24,7 +24,7 @@ from stic_ray.engines.sequences import image_token_id
 from stic_ray.engines.transformers_engine import SeededNoise, TransformersEngine
 from stic_ray.toyworld.lessons import PROMPTS
 from tests.engines.conftest import Checkpoints, Engines
-from tests.engines.families import EMBEDDED, IMAGE_TOKENS, NEED_TORCHVISION, WITH_BOS, mixed_requests, scene
+from tests.engines.families import EMBEDDED, IMAGE_TOKENS, WITH_BOS, mixed_requests, scene
 from tests.engines.test_adapters import make_adapter
 
 GREEDY = Sampling(max_new_tokens=12)
@@ -307,11 +307,9 @@ def test_threads_share_an_engine(own_engine: TransformersEngine) -> None:
     assert {tuple(each.result()) for each in counting} == {tuple(own_engine.count_added_tokens([scene(1)] * 3))}
 
 
-@pytest.mark.parametrize("family", [*EMBEDDED, *NEED_TORCHVISION])
+@pytest.mark.parametrize("family", EMBEDDED)
 def test_what_an_image_adds_is_known_from_its_size(family: str, loaded: Engines) -> None:
     """It plans batches, so a token more or less for a placeholder does no harm."""
-    if family in NEED_TORCHVISION:
-        pytest.importorskip("torchvision")
     engine = loaded(family)
     for picture in (scene(1), scene(2, 120, 50), scene(3, 40, 100)):
         assert abs(engine.guess_added_tokens(picture) - engine.count_added_tokens([picture])[0]) <= 1
