@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -155,7 +156,19 @@ def print_results(run: RunDir, steps: Steps) -> None:
 
 
 def main(job: Callable[[str | None], None], description: str | None) -> NoReturn:
-    """Run a job and exit: 0 when all that was asked for is there, 1 with one line for a mistake of the user's."""
+    """Run a job and exit: 0 when all that was asked for is there, 1 with one line for a mistake of the user's.
+
+    Ctrl-C ends it with 130 and SIGTERM with 143, as shells have it, after what it started was ended.
+    """
+    received = signal.SIGINT
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        nonlocal received
+        received = signal.Signals(number)
+        signal.signal(number, signal.SIG_IGN)  # once is enough: a second one would cut the clean end short
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for name in ("ray", "datasets", "transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -169,5 +182,5 @@ def main(job: Callable[[str | None], None], description: str | None) -> NoReturn
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + received)
     sys.exit(0)

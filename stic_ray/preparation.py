@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
-from stic_ray.core.overrides import apply_values
+from stic_ray.core.overrides import apply_values, read_text
 from stic_ray.core.rundir import RunDir, digest
 from stic_ray.core.steps import Step, StepRun, prepare_step
 from stic_ray.core.storage import Location
@@ -48,7 +48,7 @@ def _text_of(template: str | None) -> str | None:
     if template is None or "{" in template:
         return template
     try:
-        return Path(template).read_text(encoding="utf-8")
+        return read_text(Path(template))
     except OSError as error:
         raise ConfigError(f"model.chat_template='{template}' cannot be read: {error.strerror}.") from error
 

@@ -1,5 +1,6 @@
 """From YAML text and `--set section.field=value` to a checked `RunConfig`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, nearest
+from stic_ray.core.section import holds_words
 
 
 def load_config(path: Path) -> RunConfig:
@@ -28,9 +30,24 @@ def read_yaml(path: Path, what: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"No {what} file at '{path}'.")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file that a user wrote, in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises OSError, and ConfigError for another encoding.
+    """
+    content = path.read_bytes()
+    encoding = json.detect_encoding(content)  # by the zeros among the first bytes, as any text that begins in ASCII has
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"'{path}' is no {encoding.upper()} text ({error.reason} at byte {error.start}); save it as UTF-8."
+        ) from error
 
 
 def apply_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
@@ -71,7 +88,7 @@ def build_config(data: dict[str, Any]) -> RunConfig:
 def _assign(data: dict[str, Any], keys: list[str], text: str) -> None:
     """Set data[keys...] to the YAML value of `text`."""
     section = _section_of(data, keys)
-    section[keys[-1]] = _read_value(text, is_text=_is_text(keys))
+    section[keys[-1]] = _read_value(text, _fields_of(keys[:-1])[keys[-1]].annotation)
 
 
 def _section_of(data: dict[str, Any], keys: list[str]) -> dict[str, Any]:
@@ -88,22 +105,20 @@ def _section_of(data: dict[str, Any], keys: list[str]) -> dict[str, Any]:
     return section
 
 
-def _is_text(keys: list[str]) -> bool:
-    """Whether the field at `keys` holds text."""
-    return _fields_of(keys[:-1])[keys[-1]].annotation in (str, str | None)  # constraints are kept apart from the type
+def _read_value(text: str, kind: Any) -> Any:
+    """Read a value of a field of this type: YAML, where 1e-5 is a number, which YAML 1.1 takes for a string.
 
-
-def _read_value(text: str, *, is_text: bool) -> Any:
-    """Read a YAML scalar or list; 1e-5 is a number here, which YAML 1.1 takes for a string.
-
-    Text is taken as it was typed, so that revisions and paths that look like numbers stay what they are.
+    Text is taken as it was typed, also where it is the only one of several, so that revisions and paths that look like
+    numbers stay what they are.
     """
-    if is_text:
+    if kind in (str, str | None):  # constraints are kept apart from the type
         return None if text == "null" else text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    if holds_words(kind):
+        return value if value is None or isinstance(value, str | list) else text
     if isinstance(value, str):
         try:
             return float(value)

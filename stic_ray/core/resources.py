@@ -15,7 +15,12 @@ _SELECTED = re.compile(r"!?(in\([\w.-]+(, ?[\w.-]+)*\)|[\w.-]+)")
 
 
 def _pairs_of(labels: Any) -> Any:
-    """Return a mapping of labels as pairs, which nobody can change; what is no mapping is left to pydantic."""
+    """Return a mapping of labels, or one as "key=value", as pairs, which nobody can change; the rest is pydantic's."""
+    if isinstance(labels, str):
+        key, separator, value = labels.partition("=")
+        if not separator:
+            raise ValueError("write labels as {key: value}, or one of them as key=value")
+        labels = {key.strip(): value.strip()}
     if not isinstance(labels, dict):
         return labels
     for key, value in labels.items():

@@ -1,6 +1,6 @@
 """What every section of the configuration is made of."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -19,8 +19,16 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        field = cls.model_fields[str(info.field_name)]
-        if isinstance(value, bool) and field.annotation is not bool:
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for numbers, and take one word where several may stand."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool:
             raise ValueError("true and false are no value for this field")
-        return value
+        return (value,) if holds_words(kind) and isinstance(value, str | int | float) else value
+
+
+def holds_words(kind: Any) -> bool:
+    """Return whether a field of this type holds a tuple of words, or may hold one."""
+    if get_origin(kind) is tuple:
+        return get_origin(get_args(kind)[0]) is not tuple
+    return any(holds_words(part) for part in get_args(kind))

@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stic_ray.core.errors import EngineLost, ModelError
+from stic_ray.core.overrides import read_text
 from stic_ray.core.rundir import digest
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, FittingBatches
@@ -65,7 +66,7 @@ class Script(BaseModel):
 def read_script(path: str) -> Script:
     """Read a script. Raises ModelError when it is missing or wrong."""
     try:
-        return Script.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+        return Script.model_validate(yaml.safe_load(read_text(Path(path))) or {})
     except OSError as error:
         raise ModelError(f"The fake engine needs a YAML script at model.path='{path}': {error.strerror}.") from error
     except (yaml.YAMLError, ValidationError) as error:

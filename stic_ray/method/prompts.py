@@ -9,6 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from stic_ray.core.errors import ConfigError, nearest
+from stic_ray.core.overrides import read_text
 from stic_ray.method.media import without_placeholder
 
 Prompt = Annotated[str, AfterValidator(lambda text: without_placeholder(text).strip()), Field(min_length=1)]
@@ -59,11 +60,11 @@ def load_prompts(path: str | None) -> PromptSet:
     Raises ConfigError when the file is missing, is no YAML, or lacks a part.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8") if path else _built_in()
+        text = read_text(Path(path).expanduser()) if path else _built_in()
         return PromptSet.model_validate(yaml.safe_load(text))
     except OSError as error:
         raise ConfigError(f"Cannot read the prompt set '{path}': {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"The prompt set '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         details = "; ".join(_explain(dict(detail)) for detail in error.errors())

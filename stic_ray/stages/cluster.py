@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import ray
-import ray.exceptions
 from ray._private import state
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import ConfigError, UserError
+from stic_ray.core.errors import UserError
 from stic_ray.core.placement import ACCELERATOR, Machines, Need, Node, check_fits
 from stic_ray.engines.opening import check_engine
+from stic_ray.stages import joining
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +65,17 @@ def connected(config: RunConfig, needs: Mapping[str, Need] | None = None) -> Ite
 
 def _connect(config: RunConfig, needs: Mapping[str, Need]) -> None:
     options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": process_environment(config)}}
-    if address := _cluster_address():
-        _join(address, **options)
+    if address := joining.cluster_address():
+        joining.join(address, **options)
         return
-    # A run of one machine needs no dashboard.
-    ray.init(address="local", num_cpus=_local_cpus(config), include_dashboard=False, **options)
+    joining.start_here(num_cpus=_local_cpus(config), **options)  # a run of one machine needs no dashboard
     here = Node({**nodes()[0].resources, "CPU": math.inf})
     check_fits(needs, Machines("this machine", [here]))
 
 
 def is_local() -> bool:
     """Whether this machine does the work, and no cluster."""
-    return _cluster_address() is None
+    return joining.cluster_address() is None
 
 
 def check_model(config: RunConfig) -> None:
@@ -95,19 +94,15 @@ def check_model(config: RunConfig) -> None:
 
 
 def machines(config: RunConfig) -> Machines:
-    """Return the machines that a run would find, in the cluster at RAY_ADDRESS or here, without starting anything.
+    """Return the machines that a run would find, in the cluster at RAY_ADDRESS or here, joining and starting nothing.
 
     CPUs of this machine are not counted: more actors than cores run, only slower. Raises ConfigError when RAY_ADDRESS
     leads to no cluster, or one that refuses.
     """
-    address = _cluster_address()
+    address = joining.cluster_address()
     if address is None:
         return Machines("this machine", [Node({"CPU": math.inf, **_gpus_of_this_machine(config)})])
-    _join(address, logging_level=logging.ERROR, log_to_driver=False)
-    try:
-        found = nodes()
-    finally:
-        ray.shutdown()
+    found = joining.ask_cluster(address)
     return Machines(f"the cluster at {address}", found, may_grow=any(_NODE_GROUP in node.labels for node in found))
 
 
@@ -122,23 +117,6 @@ def _gpus_of_this_machine(config: RunConfig) -> dict[str, float]:
     kind = manager.get_current_node_accelerator_type() if config.workers.accelerator_type else None
     kinds = {f"{ACCELERATOR}{kind}": 1.0} if kind else {}
     return {"GPU": num_gpus if visible is None else min(num_gpus, len(visible)), **kinds}
-
-
-def _join(address: str, **options: Any) -> None:
-    try:
-        ray.init(address=address, **options)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        raise ConfigError(f"RAY_ADDRESS={address} cannot be joined: {' '.join(str(error).split())[:400]}") from error
-
-
-def _cluster_address() -> str | None:
-    address = os.environ.get("RAY_ADDRESS") or None
-    if address and address.startswith("http"):
-        raise ConfigError(
-            f"RAY_ADDRESS={address} is a dashboard, which takes jobs: use cluster/submit.sh or `ray job submit`. A "
-            "command that joins a cluster by itself needs the address of the head, as HEAD:6379."
-        )
-    return address
 
 
 def _local_cpus(config: RunConfig) -> int:

@@ -3,10 +3,8 @@
 import argparse
 import logging
 import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from stic_ray import cli
 from stic_ray.core.config import RunConfig
@@ -33,7 +31,6 @@ def scaling_study(description: str | None, arguments: Sequence[str] | None = Non
         _print_plan(study, home)
         return
     write_record(home, study, base, facts, before)
-    signal.signal(signal.SIGTERM, _interrupt)
     run_study(study, home, parallel=options.parallel)
     from stic_ray.study.report import write_study  # matplotlib is for the report only
 
@@ -79,10 +76,6 @@ def _check_parallel(parallel: int, config: RunConfig) -> None:
         check_room(config, steps, [step.name for step in steps], machines_for(config), num_runs=parallel)
     elif parallel > 1 and (config.actors.num_gpus or config.workers.num_gpus):
         logger.warning("--parallel %d: each run starts a Ray of its own, and all of them use the same GPUs", parallel)
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _print_plan(study: Study, home: RunDir) -> None:

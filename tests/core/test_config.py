@@ -11,6 +11,9 @@ from stic_ray.core.config import RunConfig, WorkersConfig
 from stic_ray.core.errors import ConfigError, UserError, nearest
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.resources import accumulation_steps
+from stic_ray.engines.fake import read_script
+from stic_ray.method import prompts
+from stic_ray.method.prompts import load_prompts
 from stic_ray.recipes import RECIPES, recipe
 
 
@@ -46,6 +49,17 @@ def refusal(assignment: str) -> str:
         ("model.trust_remote_code=true", True),
         ("workers.zero_stage=3", 3),
         ("evaluation.benchmarks=[a.jsonl, b.parquet]", ("a.jsonl", "b.parquet")),
+        ("evaluation.benchmarks=bench.jsonl", ("bench.jsonl",)),
+        ("evaluation.benchmarks=s3://bucket/2024: a.jsonl", ("s3://bucket/2024: a.jsonl",)),
+        ("evaluation.benchmarks=1e5", ("1e5",)),
+        ("evaluation.benchmarks='[a] b.jsonl'", ("[a] b.jsonl",)),
+        ("evaluation.models=base", ("base",)),
+        ("evaluation.modes=direct", ("direct",)),
+        ("tuning.freeze=vision_tower", ("vision_tower",)),
+        ("tuning.freeze=null", None),
+        ("workers.trackers=wandb", ("wandb",)),
+        ("actors.label_selector=group=generation", (("group", "generation"),)),
+        ("workers.label_selector=ray.io/market-type=!spot", (("ray.io/market-type", "!spot"),)),
         ("tuning.freeze=[]", ()),
         ("tuning.freeze=[vision_tower, projector]", ("vision_tower", "projector")),
         ("seed=7", 7),
@@ -86,6 +100,12 @@ def test_a_text_setting_takes_the_text_as_it_was_typed(text: str) -> None:
         ("model.trust_remote_code", "maybe"),
         ("pool.source", "null"),
         ("evaluation.benchmarks", "[1, [2]]"),
+        ("evaluation.models", "bse"),
+        ("evaluation.models", "null"),
+        ("evaluation.benchmarks", "[]"),
+        ("tuning.freeze", "vision"),
+        ("workers.trackers", "tensorbord"),
+        ("actors.label_selector", "generation"),
         ("workers.zero_stage", "4"),
         ("seed", "-1"),
         ("seed", "null"),
@@ -207,6 +227,30 @@ def test_a_config_file_keeps_the_defaults_of_what_it_leaves_out(tmp_path: Path) 
     assert config.name == "mine"
     assert (config.pool.source, config.dpo.learning_rate) == ("/images", 1e-5)
     assert config.sft == RunConfig(name="mine").sft
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_a_config_file_is_read_in_the_encoding_that_it_was_saved_in(
+    encoding: str, line_end: str, tmp_path: Path
+) -> None:
+    """Editors on Windows write a byte order mark, or UTF-16, and other line ends."""
+    lines = ["pool:", "  source: /Bilder/Köln 写真", "tuning:", "  freeze: projector", "seed: 3", ""]
+    config = load_config(written(tmp_path, line_end.join(lines).encode(encoding)))
+    assert (config.pool.source, config.tuning.freeze, config.seed) == ("/Bilder/Köln 写真", ("projector",), 3)
+
+
+def test_a_prompt_set_and_a_script_are_read_in_any_encoding(tmp_path: Path) -> None:
+    file = tmp_path / "script.yaml"
+    file.write_bytes("default: Köln\r\n".encode("utf-16"))
+    assert read_script(str(file)).default == "Köln"
+    file.write_bytes(Path(prompts.__file__).with_name("prompts.yaml").read_text().encode("utf-8-sig"))
+    assert load_prompts(str(file)) == load_prompts(None)
+
+
+def test_a_config_file_in_another_encoding_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mine.yaml' is no UTF-8 text .* at byte 18\); save it as UTF-8"):
+        load_config(written(tmp_path, "pool:\n  source: /Köln\n".encode("cp1252")))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a training: it ends at once, leaves nothing behind, and the same command goes on."""
+"""Ctrl-C and SIGTERM in the middle of a training: it ends, leaves nothing behind, and the same command goes on."""
 
 import json
 import os
@@ -16,7 +16,7 @@ NUM_STEPS = 20
 JOB = Path(__file__).parents[2] / "jobs" / "full_pipeline.py"
 
 
-def start(tmp_path: Path, model: Path) -> subprocess.Popen[str]:
+def start(tmp_path: Path, model: Path, **environment: str) -> subprocess.Popen[str]:
     pairs = RunDir.of(str(tmp_path / "pairs" / "preferences"))
     settings = {
         "dpo.pairs": pairs.uri,
@@ -30,7 +30,7 @@ def start(tmp_path: Path, model: Path) -> subprocess.Popen[str]:
     given = [part for setting in settings.items() for part in ("--set", "=".join(map(str, setting)))]
     command = [sys.executable, str(JOB), "--recipe", "demo", "--run", str(tmp_path / "run"), "--stages", "dpo", *given]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, start_new_session=True)
+    return subprocess.Popen(command, **pipes, env={**os.environ, **environment}, text=True, start_new_session=True)
 
 
 def processes_of(session: int) -> list[str]:
@@ -39,23 +39,43 @@ def processes_of(session: int) -> list[str]:
     return found.stdout.splitlines()
 
 
-def test_ctrl_c_ends_a_training_and_the_same_command_goes_on(tmp_path: Path, tiny_llava: Path) -> None:
+def checkpoint_of(process: subprocess.Popen[str], run: RunDir, behind: str = "") -> str:
+    """Wait for a checkpoint behind another one, and return its name, which begins with when it was made."""
+    while not (made := [name for name in checkpoints(run) if name > behind]):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    return made[-1]
+
+
+def test_ctrl_c_and_sigterm_end_a_training_and_the_same_command_goes_on(tmp_path: Path, tiny_llava: Path) -> None:
+    """The second call has a TMPDIR that is too long for sockets, and a home that does not exist: neither is needed."""
     write_pairs(tmp_path / "pairs" / "preferences", 8)
     pairs = RunDir.of(str(tmp_path / "pairs" / "preferences"))
     pairs.write_manifest({"stage": "preferences", "num_rows_written": 8})
+    run = RunDir.of(str(tmp_path / "run"))
     process = start(tmp_path, tiny_llava)
-    while not checkpoints(RunDir.of(str(tmp_path / "run"))):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
+    first = checkpoint_of(process, run)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes in it
-    said = process.communicate(timeout=100)[1]
-    assert process.returncode == 130 and "interrupted; the same command goes on from here" in said, said
-    assert "Traceback" not in said and "PlacementGroupCleaner" not in said, said
-    while processes_of(process.pid):
-        time.sleep(0.1)
+    assert_ended(process, 130)
+
+    deep = tmp_path / ("deep" * 20)
+    deep.mkdir()
+    process = start(tmp_path, tiny_llava, TMPDIR=str(deep), HOME="/proc/nohome")
+    checkpoint_of(process, run, behind=first)
+    process.terminate()  # as a scheduler does: to the driver alone
+    assert_ended(process, 143)
 
     process = start(tmp_path, tiny_llava)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
     result = json.loads((tmp_path / "run" / "dpo" / "result.json").read_text())
-    assert result["num_steps"] == NUM_STEPS and result["resumed_from_step"] >= 4
+    assert result["num_steps"] == NUM_STEPS and result["resumed_from_step"] >= 8
+
+
+def assert_ended(process: subprocess.Popen[str], status: int) -> None:
+    """With this status, a line that says how to go on, and nothing left behind."""
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == status and "interrupted; the same command goes on from here" in said, said
+    assert "Traceback" not in said and "PlacementGroupCleaner" not in said, said
+    while processes_of(process.pid):
+        time.sleep(0.1)

@@ -162,6 +162,24 @@ def test_without_the_token_only_the_metrics_answer(head: Head) -> None:
     assert status == 200 and "ray_" in metrics
 
 
+def test_a_plan_counts_the_machines_without_joining_and_a_wrong_token_is_one_line(head: Head, tmp_path: Path) -> None:
+    """Joining would leave a job in the cluster's list."""
+    command = [sys.executable, "jobs/full_pipeline.py", "--dry-run", "--run", str(tmp_path / "run")]
+
+    def plan(**environment: str) -> subprocess.CompletedProcess[str]:
+        asked = {**head.environment, "RAY_ADDRESS": head.address, **environment}
+        return subprocess.run(command, cwd=ROOT, env=asked, capture_output=True, text=True, timeout=100)
+
+    drivers = ray(head, "job", "list").count("JobDetails(")
+    done = plan()
+    assert done.returncode == 0 and "1 x 4 CPU, 2 GPU" in done.stdout, done.stdout + done.stderr
+    assert ray(head, "job", "list").count("JobDetails(") == drivers and not list(tmp_path.iterdir())
+    (tmp_path / "token").write_text("another")
+    refused = plan(RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert f"error: RAY_ADDRESS={head.address} cannot be joined: it refuses this token" in refused.stderr
+
+
 def test_a_study_is_a_job(head: Head, tmp_path: Path) -> None:
     """Its runs are processes of their own, which join the cluster of the job."""
     asked = {**SETTINGS, "evaluation.models": "[base, dpo]", "evaluation.modes": "[direct]", "toyworld.num_scenes": 1}
