@@ -100,7 +100,7 @@ def test_a_text_setting_takes_the_text_as_it_was_typed(text: str) -> None:
         ("model.trust_remote_code", "maybe"),
         ("pool.source", "null"),
         ("evaluation.benchmarks", "[1, [2]]"),
-        ("evaluation.models", "bse"),
+        ("evaluation.modes", "drect"),
         ("evaluation.models", "null"),
         ("evaluation.benchmarks", "[]"),
         ("tuning.freeze", "vision"),
