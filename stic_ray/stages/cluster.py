@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import ray
+import ray.exceptions
 from ray._private import state
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
