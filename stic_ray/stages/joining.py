@@ -101,7 +101,8 @@ def start_here(**options: Any) -> None:
 def _nodes(address: str) -> list[Any]:
     """Ask the head for the nodes that are alive, as Ray's own messages."""
     _QUIET.setLevel(logging.ERROR)
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    if os.environ.get("RAY_ADDRESS") == "auto":  # as Ray does: an address that was typed turns no tokens on
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
         with cast(grpc.Channel, init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])) as channel:
             request = _MESSAGES.GetAllNodeInfoRequest(state_filter="ALIVE")
