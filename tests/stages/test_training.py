@@ -9,7 +9,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from stic_ray.core.errors import StageError
+from stic_ray.core.errors import SourceError, StageError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, table_of
 from stic_ray.engines.weight_names import has_hub_names
@@ -101,12 +101,26 @@ def test_zero_3_leaves_a_whole_model_with_the_names_of_the_hub_in_any_folder(tmp
     assert result["resumed_from_step"] == 0
 
 
-def test_a_learning_rate_that_explodes_stops_with_one_line(tmp_path: Path, tiny_llava: Path) -> None:
+def test_an_error_that_would_come_again_ends_training_at_its_first_attempt(tmp_path: Path, tiny_llava: Path) -> None:
+    """A loss that is no number, and a shard whose pictures are damaged: a line with the reason, and no restart."""
     run = prepare(tmp_path / "run", 8)
-    config = config_for(
-        tiny_llava, dpo={"learning_rate": 1e30, "max_grad_norm": 1e30}, workers={"micro_batch": 2, "max_failures": 0}
-    )
-    with pytest.raises(StageError, match="lower dpo.learning_rate") as caught:
+    rates = {"learning_rate": 1e30, "max_grad_norm": 1e30, "num_held_out": 0}
+    config = config_for(tiny_llava, dpo=rates, workers={"num_workers": 2, "micro_batch": 2})
+    assert config.workers.max_failures == 3
+    with pytest.raises(
+        StageError, match="dpo stopped at step 2: FloatingPointError: .* lower dpo.learning_rate"
+    ) as caught:
         train_dpo(step_of(config, run, "dpo"))
     assert "\n" not in str(caught.value)
     assert (run / "dpo").read_json("result.json") is None
+    assert len(list((tmp_path / "run" / "dpo" / "tensorboard").iterdir())) == 1, "each start writes a file"
+
+    (shard,) = (Path(place.path) for place in (run / "preferences").shards("pairs"))
+    content = bytearray(shard.read_bytes())
+    content[200 : len(content) // 2] = bytes(len(content) // 2 - 200)  # the footer is whole
+    shard.write_bytes(content)
+    loading = config_for(tiny_llava, dpo={"num_held_out": 0}, workers={"micro_batch": 2, "num_loaders": 1})
+    with pytest.raises(SourceError, match=r"pairs-000000.parquet' is damaged \(.*\. Delete it, ") as damaged:
+        train_dpo(step_of(loading, run, "dpo"))
+    assert "\n" not in str(damaged.value)
+    assert len(list((tmp_path / "run" / "dpo" / "tensorboard").iterdir())) == 2

@@ -181,11 +181,11 @@ def test_a_shard_that_is_damaged_or_gone_is_told_in_words(tmp_path: Path) -> Non
     rows = ParquetRows(index(run).trained, ["chosen", "image"])
     file = Path(run.shards("pairs")[1].path)
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(SourceError, match=r"pairs-000001.parquet' cannot be read .* delete it"):
+    with pytest.raises(SourceError, match=r"pairs-000001.parquet' is damaged .* Delete it, delete the manifest"):
         index(run)
     file.unlink()
     assert said([rows[0]]) == ["good 0"]
-    with pytest.raises(SourceError, match=r"pairs-000001.parquet' cannot be read .* delete it"):
+    with pytest.raises(SourceError, match=r"pairs-000001.parquet' is gone. .* delete the manifest"):
         rows[4]
 
 

@@ -95,7 +95,12 @@ def test_a_training_that_is_killed_ends_as_one_that_is_not(
     assert len(killed) == 2 and (run / "dpo").read_json("result.json") is None
     assert len(checkpoints(run)) == 2, "the last two are kept"
 
-    half = config_for(tiny_llava, workers={**WORKERS, "num_workers": 1, "micro_batch": 4}, **SETTINGS)
+    later: dict[str, Any] = {  # settings of steps behind this one, which may be mended in between
+        "sft": {"learning_rate": 0.5},
+        "infusion": {"source": str(tmp_path / "other.json")},
+        "evaluation": {"benchmarks": [str(tmp_path / "other.jsonl")]},
+    }
+    half = config_for(tiny_llava, workers={**WORKERS, "num_workers": 1, "micro_batch": 4}, **SETTINGS, **later)
     train_dpo(step_of(half, run, "dpo"))
     result = (run / "dpo").read_json("result.json")
     assert result["num_steps"] == NUM_STEPS

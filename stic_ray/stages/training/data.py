@@ -25,7 +25,7 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.randomness import seed_for
 from stic_ray.method.images import decode
 from stic_ray.stages.training.batches import REFERENCE_LOGPS, WEIGHT
-from stic_ray.stages.training.index import RowGroup, Rows, read_group
+from stic_ray.stages.training.index import RowGroup, Rows, damaged, read_group
 
 MAX_LANES = 16
 """A batch comes from at most so many row groups: more mix no better and cost memory."""
@@ -113,7 +113,14 @@ class ParquetRows(Dataset[Example]):
         row = self._groups[group].rows[offset]
         example = self._tables[group].slice(row, 1).to_pylist()[0]
         picture = self._picture(example["image"], group, offset)
-        return {**example, "image": None if picture is None else _DECODER.decode_example(picture)}
+        return {**example, "image": None if picture is None else self._decode(picture, group, row)}
+
+    def _decode(self, picture: dict[str, Any], group: int, row: int) -> PIL.Image.Image:
+        try:
+            return _DECODER.decode_example(picture)
+        except Exception as error:  # of whatever type: the stage that wrote the row could decode it
+            where = self._groups[group]
+            raise damaged(where.uri, f"the picture of row {row} in row group {where.number}: {error}") from error
 
     def _picture(self, own: dict[str, Any] | None, group: int, offset: int) -> dict[str, Any] | None:
         """Return the encoded picture of a row; the controls replace it."""

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import SourceError
+from stic_ray.core.outcomes import Failed
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.storage import Location
 from stic_ray.engines.fingerprints import fingerprint
@@ -82,12 +83,15 @@ def index_conversations(config: RunConfig, shards: Iterable[Location]) -> Rows:
 
 
 def read_group(group: RowGroup, columns: Sequence[str]) -> pa.Table:
-    """Read columns of a row group, rows that are not used included. Raises SourceError where it cannot be read."""
+    """Read columns of a row group, rows that are not used included.
+
+    Raises SourceError for a file that is damaged or gone, and Failed where the storage is away.
+    """
     try:
         with Location.of(group.uri).open() as stream:
             return pq.ParquetFile(stream).read_row_group(group.number, columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise _unreadable(group.uri, error) from error
+        raise _explain(group.uri, error) from error
 
 
 def is_held_out(row_id: str) -> bool:
@@ -114,7 +118,7 @@ def _read_footer(shard: Location) -> list[tuple[RowGroup, _Facts]]:
         with shard.open() as stream:
             footer = pq.read_metadata(stream)
     except (pa.ArrowException, OSError) as error:
-        raise _unreadable(shard.uri, error) from error
+        raise _explain(shard.uri, error) from error
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     found = [(RowGroup(shard.uri, n, range(group.num_rows)), _facts(group)) for n, group in enumerate(groups)]
     return [(group, facts) for group, facts in found if group.rows]
@@ -163,9 +167,23 @@ def _hold_out(groups: list[RowGroup], id_column: str, number: int) -> tuple[list
     return (trained, held_out) if trained else (held_out, trained)  # a handful may all be eligible
 
 
-def _unreadable(uri: str, error: Exception) -> SourceError:
-    reason = str(error).splitlines()[0]
-    return SourceError(
-        f"'{uri}' cannot be read ({reason}). If it is damaged, delete it and the manifest.json beside it, and run the "
-        "stage that wrote it again: only what is missing is made."
-    )
+def damaged(uri: str, reason: str) -> SourceError:
+    """Return the error of a file that can be read but not be understood."""
+    return SourceError(f"'{uri}' is damaged ({' '.join(reason.split())[:300]}). Delete it, {_AGAIN}.")
+
+
+_AGAIN = "delete the manifest.json beside it, and run the stage that wrote it again: only what is missing is made"
+
+
+def _explain(uri: str, error: Exception) -> SourceError | Failed:
+    """Return what is wrong with a file that cannot be read: damaged or gone, or a storage that is away."""
+    location = Location.of(uri)
+    try:
+        if isinstance(error, FileNotFoundError) and location.folder.holds_files():
+            return SourceError(f"'{uri}' is gone. To have it made again, {_AGAIN}.")
+        with location.open() as stream:  # damaged Parquet, too, is an OSError
+            while stream.read(1 << 24):
+                pass
+    except OSError as outer:
+        return Failed(f"'{uri}' cannot be read now ({type(outer).__name__}: {' '.join(str(outer).split())[:300]}).")
+    return damaged(uri, str(error))

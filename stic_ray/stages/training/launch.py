@@ -1,20 +1,19 @@
 """Stages `dpo` and `sft` on the driver: what they read, the worker group, and what is left at the end."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import ray
 import ray.exceptions
-from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, Result, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from stic_ray.core.config import WorkersConfig
-from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import digest, row_counts
 from stic_ray.core.steps import StepRun
+from stic_ray.stages.training.failures import Restarts, explain
 from stic_ray.stages.training.index import Rows, index_conversations, index_pairs
 from stic_ray.stages.training.worker import train_worker
 
@@ -60,13 +59,13 @@ def _train(kind: str, step: StepRun, rows: Rows) -> dict[str, Any]:
             storage_filesystem=None if attempts.is_local else attempts.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=workers.keep_checkpoints),
-            callbacks=[_Restarts(stage, workers.max_failures)],
+            callbacks=[Restarts(stage, workers.max_failures)],
         ),
     )
     try:
         trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
-        raise _explain(stage, error) from error
+        raise explain(stage, error) from error
     result = output.read_json("result.json")
     assert result is not None, f"{stage} ended without an error and without result.json"
     attempts.delete_folder()
@@ -113,32 +112,3 @@ class _Trainer(TorchTrainer):
         # would outlive both, and complain every second in a cluster without a dashboard.
         callbacks = super()._create_default_callbacks()
         return [each for each in callbacks if not isinstance(each, PlacementGroupCleanerCallback)]
-
-
-class _Restarts(UserCallback):
-    """Says when training lost workers, and what comes of it; Ray Train keeps that to itself."""
-
-    def __init__(self, stage: str, max_failures: int) -> None:
-        self.stage, self.max_failures = stage, max_failures
-        self.num_failures = 0
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self.num_failures += 1
-        goes_on = "restarts from its last checkpoint" if self.num_failures <= self.max_failures else "stops"
-        print(
-            f"{self.stage}: lost {len(worker_exceptions)} workers ({_last_lines(worker_exceptions)}); failure "
-            f"{self.num_failures}, workers.max_failures={self.max_failures}: {goes_on}",
-            flush=True,
-        )
-
-
-def _last_lines(failures: Mapping[int, BaseException]) -> str:
-    return "; ".join(sorted({" ".join(str(failure).strip().splitlines()[-1:]) for failure in failures.values()}))[:500]
-
-
-def _explain(stage: str, error: BaseException) -> StageError:
-    reasons = _last_lines(getattr(error, "worker_failures", None) or {0: error})
-    return StageError(
-        f"{stage} stopped after its restarts were used up: {reasons}. "
-        "The same command goes on from the last checkpoint."
-    )

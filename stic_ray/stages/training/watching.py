@@ -31,14 +31,18 @@ class Progress(TrainerCallback):
         self.began_s = time.monotonic()
         self.first_step = 0
         """Steps that were done before, by workers that are gone."""
+        self.step = 0
+        """The last step that was done."""
         self.is_warned = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock after a start or a resume."""
-        self.first_step, self.began_s = state.global_step, time.monotonic()
+        self.first_step = self.step = state.global_step
+        self.began_s = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluate what training ends with, too."""
+        self.step = state.global_step
         if state.global_step == state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
 
@@ -56,7 +60,7 @@ class Progress(TrainerCallback):
             return
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"{self.stage}: the loss is {loss} at step {state.global_step}; lower {self.stage}.learning_rate"
+                f"the loss is {loss} at step {state.global_step}; lower {self.stage}.learning_rate"
             )
         due = state.global_step == state.max_steps or state.global_step % max(1, state.max_steps // 20) == 0
         if state.is_world_process_zero and due:

@@ -19,6 +19,7 @@ from stic_ray.engines.adapters import is_adapter
 from stic_ray.engines.weight_names import use_hub_names
 from stic_ray.stages.training.arguments import start_deepspeed
 from stic_ray.stages.training.checkpoints import CheckpointReporter, last_checkpoint
+from stic_ray.stages.training.failures import WorkerFailure
 from stic_ray.stages.training.feeding import num_rows_of
 from stic_ray.stages.training.saved import check_changed
 from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
@@ -34,6 +35,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     rank = ray.train.get_context().get_world_rank()
     folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{stage}_"))
+    progress = Progress(stage, output)
     try:
         if rank == 0:
             start_trackers(config, output)
@@ -47,7 +49,6 @@ def train_worker(settings: dict[str, Any]) -> None:
                 trainer = make_sft_trainer(config, settings["rows"], folder, start, universal=resume.universal)
             facts = describe_parts(trainer)
             trainer.remove_callback(PrinterCallback)
-            progress = Progress(stage, output)
             trainer.add_callback(progress)
             trainer.add_callback(CheckpointReporter())
             add_trackers(trainer, config, output)
@@ -61,6 +62,11 @@ def train_worker(settings: dict[str, Any]) -> None:
             facts |= {"seconds": seconds, "resumed_from_step": progress.first_step}
             _leave(trainer, folder / "final", output, facts, config, start)
         torch.distributed.barrier()
+    except Exception as error:
+        failure = WorkerFailure.of(error, progress.step)
+        if failure.outcome != "unknown":  # its line is enough; Ray Train would print a traceback for each worker
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)
+        raise failure from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
