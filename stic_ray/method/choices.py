@@ -88,14 +88,14 @@ def read_choice(response: str, choices: Sequence[str]) -> str:
     on a line of its own, the text of exactly one choice. "A red ball" is no choice of A.
     """
     letters = LETTERS[: len(choices)]
-    boxed = re.findall(rf"\\(?:boxed|fbox)\s*\{{(?:\\\w+\s*\{{)?{_CLOSED}([{letters}]){_CLOSED}\}}", response)
     text = _MARKUP.sub("", response).strip()
+    boxed = re.findall(rf"\\(?:boxed|fbox)\s*\{{(?:\\\w+\s*\{{)?{_CLOSED}([{letters}]){_CLOSED}\}}", response)
     start = _start(text, letters)
     if boxed or start is not None:
         return boxed[0] if len(set(boxed)) == 1 else start or ""
     correct = re.findall(
-        rf"(?<![\w'-])[(\[]?([{letters}])[)\]]?\s+is\s+(?:the\s+)?(?:best\s+|most\s+\w+\s+)?"
-        r"(?:correct|right|true|answer)",
+        rf"(?<![\w'-])[(\[]?([{letters}])[)\]]?\s+(?:is|would\s+be|must\s+be)\s+(?:the\s+)?(?:best\s+|most\s+\w+\s+)?"
+        r"(?:correct|right|true|answer|choice|option|best)\b",
         text,
     )
     alone = re.findall(rf"^{_CLOSED}([{letters}]){_CLOSED}$", text, re.MULTILINE)
@@ -115,22 +115,25 @@ def _start(text: str, letters: str) -> str | None:
     start = re.match(rf"[(\[{{<]*([{letters}{letters.lower()}])(?:[)\]}}>.:,;!]+|\s*(?:\n|$)|\s+[-–—]\s)", text)
     if start is None or re.match(r"\s*is(?:n't|\s+(?:not|wrong|incorrect|false))\b", text[start.end() :]):
         return None
-    another = re.match(rf"\s*(?:,|;|/|&|and|or)?\s*\(?[{letters}]\b(?!\s+\w)", text[start.end() :])
-    return "" if another else start[1].upper()
+    if len(set(re.findall(rf"^[(\[]?([{letters}])[)\].:]", text, re.MULTILINE))) > 1:  # the choices, said again
+        return None
+    another = rf"\s*(?:,|;|/|&|and|or)?\s*(?:\(?[{letters}]\b(?!\s+\w)|\([{letters.lower()}]\))"
+    return "" if re.match(another, text[start.end() :]) else start[1].upper()
 
 
 def _named(text: str, letters: str) -> list[str]:
     """Return the letters that stand behind a word which announces one."""
     found = []
     for match in re.finditer(
-        rf"(?i:\b(answer|option|choice|letter|choose|pick|select|go\s+with)(?:\s+(?:is|would\s+be|must\s+be))?)"
+        rf"(?i:\b(answer|option|choice|letter|choose|pick|select|go\s+with|correct(?=\s*:))"
+        rf"(?:\s+to\s+(?:the|this|your)\s+\w+)?(?:\s+(?:is|would\s+be|must\s+be))?)"
         rf"\s*[:=–-]?\s*(?i:(option|choice|letter)\s+)?[(\[{{<]*([{letters}])(?![\w'-])",
         text,
     ):
         is_sure = match[3] not in _ENGLISH_WORDS or match[2] or match[1].lower() in ("option", "choice", "letter")
         if is_sure or not re.match(r"\s+(?!is\b|because\b|since\b|as\b|and\b|or\b)[a-z]", text[match.end() :]):
             found.append(match[3])
-    return found
+    return found + re.findall(rf"(?i:\bit(?:'s|\s+is))\s+[(\[]?([{letters}])[)\]]?\s*(?:[.,;!]|$)", text)
 
 
 def _meanings(answer: str, choices: Sequence[Choice]) -> dict[str, int]:
@@ -145,8 +148,8 @@ def _meanings(answer: str, choices: Sequence[Choice]) -> dict[str, int]:
     place = LETTERS.index(letter[1].upper()) if letter else len(choices)
     if letter and place < len(choices) and letter["text"] in (None, texts[place]):
         meanings["as letter"] = place
-    if re.fullmatch(r"[0-9]{1,2}", answer) and int(answer) < len(choices):
-        meanings["as place from 0"] = int(answer)
+    if re.fullmatch(r"[0-9]{1,2}(\.0)?", answer) and float(answer) < len(choices):
+        meanings["as place from 0"] = int(float(answer))
     return meanings
 
 

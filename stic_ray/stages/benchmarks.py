@@ -53,6 +53,10 @@ def read_benchmark(uri: str) -> list[dict[str, Any]]:
     """
     source, rows = read_rows(uri, "evaluation.benchmarks")
     questions = [_question(row, source) for row in rows]
+    given = {question["id"] for question in questions}
+    for number, question in enumerate(questions):
+        if question["id"] is None:
+            question["id"] = str(number) if str(number) not in given else f"row {number}"
     repeated = [name for name, times in Counter(question["id"] for question in questions).items() if times > 1]
     if repeated:
         raise SourceError(f"evaluation.benchmarks: '{uri}' uses the id '{repeated[0]}' more than once.")
@@ -68,7 +72,7 @@ def _question(row: Row, source: Location) -> dict[str, Any]:
     try:
         if row.value is None:
             raise ValueError(f"cannot be read: {row.problem}. A benchmark is a list of rows, each a JSON object.")
-        return _checked(row.number, row.value, source)
+        return _checked(row.value, source)
     except Rejected as why:
         problem = why.message
     except Exception as error:  # whatever a stranger's row makes Python raise
@@ -76,7 +80,7 @@ def _question(row: Row, source: Location) -> dict[str, Any]:
     raise SourceError(f"evaluation.benchmarks: '{source.uri}', {row.place}: {' '.join(problem.split())}")
 
 
-def _checked(number: int, row: Mapping[str, Any], source: Location) -> dict[str, Any]:
+def _checked(row: Mapping[str, Any], source: Location) -> dict[str, Any]:
     """Return a question in one form. Raises ValueError and Rejected, saying what is wrong with it."""
     for name, fields in _MISNAMED.items():
         if not is_null(row.get(name)) and all(is_null(row.get(field)) for field in fields):
@@ -90,7 +94,7 @@ def _checked(number: int, row: Mapping[str, Any], source: Location) -> dict[str,
     check_placeholders([row["question"], *shown(choices)], has_image=place["path"] is not None)
     return {
         "benchmark": _ENDINGS.sub("", source.name),
-        "id": row_id(row.get("id")) or str(number),
+        "id": row_id(row.get("id")),
         **place,
         "question": without_placeholder(row["question"]).strip(),
         "choices": shown(choices) or None,

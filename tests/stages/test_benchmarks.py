@@ -94,9 +94,9 @@ def test_placeholders_and_half_characters_do_not_reach_the_question(tmp_path: Pa
 
 
 def test_rows_without_id_have_their_number(tmp_path: Path) -> None:
-    rows = [{"id": None, "question": f"q{number}", "answer": "a"} for number in range(2)]
+    rows = [{"id": name, "question": "q", "answer": "a"} for name in (None, float("nan"), "", "1")]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [question["id"] for question in read_benchmark(str(tmp_path / "b.jsonl"))] == ["0", "1"]
+    assert [question["id"] for question in read_benchmark(str(tmp_path / "b.jsonl"))] == ["0", "row 1", "2", "1"]
 
 
 @pytest.mark.parametrize("name", ["b.jsonl", "b.JSONL", "b.json", "b.ndjson", "b.parquet"])

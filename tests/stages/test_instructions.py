@@ -165,12 +165,11 @@ print((peak() - before) / 1024)
 """
 
 
-@pytest.mark.parametrize("num_rows", [None, 10_000])
-def test_a_large_file_is_not_held_in_memory(num_rows: int | None, tmp_path: Path) -> None:
+def test_a_large_file_is_not_held_in_memory(tmp_path: Path) -> None:
     """32 MiB in a list, of which the parsed rows would take several times as much."""
     some = json.dumps([row(number, "word " * 100, notes=["more"] * 20) for number in range(1000)])[1:-1]
     with (tmp_path / "rows.json").open("w") as file:
         file.write(f"[{', '.join([some] * (2**25 // len(some)))}]")
-    command = [sys.executable, "-c", READ, str(tmp_path / "rows.json"), str(num_rows), str(tmp_path / "index")]
+    command = [sys.executable, "-c", READ, str(tmp_path / "rows.json"), "10_000", str(tmp_path / "index")]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert int(found[0]) >= 10_000 and float(found[1]) < 48, "MiB more than before"
