@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 REPORT = "report"
 """What may be named beside the steps; it is written anew when a step was made."""
+_ACCOUNTS = {"in": "rows in", "written": "written", "rejected": "rejected", "failed": "failed"}
 GROWN_FROM = "grown_from"
 """In the manifest of a step that has grown: the hashes of its manifests before."""
 
@@ -146,8 +147,8 @@ def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> 
         made[GROWN_FROM] = [*smaller.get(GROWN_FROM, []), digest(smaller)]
     output.write_manifest(made)
     (output.location / STARTED).delete()
-    counts = [accounts[f"num_rows_{what}"] for what in ("in", "written", "rejected")]
-    logger.info("%s: done in %.1f s, %d rows in, %d written, %d rejected", step.name, took.seconds, *counts)
+    counts = ", ".join(f"{accounts[f'num_rows_{what}']} {words}" for what, words in _ACCOUNTS.items())
+    logger.info("%s: done in %.1f s, %s", step.name, took.seconds, counts)
 
 
 def _num_processes(config: RunConfig, what: str) -> int:

@@ -36,7 +36,9 @@ def _step(output: RunDir, step: Mapping[str, Any]) -> str:
     took = history.totals(attempts, time.time())
     times = f" in {took.num_attempts} attempts" if took.num_attempts > 1 else ""
     if manifest := output.manifest:
-        counts = ", ".join(f"{number(manifest[f'num_rows_{what}'])} {what}" for what in ("in", "written", "rejected"))
+        counts = ", ".join(
+            f"{number(manifest[f'num_rows_{what}'])} {what}" for what in ("in", "written", "rejected", "failed")
+        )
         reasons = ", ".join(f"{reason} {number(count)}" for reason, count in manifest["rejected_by_reason"].items())
         finished = f"{manifest['finished_at']} after {duration(manifest['seconds'])}{times}"
         return f"finished    {counts}{f' ({reasons})' if reasons else ''}; {finished}"

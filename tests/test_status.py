@@ -36,7 +36,7 @@ def test_each_stage_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     cli.status(None, ["--run", run.uri])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["pool", "preferences", "dpo", "infusion", "sft", "evaluation"]
-    assert "finished    1,010 in, 1,000 written, 10 rejected (duplicate 10)" in lines[0]
+    assert "finished    1,010 in, 1,000 written, 10 rejected, 0 failed (duplicate 10)" in lines[0]
     assert all(line.endswith("not begun") for line in lines[1:])
 
 

@@ -33,6 +33,7 @@ _MANIFEST_KEYS = (
     "num_rows_in",
     "num_rows_written",
     "num_rows_rejected",
+    "num_rows_failed",
     "rejected_by_reason",
 )
 _PASSWORD = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+@")
