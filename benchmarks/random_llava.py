@@ -20,13 +20,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.loading import load_processor
-from stic_ray.toyworld.model import CHAT_TEMPLATE, WEIGHTS
+from stic_ray.toyworld.model import WEIGHTS
 
 _PROCESSOR: Any = {
     "patch_size": 14,
     "vision_feature_select_strategy": "default",
     "num_additional_image_tokens": 1,
-    "chat_template": CHAT_TEMPLATE,
+    "chat_template": (WEIGHTS / "chat_template.jinja").read_text(encoding="utf-8"),
 }
 SIDES_PX = {"small": 224, "7b": 672}
 """Sizes of model, and the side of the pictures that belong to each: 7b cuts them into tiles."""

@@ -1,5 +1,7 @@
 """Make the toy world's model from nothing: about 20 minutes on 2 CPU cores.
 
+python -m experiments.pretrain_toyworld
+
 First its eyes, then projector and language with the eyes held still. Without the first step the loss stays for long
 where the language model ignores the picture. Were the eyes trained on in the second, colours would be learned at once
 and the ability to tell shapes be lost before it is asked for.
@@ -21,18 +23,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from stic_ray.engines.weight_names import use_hub_names
-from stic_ray.toyworld.language import sample_sentences
-from stic_ray.toyworld.lessons import COURSES, PROMPTS, Course, Lesson, lesson_of
-from stic_ray.toyworld.model import (
+from experiments.toyworld_lessons import COURSES, Course, Lesson, lesson_of, sample_sentences
+from experiments.toyworld_model import (
     HIDDEN_SIZE,
     IMAGE,
     NUM_IMAGE_TOKENS,
-    WEIGHTS,
     make_model,
     make_processor,
     make_tokenizer,
 )
+from stic_ray.engines.weight_names import use_hub_names
+from stic_ray.toyworld.model import PROMPTS, WEIGHTS
 from stic_ray.toyworld.scenes import COLOURS, NUM_CELLS, SHAPES, Scene, draw_scene, sample_scene
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def pretrain(
 ) -> float:
     """Make the model from nothing, write it into `directory` and return the last loss.
 
-    `num_steps` are those of each of `lessons.COURSES`.
+    `num_steps` are those of each of `toyworld_lessons.COURSES`.
 
     The same arguments on the same number of threads of the same kind of machine give the same weights.
     """

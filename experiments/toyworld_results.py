@@ -3,7 +3,7 @@
 A system is a way of getting an answer: a model of a variant, in a mode. The experiment is a study
 (`jobs/scaling_study.py`); docs/results/toyworld.md describes how it was made and what it says.
 
-python experiments/toyworld_results.py --study studies/toyworld
+python -m experiments.toyworld_results --study studies/toyworld
 """
 
 import argparse

@@ -30,7 +30,7 @@ from stic_ray.toyworld.language import (
     ask_presence,
     name_of,
 )
-from stic_ray.toyworld.lessons import PROMPTS, brief
+from stic_ray.toyworld.model import PROMPTS, brief
 from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, WILD_NOISE, Scene, draw_scene, random_for, sample_scene
 
 # Pretraining takes its scenes from 0 on.

@@ -9,8 +9,7 @@ from stic_ray.core.errors import ConfigError, SourceError, nearest
 from stic_ray.core.overrides import apply_values
 from stic_ray.core.rundir import RunDir
 from stic_ray.toyworld.assets import BENCHMARKS, write_benchmarks, write_instructions, write_pool
-from stic_ray.toyworld.lessons import PROMPTS_FILE
-from stic_ray.toyworld.model import WEIGHTS
+from stic_ray.toyworld.model import PROMPTS_FILE, WEIGHTS
 
 
 def resolve_toyworld(config: RunConfig, run: RunDir) -> RunConfig:

@@ -25,7 +25,7 @@ def measures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_system_has_means_intervals_and_spread_at_the_largest_size(tmp_path: Path) -> None:
     home = made_study(tmp_path, variants=VARIANTS)
-    write_systems(home, tmp_path / "out", "python experiments/toyworld_results.py")
+    write_systems(home, tmp_path / "out", "python -m experiments.toyworld_results")
     table = json.loads((tmp_path / "out" / "toyworld.json").read_text())
     assert set(table["systems"]) == set(SYSTEMS)
     assert (table["sizes"], table["seeds"]) == ([250, 1000, 4000, 16000], [0, 1])

@@ -4,21 +4,23 @@ import re
 
 import pytest
 
+from experiments.toyworld_lessons import (
+    FaultRates,
+    describe_fully,
+    describe_inventively,
+    describe_plainly,
+    learnt_answer,
+)
 from stic_ray.toyworld.language import (
     DISTRACTORS,
     NUMBERS,
     PLACES,
     QUESTION_KINDS,
     Distractor,
-    FaultRates,
     absent_kind,
     ask,
     ask_presence,
-    describe_fully,
-    describe_inventively,
-    describe_plainly,
     name_of,
-    told_answer,
 )
 from stic_ray.toyworld.scenes import COLOURS, COMPANIONS, KIND_WEIGHTS, SHAPES, Kind, Scene, random_for, sample_scene
 
@@ -123,5 +125,5 @@ def test_only_questions_after_absent_companions_get_a_wrong_yes() -> None:
         generator = random_for(0, scene.index, "told")
         companions = {COMPANIONS[kind] for kind in scene.kinds & COMPANIONS.keys()}
         for kind in KIND_WEIGHTS:
-            told = told_answer(ask_presence(kind, scene), scene, ALL_FAULTS, generator)
+            told = learnt_answer(ask_presence(kind, scene), scene, ALL_FAULTS, generator)
             assert told == ("yes" if kind in scene.kinds or kind in companions else "no")

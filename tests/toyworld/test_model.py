@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.pretrain_toyworld import pretrain
+from experiments.toyworld_lessons import describe_fully
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Request, Sampling
 from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
 from stic_ray.method.objects import named_objects
 from stic_ray.method.prompts import load_prompts
-from stic_ray.toyworld.language import NUMBERS, describe_fully, name_of
-from stic_ray.toyworld.lessons import PROMPTS, PROMPTS_FILE, brief
-from stic_ray.toyworld.model import WEIGHTS
+from stic_ray.toyworld.language import NUMBERS, name_of
+from stic_ray.toyworld.model import PROMPTS, PROMPTS_FILE, WEIGHTS, brief
 from stic_ray.toyworld.scenes import KIND_WEIGHTS, draw_scene, sample_scene
 
 VOCABULARY = [name_of(kind) for kind in KIND_WEIGHTS]
