@@ -7,6 +7,7 @@ from transformers import GenerationConfig, ProcessorMixin
 
 from stic_ray.core.errors import ModelError
 from stic_ray.engines.base import Answer
+from stic_ray.method.media import without_placeholder
 
 Message = dict[str, str]
 Pieces = list[tuple[str, bool]]
@@ -41,9 +42,7 @@ def render(
 def remove_placeholders(processor: ProcessorMixin, text: str) -> str:
     """Return a text without placeholders of images, those that appear when another is removed included."""
     placeholder = getattr(processor, "image_token", None)
-    while placeholder and placeholder in text:
-        text = text.replace(placeholder, "")
-    return text
+    return without_placeholder(text, placeholder) if placeholder else text
 
 
 def turn_end(processor: ProcessorMixin) -> str:

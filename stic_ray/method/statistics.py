@@ -52,7 +52,7 @@ def score_of(
         return Score(mean, -np.inf, np.inf)
     draws = resampled_means(by_seed, config.num_resamples, seed_for(seed, "", "bootstrap"), span)
     if np.ptp(draws) < 1e-12:
-        other = stats.binomtest(0, num_clusters).proportion_ci(config.confidence, method="wilson").high
+        other = float(stats.binomtest(0, num_clusters).proportion_ci(config.confidence, method="wilson").high)
         return Score(mean, mean - other * (mean - span[0]), mean + other * (span[1] - mean))
     low, high = np.quantile(draws, [(1 - config.confidence) / 2, (1 + config.confidence) / 2])
     return Score(mean, min(float(low), mean), max(float(high), mean))
