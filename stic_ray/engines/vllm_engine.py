@@ -1,33 +1,38 @@
 """The engine for scale: vLLM, from the extra `stic-ray[vllm]`.
 
 vLLM runs the model in processes of its own and puts the requests of all callers into one running batch, so that it is
-not drained when one caller has its answers. Prompts are the token ids of `rendering`, which training sees too, with one
+not drained when one caller has its answers. Prompts are the token ids of `sequences`, which training sees too, with one
 placeholder for the image: vLLM puts the image's tokens there.
 """
 
 import asyncio
+import importlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import multiprocessing
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from PIL import Image
 from transformers import AutoConfig
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
-from stic_ray.core.errors import EngineError, EngineLost, ModelError, UserError
+from stic_ray.core.errors import EngineError, EngineLost, ModelError, SticError
 from stic_ray.engines.adapters import parts_of_adapter
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.counting import ProcessorCounter
 from stic_ray.engines.fingerprints import fingerprint
+from stic_ray.engines.hub import hub_arguments, in_one_line
 from stic_ray.engines.loading import choose_dtype, read_generation_config
 from stic_ray.engines.rendering import end_token_ids, read_answer
 from stic_ray.engines.sequences import SequenceBuilder
@@ -46,21 +51,51 @@ ENVIRONMENT = {
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """A GiB for cached tokens; threads as the operating system places them, since an actor shares its cores."""
 
+_NAMES = {
+    "ModelRegistry": "vllm",
+    "AsyncEngineArgs": "vllm",
+    "SamplingParams": "vllm",
+    "RequestOutputKind": "vllm.sampling_params",
+    "LoRARequest": "vllm.lora.request",
+    "UsageContext": "vllm.usage.usage_lib",
+    "AsyncLLM": "vllm.v1.engine.async_llm",
+    "EngineDeadError": "vllm.v1.engine.exceptions",
+}
+"""What we use of vLLM, and the module that has it."""
+_KILL = """
+import contextlib, signal, sys
+sys.stdin.read()
+for handle in sys.argv[1:]:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(int(handle), signal.SIGKILL)
+"""
+
 
 def check_vllm(model: ModelConfig) -> None:
-    """Raise ModelError when vLLM is not installed here, or has no implementation of the model."""
+    """Raise ModelError when vLLM is not installed here in a release that we know, or does not have the model.
+
+    For a process on a machine where actors will be: the driver's needs no vLLM.
+    """
+    architectures = AutoConfig.from_pretrained(model.path, **hub_arguments(model)).architectures or []
+    if not set(architectures) & set(import_vllm().ModelRegistry.get_supported_archs()):
+        raise ModelError(
+            f"model.path='{model.path}' is a {' or '.join(architectures) or 'nameless model'}, which vLLM does not "
+            "have; use model.engine=transformers."
+        )
+
+
+def import_vllm() -> SimpleNamespace:
+    """Return all that we use of vLLM, by name: a release that lacks some of it is refused before weights are loaded."""
     if importlib.util.find_spec("vllm") is None:
         raise ModelError("model.engine=vllm needs vLLM: install the extra stic-ray[vllm].")
     os.environ.update(ENVIRONMENT | dict(os.environ))
-    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
-
-    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    architectures = config.architectures or []
-    if not set(architectures) & set(ModelRegistry.get_supported_archs()):
-        raise ModelError(
-            f"model.path='{model.path}' is a {' or '.join(architectures) or config.model_type}, which vLLM does not "
-            "have; use model.engine=transformers."
-        )
+    try:
+        found = {name: getattr(importlib.import_module(module), name) for name, module in _NAMES.items()}
+    except (ImportError, AttributeError) as error:
+        release = importlib.metadata.version("vllm")
+        raise ModelError(f"vLLM {release} is not one that stic-ray[vllm] installs: {in_one_line(error)}") from error
+    known = importlib.util.find_spec("vllm.exceptions") and importlib.import_module("vllm.exceptions")
+    return SimpleNamespace(**found, VLLMError=getattr(known, "VLLMError", ValueError))  # older releases: ValueError
 
 
 def check_adapter_fits(adapter: Path) -> None:
@@ -79,6 +114,7 @@ class VllmEngine(ProcessorCounter):
     def __init__(self, model: ModelConfig, actors: ActorsConfig, *, adapter: Path | None = None) -> None:
         """Load the model, and the adapter onto it. Raises ModelError."""
         check_vllm(model)
+        self._vllm = import_vllm()
         if adapter is not None:
             check_adapter_fits(adapter)
         super().__init__(model)
@@ -91,9 +127,9 @@ class VllmEngine(ProcessorCounter):
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         others = set(multiprocessing.active_children())
         with _explained(model, adapter), tempfile.TemporaryDirectory(prefix="stic_ray_vllm_") as scratch:
-            self._llm: Any = self._wait(_start(engine_arguments(model, actors, adapter, Path(scratch))))
+            self._llm: Any = self._wait(_start(self._vllm, engine_arguments(model, actors, adapter, Path(scratch))))
             self.process_ids = [child.pid for child in multiprocessing.active_children() if child not in others]
-            self._watchdog = _end_with_us(self.process_ids)
+            self._watchdog = end_with_us(self.process_ids)
             self.generate([Request("What is this?", Image.new("RGB", (64, 64)))], Sampling(1))  # loads what is left
             if adapter is not None:
                 self._wait(self._add_adapter(adapter))
@@ -145,18 +181,14 @@ class VllmEngine(ProcessorCounter):
 
     async def _run(self, prompt: dict[str, Any], **settings: Any) -> Any:
         """Return vLLM's output for a prompt."""
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
-        from vllm.exceptions import VLLMError  # pyright: ignore[reportMissingImports]
-        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
-        from vllm.v1.engine.exceptions import EngineDeadError  # pyright: ignore[reportMissingImports]
-
-        params = SamplingParams(**settings, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        vllm = self._vllm
+        params = vllm.SamplingParams(**settings, detokenize=False, output_kind=vllm.RequestOutputKind.FINAL_ONLY)
         number = str(next(self._numbers))
         try:
             outputs = [o async for o in self._llm.generate(prompt, params, number, lora_request=self._adapter)]
-        except EngineDeadError as error:
+        except vllm.EngineDeadError as error:
             raise EngineLost("vLLM's processes have died; their last messages are in the actor's log.") from error
-        except (VLLMError, ValueError) as error:
+        except (vllm.VLLMError, ValueError) as error:
             raise EngineError(f"vLLM gave no answer: {' '.join(str(error).split())}") from error
         if outputs[-1].outputs[0].finish_reason not in ("stop", "length"):
             raise EngineError(f"vLLM gave up a request: {outputs[-1].outputs[0].finish_reason}")
@@ -164,11 +196,9 @@ class VllmEngine(ProcessorCounter):
 
     async def _add_adapter(self, adapter: Path) -> None:
         """Apply the adapter to all requests. Raises ModelError when the model then says what it said without."""
-        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-
         probe = make_prompt(self.builder, Request("Describe in detail what can be seen, and where.", image=None))
         before = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
-        self._adapter = LoRARequest("adapter", 1, str(adapter))
+        self._adapter = self._vllm.LoRARequest("adapter", 1, str(adapter))
         after = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
         if before.prompt_logprobs == after.prompt_logprobs:
             raise ModelError(f"The adapter '{adapter}' changes nothing.")
@@ -177,14 +207,11 @@ class VllmEngine(ProcessorCounter):
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-async def _start(arguments: dict[str, Any]) -> Any:
+async def _start(vllm: SimpleNamespace, arguments: dict[str, Any]) -> Any:
     """Start vLLM's processes, in the loop that will talk to them."""
-    from vllm import AsyncEngineArgs  # pyright: ignore[reportMissingImports]
-    from vllm.usage.usage_lib import UsageContext  # pyright: ignore[reportMissingImports]
-    from vllm.v1.engine.async_llm import AsyncLLM  # pyright: ignore[reportMissingImports]
-
     # The context chooses defaults for throughput, as vLLM's own offline `LLM` has them.
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), usage_context=UsageContext.LLM_CLASS)
+    context = vllm.UsageContext.LLM_CLASS
+    return vllm.AsyncLLM.from_engine_args(vllm.AsyncEngineArgs(**arguments), usage_context=context)
 
 
 async def _end_tasks() -> None:
@@ -241,14 +268,18 @@ def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | N
     return arguments
 
 
-def _end_with_us(process_ids: Sequence[int | None]) -> subprocess.Popen[bytes]:
-    """Start a shell that kills these processes when ours is gone, however it ended.
+def end_with_us(process_ids: Sequence[int | None]) -> subprocess.Popen[bytes]:
+    """Start a process that kills these when ours is gone, however it ended.
 
-    They would outlive a killed actor and keep the GPU's memory. The shell waits for the end of its input, which the
-    operating system brings about.
+    They would outlive a killed actor and keep the GPU's memory. It waits for the end of its input, which the operating
+    system brings about, and holds the processes themselves: after days a number may belong to another one.
     """
-    command = ["sh", "-c", 'read -r _; kill -9 "$@" 2>/dev/null', "sh", *map(str, process_ids)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    handles = [os.pidfd_open(number) for number in process_ids if number is not None]
+    command = [sys.executable, "-I", "-S", "-c", _KILL, *map(str, handles)]
+    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=handles, start_new_session=True)
+    for handle in handles:
+        os.close(handle)
+    return watchdog
 
 
 @contextmanager
@@ -257,7 +288,7 @@ def _explained(model: ModelConfig, adapter: Path | None) -> Iterator[None]:
     what = f"model.path='{model.path}'" + (f" with the adapter '{adapter}'" if adapter else "")
     try:
         yield
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise ModelError(f"vLLM cannot load {what}: {' '.join(str(error).split())[:300]}") from error
+    except SticError:
+        raise
+    except Exception as error:  # of vLLM's processes, whatever went wrong in them
+        raise ModelError(f"vLLM cannot load {what}: {in_one_line(error)}") from error

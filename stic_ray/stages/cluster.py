@@ -14,7 +14,7 @@ from ray._private import state
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import UserError
+from stic_ray.core.errors import SticError
 from stic_ray.core.placement import ACCELERATOR, Machines, Need, Node, check_fits
 from stic_ray.engines.opening import check_engine
 from stic_ray.stages import joining
@@ -91,7 +91,7 @@ def check_model(config: RunConfig) -> None:
     try:
         ray.get(task.remote(config.model))
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, UserError) else error from None
+        raise error.cause if isinstance(error.cause, SticError) else error from None
 
 
 def machines(config: RunConfig) -> Machines:

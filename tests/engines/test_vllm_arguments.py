@@ -1,6 +1,9 @@
 """What vLLM is started with follows from the configuration; tests/vllm has the engine itself."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import ModelError
-from stic_ray.engines.vllm_engine import engine_arguments
+from stic_ray.engines.vllm_engine import end_with_us, engine_arguments
 from stic_ray.engines.weight_names import has_hub_names
 from tests.engines.conftest import Checkpoints
 
@@ -50,3 +53,32 @@ def test_an_adapter_that_is_too_large_is_refused(tiny_llava: Path, tmp_path: Pat
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 600}))
     with pytest.raises(ModelError, match="rank 600, vLLM takes up to 512"):
         arguments(tiny_llava, tmp_path, tmp_path)
+
+
+def test_processes_end_with_the_one_that_needs_them() -> None:
+    """One of them is gone before, and whoever has its number by then is left alone."""
+    lives, gone = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
+    watchdog = end_with_us([lives.pid, gone.pid, None])
+    gone.kill()
+    gone.wait()
+    assert lives.poll() is None
+    watchdog.communicate()  # closes its input, as the end of this process would
+    assert lives.wait() == -9 and watchdog.returncode == 0
+
+
+def test_a_release_that_lacks_what_we_use_is_refused_before_weights_are_loaded(
+    tiny_llava: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "vllm-0.1.0.dist-info").mkdir()
+    (tmp_path / "vllm-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.1.0\n")
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("class ModelRegistry:\n    pass\n")
+    code = (
+        "from stic_ray.core.config import ModelConfig\n"
+        "from stic_ray.engines.vllm_engine import check_vllm\n"
+        f"check_vllm(ModelConfig(path={str(tiny_llava)!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+    output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "vLLM 0.1.0 is not one that stic-ray[vllm] installs" in output.stderr
+    assert output.stderr.splitlines()[-1].startswith("stic_ray.core.errors.ModelError")
