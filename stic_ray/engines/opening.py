@@ -17,6 +17,7 @@ def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | No
     if model.engine == "fake":
         return FakeEngine(model.path, actors.batch_size)
     from stic_ray.engines.adapters import adapter_of, is_adapter  # the fake engine starts without torch
+    from stic_ray.engines.fingerprints import pin
 
     if checkpoint is None:
         adapter = adapter_of(model)
@@ -24,6 +25,7 @@ def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | No
         model, adapter = model.model_copy(update={"adapter": str(checkpoint)}), checkpoint
     else:
         model, adapter = model.model_copy(update={"path": str(checkpoint), "revision": None, "adapter": None}), None
+    model = pin(model)  # all files of one commit
     if model.engine == "vllm":
         from stic_ray.engines.vllm_engine import VllmEngine
 

@@ -81,6 +81,21 @@ def test_the_engine_is_named_after_what_was_loaded(checkpoint: Checkpoints, adap
     assert open_engine(ModelConfig(path=str(base)), ActorsConfig(), adapter).name == str(adapter)
 
 
+def test_a_run_can_start_from_an_adapter(checkpoint: Checkpoints, adapter: Path, tmp_path: Path) -> None:
+    """What a training leaves takes its place: an adapter that went on from it, or a whole model that holds it."""
+    base = checkpoint("toyworld")
+    model = ModelConfig(path=str(base), adapter=str(adapter))
+    started = open_engine(model, ActorsConfig())
+    assert started.generate(REQUESTS, Sampling(12)) == answers(base, adapter)
+    assert started.revision == open_engine(ModelConfig(path=str(base)), ActorsConfig(), adapter).revision
+    assert started.revision != open_engine(ModelConfig(path=str(base)), ActorsConfig()).revision
+    other = with_weights(adapter, tmp_path / "other", lambda name, weight: -weight)
+    merged = Path(shutil.copytree(base, tmp_path / "merged"))
+    adapted(base, other).merge_and_unload().save_pretrained(merged)
+    for left in (other, merged):
+        assert open_engine(model, ActorsConfig(), left).generate(REQUESTS, Sampling(12)) == answers(base, other)
+
+
 def test_an_adapter_and_a_model_are_told_apart(checkpoint: Checkpoints, adapter: Path) -> None:
     assert is_adapter(adapter)
     assert not is_adapter(checkpoint("toyworld"))
