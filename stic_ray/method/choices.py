@@ -24,6 +24,8 @@ def read_choices(given: Any) -> list[Choice]:
     of either in JSON or Python. Raises ValueError saying what else they are.
     """
     value = literal(given) if isinstance(given, str) else given
+    if isinstance(value, list) and value and all(isinstance(each, tuple) for each in value):  # a map of Arrow
+        value = dict(value)
     if isinstance(value, Mapping) and {"label", "text"} <= value.keys():
         value = dict(zip(value["label"], value["text"], strict=False))
     if isinstance(value, Mapping):

@@ -153,7 +153,7 @@ def _problem_of_answers(choices: list[Choice], answers: list[Any], metrics: list
     if unknown:
         return f"the answer {unknown[0]!r} is none of the {num_choices} choices, as letter, number or text."
     if "yes_no" in metrics:
-        neither = [answer for answer in answers if read_yes_no(str(answer)) != str(answer).strip().casefold()]
+        neither = [answer for answer in answers if read_yes_no(str(answer)) != str(answer).strip(" .!").casefold()]
         return f"the answer {neither[0]!r} is neither 'yes' nor 'no', as the metric yes_no asks." if neither else None
     return None
 

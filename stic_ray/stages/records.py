@@ -47,6 +47,9 @@ class InTable:
     column: str
     row: int
 
+    def __repr__(self) -> str:
+        return "bytes"
+
 
 def read_rows(uri: str, setting: str) -> tuple[Location, Iterator[Row]]:
     """Return the rows of a file one by one; `setting` names it in errors.
@@ -115,8 +118,8 @@ def _guarded(source: Location, name: str) -> Iterator[Row]:
             if problem is None and not (isinstance(value, dict) and value):
                 problem = "an object without fields" if value == {} else f"no object, but {json.dumps(value)[:80]}"
             yield Row(number, line, None if problem else value, problem)
-    except (OSError, EOFError, pa.ArrowException, Rejected, Failed) as error:
-        raise SourceError(f"{name} cannot be read: {one_line(error)}") from error
+    except Exception as error:  # the storage, or what a damaged file makes its reader raise
+        raise SourceError(f"{name} cannot be read: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _parquet_rows(file: pa.NativeFile) -> Iterator[Row]:
@@ -126,22 +129,41 @@ def _parquet_rows(file: pa.NativeFile) -> Iterator[Row]:
     number = 0
     for group in range(parquet.num_row_groups):
         images = {name: _images(parquet, group, name, number) for name in heavy}
-        for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=light):
-            for value, problem in _values(batch):
-                own = {name: next(column) for name, column in images.items()}
-                yield Row(number, None, None if value is None else {**value, **own}, problem)
-                number += 1
+        end = number + parquet.metadata.row_group(group).num_rows
+        try:
+            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=light):
+                for value, problem in _values(batch):
+                    own = {name: next(column) for name, column in images.items()}
+                    yield Row(number, None, None if value is None else {**value, **own}, problem)
+                    number += 1
+        except (Rejected, Failed):
+            raise
+        except Exception as error:  # a damaged part of the file: other row groups are good
+            yield from (Row(damaged, None, None, one_line(error)) for damaged in range(number, end))
+        number = end
 
 
 def _values(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    for place, field in enumerate(batch.schema):
+        if pa.types.is_decimal(field.type):
+            batch = batch.set_column(place, field.name, batch[field.name].cast(pa.float64()))
     try:
         yield from ((row, None) for row in batch.to_pylist())
     except Exception:  # text that is no UTF-8, dates beyond Python's: the others are good
         for place in range(batch.num_rows):
             try:
-                yield batch.slice(place, 1).to_pylist()[0], None
-            except Exception as error:
-                yield None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+                yield {name: _value(batch[name][place]) for name in batch.schema.names}, None
+            except UnicodeError as error:
+                yield None, f"text that is no UTF-8: {one_line(error)}"
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (ArithmeticError, ValueError) as error:
+        if isinstance(error, UnicodeError):
+            raise
+        return None  # a date that Python cannot hold
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -178,6 +178,7 @@ def test_an_answer_that_can_mean_two_choices_is_refused(answer: str | float, cho
         ({"A": "sun", "B": "moon"}, ["sun", "moon"]),
         ({"B": "moon", "A": "sun", "C": None}, ["sun", "moon", None]),
         ({"label": ["A", "B"], "text": ["sun", "moon"]}, ["sun", "moon"]),
+        ([("A", "sun"), ("B", "moon")], ["sun", "moon"]),
         ("['sun', 'moon']", ["sun", "moon"]),
         ('["sun", null]', ["sun", None]),
         ('{"A": "sun", "B": "moon"}', ["sun", "moon"]),

@@ -33,6 +33,7 @@ def read_one(row: dict[str, Any], folder: Path) -> dict[str, Any]:
         ({"answers": ["two", None]}, (None, ["two"])),
         ({"answers": None, "answer": 0}, (None, ["0"])),
         ({"answer": True, "metric": "yes_no"}, (None, ["yes"])),
+        ({"answer": "No.", "metric": "yes_no"}, (None, ["No."])),
     ],
 )
 def test_the_forms_of_choices_and_answers(row: dict[str, Any], expected: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,13 @@ def test_text_of_a_table_that_is_no_utf_8_is_the_problem_of_its_row(tmp_path: Pa
     pq.write_table(pa.table({"id": broken, "n": [1, 2, 3]}), tmp_path / "rows.parquet")
     rows = list(read_rows(str(tmp_path / "rows.parquet"), "infusion.source")[1])
     assert [row.value for row in rows] == [{"id": "a", "n": 1}, None, {"id": "c", "n": 3}]
-    assert "UnicodeDecodeError" in (rows[1].problem or "")
+    assert "no UTF-8" in (rows[1].problem or "")
+
+
+def test_a_date_that_python_cannot_hold_costs_no_row(tmp_path: Path) -> None:
+    dates = pa.array([0, 2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"id": ["a", "b"], "date": dates}), tmp_path / "rows.parquet")
+    assert [(value or {})["id"] for value in values_of(tmp_path / "rows.parquet")] == ["a", "b"]
 
 
 def picture(colour: str) -> bytes:
@@ -121,6 +128,27 @@ def test_addresses_in_a_struct_are_taken_where_there_are_no_bytes(tmp_path: Path
     column = pa.array([{"bytes": None, "path": "a.png"}, {"bytes": RED, "path": "b.png"}], STRUCT)
     pq.write_table(pa.table({"image": column}), tmp_path / "rows.parquet")
     assert values_of(tmp_path / "rows.parquet") == [{"image": "a.png"}, {"image": InTable("image", 1)}]
+
+
+def test_a_damaged_row_group_costs_its_own_rows(tmp_path: Path) -> None:
+    rows = [{"id": str(number), "text": f"{number} " * 50} for number in range(30)]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=10, compression="gzip")
+    chunk = pq.read_metadata(path).row_group(1).column(1)
+    content = bytearray(path.read_bytes())
+    for place in range(chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size // 2):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+    found = list(read_rows(str(path), "infusion.source")[1])
+    assert [row.number for row in found] == list(range(30))
+    assert [row.value for row in found] == [*rows[:10], *[None] * 10, *rows[20:]]
+    assert all(row.problem for row in found[10:20])
+
+
+def test_decimals_are_numbers(tmp_path: Path) -> None:
+    column = pa.array([Decimal("1.00"), None, Decimal("2.50")])
+    pq.write_table(pa.table({"id": column}), tmp_path / "rows.parquet")
+    assert [row_id((value or {})["id"]) for value in values_of(tmp_path / "rows.parquet")] == ["1", None, "2.5"]
 
 
 def test_what_pandas_writes_is_read(tmp_path: Path) -> None:
