@@ -197,7 +197,7 @@ def _earlier_states(step: Step, role: str, run: RunDir) -> list[str]:
 
 def _that_grow(done: Collection[str], steps: Steps, config: RunConfig, run: RunDir) -> set[str]:
     """Return the steps that are done and go on, as their source has more now, with those that grow behind them."""
-    from stic_ray.growth import takes_in_more
+    from stic_ray.stages.pool import takes_in_more
 
     growing: set[str] = set()
     for step in steps:

@@ -261,7 +261,8 @@ def _values(
         addressed = _read_all([value for value in some if isinstance(value, Location)], reading)
         for row, value in enumerate(some, start=first_row + start):
             if isinstance(value, Location):
-                yield next(addressed)
+                found = next(addressed)  # of what has failed, the table is to be read again
+                yield Found(file.uri, found.encoded, row) if isinstance(found.encoded, Failed) else found
             else:
                 offset = verbatim.offset_of(value) if verbatim and isinstance(value, bytes) and value else None
                 yield Found(file.uri, value, row, offset)

@@ -82,7 +82,7 @@ def _take_out(bucket: Bucket, begin: int, num_finds: int, ordered: RunDir, outpu
     close = pa.concat_tables(tables).sort_by([(name, "ascending") for name in ("rank", "distance", "close_to")])
     ranks, first = np.unique(close["rank"].to_numpy(), return_index=True)
     rejected = [
-        {**row, "reason": Reason.NEAR_DUPLICATE, "message": _told(**near)}
+        {**row, "reason": Reason.NEAR_DUPLICATE, "message": _describe(**near)}
         for row, near in zip(
             rows.select(["image_id", "path"]).take(pa.array(ranks - begin)).to_pylist(),
             close.select(["close_to", "distance"]).take(pa.array(first)).to_pylist(),
@@ -96,5 +96,5 @@ def _take_out(bucket: Bucket, begin: int, num_finds: int, ordered: RunDir, outpu
     return int(keep.sum())
 
 
-def _told(close_to: str, distance: int) -> str:
+def _describe(close_to: str, distance: int) -> str:
     return f"{distance} of {NUM_BITS} bits from image {close_to}, which comes earlier"

@@ -10,28 +10,38 @@ in the source and append it.
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 
-from stic_ray.core.config import PoolConfig, RunConfig
+from stic_ray.core.config import PoolConfig, RunConfig, is_toy
 from stic_ray.core.errors import SourceError
 from stic_ray.core.placement import tasks_need
-from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, row_counts, shard_name
-from stic_ray.core.schemas import REJECTED
+from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, RunDir, read_shard, row_counts, shard_name
+from stic_ray.core.schemas import FAILED, REJECTED
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import Sizes, Work
 from stic_ray.stages import listing
-from stic_ray.stages.listing import BUILDING
+from stic_ray.stages.listing import BUILDING, FAMILY
 from stic_ray.stages.near_duplicates import reject_near_duplicates
-from stic_ray.stages.ordering import ORDERED, order_images, write_index
+from stic_ray.stages.ordering import ORDERED, Bucket, order_images, write_index
 from stic_ray.stages.scanning import scan_parts
+from stic_ray.stages.sources import LISTING
 from stic_ray.stages.tasks import map_tasks
 
 logger = logging.getLogger(__name__)
 
+pc: Any = pyarrow.compute
+"""Its functions are made when it is imported, which type checkers cannot see."""
+
+_BUILT = "built.json"
+"""What the last build returned for the manifest, with its settings."""
+_DISTINCT = "distinct"
 _FILES_PER_TASK = 64
 _INDEX_BYTES = 120
 """Of a row of the index."""
@@ -44,6 +54,9 @@ def build_pool(step: StepRun) -> dict[str, Any]:
     SourceError when the source is missing, empty, or holds no image that can be used.
     """
     config, output = step.config, step.output
+    if (built := finished_build(config, output)) is not None:
+        (output / BUILDING).location.delete_folder()
+        return built
     building, before = output / BUILDING, output.manifest or {"extents": [], "rejected_by_reason": {}}
     first_shard = sum(-(-extent["num_rows"] // config.pool.shard_size) for extent in before["extents"])
     parts = listing.read_parts(building)
@@ -56,33 +69,101 @@ def build_pool(step: StepRun) -> dict[str, Any]:
     _warn_of_compressed(config.pool, building)
     scan = building / "scan"
     scanned = scan_parts(config.pool, parts, building, output, scan, config.cluster.max_failed_share)
+    if scanned.throughput is not None:  # what was ordered before may lack rows that had failed
+        _delete_behind(output, first_shard, before)
+        (building / ORDERED).location.delete_folder()
+        (building / _DISTINCT).location.delete_folder()
     indexed = [output.location / shard_name("index", number) for number in range(first_shard)]
-    ordered = building / ORDERED
-    buckets = order_images(config.seed, scan, indexed, ordered)
-    sources_of_rejected = [scan, ordered]
-    if config.pool.near_duplicate_bits is not None:
-        distinct = building / "distinct"
-        buckets = reject_near_duplicates(config.pool.near_duplicate_bits, buckets, ordered, indexed, distinct)
-        ordered, sources_of_rejected = distinct, [*sources_of_rejected, distinct]
+    buckets, steps = _order(config, scan, indexed, building)
     num_new = sum(bucket.num_rows for bucket in buckets)
     num_images = sum(extent["num_rows"] for extent in before["extents"])
-    rejected = _reject(sources_of_rejected, output, before.get("num_rejected_shards", 0))
+    rejected = _reject([scan, *steps], output, before.get("num_rejected_shards", 0))
     reasons = Counter(before["rejected_by_reason"]) + rejected.by_reason
     if not num_images + num_new:
         _finish(building)
         _delete_behind(output, 0, {})
         raise _nothing_to_use(config.pool.source, reasons, rejected.example)
-    max_shard_bytes = write_index(buckets, ordered, output, config.pool.shard_size, first_shard, num_images)
-    map_tasks("pool", _copy, [(shard, output.location / shard.name) for shard in building.shards(listing.FAMILY)])
-    _finish(building)
+    max_shard_bytes = write_index(buckets, steps[-1], output, config.pool.shard_size, first_shard, num_images)
+    failed = scan.shards(FAILED_FAMILY)
+    map_tasks("pool", _copy_listing, [(building, number, failed, output) for number in building.shard_numbers(FAMILY)])
     extent = {"first_shard": first_shard, "first_position": num_images, "num_rows": num_new}
     extent["max_shard_bytes"] = max_shard_bytes
-    num_failed = before.get("num_rows_failed", 0) + scanned.num_failed
-    num_rows_in = before.get("num_rows_in", 0) + sum(scanned.num_rows.values()) + scanned.num_failed
-    accounts = row_counts(num_rows_in, num_images + num_new, dict(sorted(reasons.items())), num_failed)
-    extents = [*before["extents"], *([extent] if num_new else [])]
-    num_shards = {"num_rejected_shards": rejected.num_shards, "num_listing_shards": len(output.shards(listing.FAMILY))}
-    return {**accounts, "extents": extents, **num_shards}
+    num_rows_before = before.get("num_rows_in", 0) - before.get("num_rows_failed", 0)  # those were tried again
+    num_rows_in = num_rows_before + sum(scanned.num_rows.values()) + scanned.num_failed
+    accounts = {
+        **row_counts(num_rows_in, num_images + num_new, dict(sorted(reasons.items())), scanned.num_failed),
+        "extents": [*before["extents"], *([extent] if num_new else [])],
+        "num_rejected_shards": rejected.num_shards,
+        "num_listing_shards": len(output.shards(FAMILY)),
+    }
+    output.write_json(_BUILT, {"settings": _settings(config), "accounts": accounts})
+    _finish(building)
+    return accounts
+
+
+def _order(
+    config: RunConfig, scan: RunDir, indexed: list[Location], building: RunDir
+) -> tuple[list[Bucket], list[RunDir]]:
+    """Order what was scanned, without duplicates; return the buckets, and the folders of the steps, theirs last."""
+    ordered, distinct, max_bits = building / ORDERED, building / _DISTINCT, config.pool.near_duplicate_bits
+    buckets = order_images(config.seed, scan, indexed, ordered)
+    if max_bits is None:
+        return buckets, [ordered]
+    return reject_near_duplicates(max_bits, buckets, ordered, indexed, distinct), [ordered, distinct]
+
+
+def finished_build(config: RunConfig, output: RunDir) -> dict[str, Any] | None:
+    """Return the accounts of a build that is whole and waits for its manifest, as a kill between the two leaves it."""
+    built = output.read_json(_BUILT) or {}
+    num_known = (output.manifest or {}).get("num_listing_shards", 0)
+    is_newer = built.get("settings") == _settings(config) and built["accounts"]["num_listing_shards"] > num_known
+    return built["accounts"] if is_newer else None
+
+
+def takes_in_more(config: RunConfig, pool: RunDir, *, has_trained: bool) -> bool:
+    """Whether the source has new images that this run can still use; logs how the source differs from the index."""
+    asked = config.preferences.num_images
+    manifest = pool.manifest
+    if manifest is None or is_toy(config.pool.source):
+        return False
+    if (pool / BUILDING).location.is_folder() or finished_build(config, pool) is not None:
+        return True  # begun, and stopped before its manifest
+    change = _change_of(config.pool.source, pool, manifest["num_listing_shards"])
+    if change.num_changed or change.num_gone:
+        logger.warning(
+            "pool: of the source's files %d have changed and %d are gone; the index stays as it is, and images that "
+            "cannot be read any more become rejected rows",
+            change.num_changed,
+            change.num_gone,
+        )
+    if not change.num_new:
+        return False
+    if has_trained:
+        stays = "this run has begun to train and stays with the images it has; another --run takes all"
+    elif asked is not None and asked <= manifest["num_rows_written"]:
+        stays = f"this run has the {asked} images that preferences.num_images asks for and stays with them"
+    else:
+        logger.info("pool: %d files are new in the source; their images go behind those that are there", change.num_new)
+        return True
+    logger.warning("pool: %d files are new in the source; %s", change.num_new, stays)
+    return False
+
+
+def _change_of(source: str, pool: RunDir, num_shards: int) -> listing.Change:
+    """Compare a source with the pool's listing; one that cannot be listed any more leaves the pool as it is.
+
+    The names are listed in a process of their own, so that the driver never holds those of a whole pool.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        try:
+            return process.submit(listing.compare, source, pool, num_shards).result()
+        except (SourceError, OSError) as error:
+            logger.warning("pool: the source cannot be compared with the index, which stays as it is: %s", error)
+            return listing.Change()
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    return {"seed": config.seed, "pool": config.pool.model_dump(mode="json")}
 
 
 def _warn_of_compressed(pool: PoolConfig, building: RunDir) -> None:
@@ -121,8 +202,13 @@ def _gather(files: list[Location], output: RunDir, number: int) -> tuple[Counter
     return Counter(table["reason"].to_pylist()), example
 
 
-def _copy(source: Location, target: Location) -> None:
-    target.write(source.read())
+def _copy_listing(building: RunDir, number: int, failed: list[Location], output: RunDir) -> None:
+    """Copy a shard of the listing without the files that failed, so that the next command finds them new."""
+    table = read_shard(building.location / shard_name(FAMILY, number), LISTING)
+    paths = pa.schema([FAILED.field("path")])
+    again = pa.concat_tables([paths.empty_table(), *(read_shard(file, paths) for file in failed)])
+    kept = pc.invert(pc.is_in(table["uri"], value_set=again["path"]))
+    output.write_shard(FAMILY, number, table.filter(kept), LISTING)
 
 
 def _finish(building: RunDir) -> None:
@@ -136,7 +222,7 @@ def _delete_behind(output: RunDir, num_index_shards: int, before: Mapping[str, A
     accounted = {
         "index": num_index_shards,
         REJECTED_FAMILY: before.get("num_rejected_shards", 0),
-        listing.FAMILY: before.get("num_listing_shards", 0),
+        FAMILY: before.get("num_listing_shards", 0),
     }
     for family, number in accounted.items():
         for shard in output.shards(family):

@@ -17,7 +17,7 @@ from stic_ray.method.images import is_image, other_format
 
 _T = TypeVar("_T")
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = float(os.environ.get("STIC_RAY_STORAGE_PATIENCE_S", "60"))
 _SNIFFED_BYTES = 2**20
 """Larger files are read whole only when they begin as an image does."""
 _ODD_NAMES = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)

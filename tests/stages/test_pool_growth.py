@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import RunError
+from stic_ray.core.errors import RunError, StageError
 from stic_ray.core.rundir import STARTED, RunDir
 from stic_ray.core.schemas import INDEX
 from stic_ray.stages import ordering
@@ -129,6 +129,51 @@ def test_an_unfinished_growth_is_finished_before_anything_reads_it(grown: tuple[
     run_stages(config, folder, "pool", "preferences")
     assert index_of(run)["position"].to_pylist() == list(range(11))
     assert pairs_of(run).num_rows == 11
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_build_that_waits_for_its_manifest_is_not_built_again(tmp_path: Path) -> None:
+    """A kill between the last write of the build and the manifest, with the folder of the build gone or half gone."""
+    pictures = draw_pictures(tmp_path / "pictures", 6)
+    config = fake_config(tmp_path, pictures)
+    run = run_stages(config, tmp_path / "run", "pool")
+    before, manifest = state_of(tmp_path / "run"), (run / "pool").manifest
+    assert manifest is not None
+    for left in (False, True):
+        (tmp_path / "run" / "pool" / "manifest.json").unlink()
+        if left:
+            (tmp_path / "run" / "pool" / "building" / "scan").mkdir(parents=True)
+        run_stages(config, tmp_path / "run", "pool")
+        assert state_of(tmp_path / "run") == before
+        again = (run / "pool").manifest or {}
+        assert {name: again[name] for name in ("num_rows_in", "extents")} == {
+            name: manifest[name] for name in ("num_rows_in", "extents")
+        }
+        assert not (run / "pool" / "building").location.exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_files_of_a_disk_that_is_away_are_tried_again_by_the_same_command(tmp_path: Path) -> None:
+    """A list names two disks; the second is mounted after a command that refuses, and one that accepts, the loss."""
+    disks = [draw_pictures(tmp_path / f"disk{number}", 4 + number) for number in range(2)]
+    files = [file for disk in disks for file in sorted(disk.iterdir())]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, files)))
+    disks[1].rename(tmp_path / "away")
+    config = fake_config(tmp_path, tmp_path / "list.txt")
+    with pytest.raises(StageError, match=r"5 of 9 rows failed, more than cluster.max_failed_share=0 allows"):
+        run_stages(config, tmp_path / "run", "pool")
+    lenient = config.model_copy(update={"cluster": config.cluster.model_copy(update={"max_failed_share": 0.6})})
+    run = run_stages(lenient, tmp_path / "run", "pool")
+    manifest = (run / "pool").manifest or {}
+    assert [manifest[f"num_rows_{name}"] for name in ("in", "written", "rejected", "failed")] == [9, 4, 0, 5]
+    first = index_of(run)
+    (tmp_path / "away").rename(disks[1])
+    run_stages(config, tmp_path / "run", "pool")
+    manifest = (run / "pool").manifest or {}
+    assert manifest["num_rows_in"] == 9 and manifest["num_rows_written"] + manifest["num_rows_rejected"] == 9
+    assert manifest["num_rows_failed"] == 0
+    assert index_of(run).slice(0, 4).equals(first)
+    assert rejected_of(run, "pool") == [] or {row["reason"] for row in rejected_of(run, "pool")} == {"duplicate"}
 
 
 @pytest.mark.usefixtures("ray_session")
