@@ -35,9 +35,9 @@ from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.core.storage import Location
 from stic_ray.method.images import encode_png
 from stic_ray.stages.training.batches import REFERENCE_LOGPS, PreferenceCollator
+from stic_ray.stages.training.building import make_dpo_trainer
 from stic_ray.stages.training.index import index_pairs
-from stic_ray.stages.training.setup import make_dpo_trainer
-from stic_ray.stages.training.tuning import model_of
+from stic_ray.stages.training.models import model_of
 
 PROMISE = 1.8
 SIDES = ("trl", "shared_prefix", "shared_prefix_and_stored_reference")
@@ -168,7 +168,7 @@ def compare(trainer: Any, num_pairs: int) -> dict[str, Any]:
     shared = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     plain = trainer._prepare_inputs(PreferenceCollator(processor=trainer.processing_class)([dict(row) for row in rows]))
     with torch.no_grad():
-        found, expected = (torch.stack(trainer._logps(model_of(trainer), batch)[:2]) for batch in (shared, plain))
+        found, expected = (torch.stack(trainer.logps(model_of(trainer), batch)[:2]) for batch in (shared, plain))
     num_answer_tokens = plain["completion_mask"].sum().item()
     return {
         "max_abs_logp_diff": (found - expected).abs().max().item(),
@@ -186,7 +186,7 @@ class WithReference(torch.utils.data.Dataset[dict[str, Any]]):
         for start in range(0, len(self.pairs), num_pairs):
             rows = [self.pairs[start + number] for number in range(num_pairs)]
             with torch.no_grad():
-                found = trainer._reference_logps(trainer._prepare_inputs(trainer.data_collator(rows)))[:2]
+                found = trainer.reference_logps(trainer._prepare_inputs(trainer.data_collator(rows)))[:2]
             columns = zip(*(each.float().tolist() for each in found), strict=True)
             self.values += [dict(zip(REFERENCE_LOGPS, each, strict=True)) for each in columns]
 

@@ -40,7 +40,7 @@ def check_training(config: RunConfig, settings: OptimisationConfig) -> None:
                 f"workers.trackers={name} needs the extra stic-ray[{name}], which is not installed here; workers on "
                 "other machines need it, too."
             )
-    from stic_ray.stages.training.tuning import check_tuning  # torch
+    from stic_ray.stages.training.models import check_tuning  # torch
 
     check_tuning(config.model, config.tuning)
 

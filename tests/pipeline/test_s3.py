@@ -18,8 +18,8 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX, REJECTED, Reason
 from stic_ray.core.storage import Location
 from stic_ray.stages.training.data import read_pairs
-from stic_ray.stages.training.feeding import loader_arguments
 from stic_ray.stages.training.index import index_pairs
+from stic_ray.stages.training.settings import loader_arguments
 from stic_ray.stages.training.trackers import RunTensorBoard
 from stic_ray.status import run_status
 from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of

@@ -1,5 +1,6 @@
 """Log-probabilities that are stored with the pairs, and used in the place of the reference model's pass."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,33 @@ import torch
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
+from stic_ray.core.outcomes import Rejected
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.method.prompts import load_prompts
 from stic_ray.stages.preferences import PairMaker
 from stic_ray.stages.training.batches import REFERENCE_LOGPS
-from stic_ray.stages.training.setup import make_dpo_trainer
-from stic_ray.stages.training.tuning import model_of
+from stic_ray.stages.training.building import make_dpo_trainer
+from stic_ray.stages.training.models import model_of
 from tests.stages.builders import check, draw_pictures, fake_config, pairs_in
-from tests.stages.test_training_batches import config_for
+from tests.stages.test_training_batches import config_for, figures_of
 
 LN_2 = 0.6931472
 
 
 def make_pairs(config: RunConfig, pictures: Path) -> list[dict[str, Any]]:
-    window = [
-        {"image_id": f"{number}", "position": number, "path": path.name, "encoded": path.read_bytes()}
+    fetched = {"fetch_reason": None, "fetch_error": None}
+    rows = [
+        {"image_id": f"{number}", "position": number, "path": path.name, "encoded": path.read_bytes(), **fetched}
         for number, path in enumerate(sorted(pictures.glob("*.jpg")))
     ]
-    return PairMaker(config, load_prompts(None))(window)["pairs"]
+    maker = PairMaker(config, load_prompts(None))
+    candidates, finished = [maker.prepare(row) for row in rows], []
+    for candidate, answer in zip(candidates, maker.answer(candidates), strict=True):
+        with suppress(Rejected):
+            finished.append((candidate, maker.finish(candidate, answer)))
+    maker.complete(finished)
+    return [pair for _, tables in finished for pair in tables["pairs"]]
 
 
 def asking_for_logps(model: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -44,13 +53,13 @@ def test_they_are_what_training_would_work_out(tmp_path: Path, tiny_llava: Path)
     trainer: Any = make_dpo_trainer(config, pairs_in(config, Path(run.shards("pairs")[0].path)), tmp_path / "out")
     batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
     with torch.no_grad():
-        expected = trainer._reference_logps(batch)
-        trainer._reference_logps = None  # is not asked again
-        trainer._compute_loss(model_of(trainer).eval(), dict(batch), False)
+        expected = trainer.reference_logps(batch)
+        trainer.reference_logps = None  # is not asked again
+        trainer.compute_loss(model_of(trainer).eval(), dict(batch))
     assert not set(REFERENCE_LOGPS) & set(trainer.eval_dataset.columns), "evaluation compares tokens"
     stored = torch.stack([batch[name] for name in REFERENCE_LOGPS])
     torch.testing.assert_close(stored, torch.stack(expected[:2]), atol=1e-4, rtol=1e-6)
-    assert trainer._metrics["eval"]["loss/dpo"][-1] == pytest.approx(LN_2, abs=1e-5)
+    assert figures_of(trainer)["loss/dpo"] == pytest.approx(LN_2, abs=1e-5)
 
 
 @pytest.mark.parametrize("why", ["of another model", "of other pictures", "missing in one pair"])

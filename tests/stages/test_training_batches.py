@@ -20,8 +20,8 @@ from stic_ray.engines.loading import load_processor
 from stic_ray.engines.sequences import image_token_id
 from stic_ray.engines.shared_prefix import CHOSEN, PROMPT, REJECTED
 from stic_ray.stages.training.batches import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
-from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
-from stic_ray.stages.training.tuning import model_of
+from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
+from stic_ray.stages.training.models import model_of
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 from tests import tiny_models
 from tests.stages.builders import conversations_in, pairs_in
@@ -87,6 +87,12 @@ def config_for(model: Path, **sections: dict[str, Any]) -> RunConfig:
     return build_config({"name": "test", **data})
 
 
+def figures_of(trainer: Any) -> dict[str, float]:
+    """What a trainer would log of the batches that it went through in evaluation."""
+    means = trainer.means["eval"].take()
+    return means.figures(means.values)
+
+
 def plain_logps(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return logits and per-position log-probabilities of the labels, by one ordinary forward pass."""
     inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
@@ -115,15 +121,15 @@ def test_the_loss_in_trl_is_the_formula(objective: str, share_prefix: bool, tmp_
     batch = PreferenceCollator(processor=trainer.processing_class)(rows)
 
     with torch.no_grad():
-        trainer._compute_loss(model, dict(trained_on), False)
-    assert trainer._metrics["eval"]["loss/dpo"][-1] == pytest.approx(0.6931472, abs=1e-6)
+        trainer.compute_loss(model, dict(trained_on))
+    assert figures_of(trainer)["loss/dpo"] == pytest.approx(0.6931472, abs=1e-6)
 
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-        found = trainer._compute_loss(model, dict(trained_on), False).item()
+        found = trainer.compute_loss(model, dict(trained_on)).item()
         _, policy_BT = plain_logps(model, batch)
         policy_logits, _ = plain_logps(model, batch)
         with model.disable_adapter():
@@ -184,9 +190,9 @@ def test_stored_log_probabilities_take_the_place_of_the_reference(tmp_path: Path
     model: Any = model_of(trainer).eval()
     batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(4)])
     with torch.no_grad():
-        chosen, rejected, _ = trainer._logps(model, batch)
+        chosen, rejected, _ = trainer.logps(model, batch)
         stored = {"reference_chosen_logp": chosen - 2.0, "reference_rejected_logp": rejected - 0.5}
-        found = trainer._compute_loss(model, {**batch, **stored}, False)
+        found = trainer.compute_loss(model, {**batch, **stored})
     assert found.item() == pytest.approx(math.log1p(math.exp(-1.5)), rel=1e-5)
 
 

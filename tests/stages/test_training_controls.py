@@ -15,9 +15,9 @@ from stic_ray.engines.loading import load_processor
 from stic_ray.pipeline import names_of
 from stic_ray.recipes import stic
 from stic_ray.stages.training.batches import AnswersOnlyCollator
+from stic_ray.stages.training.building import make_dpo_trainer
 from stic_ray.stages.training.launch import train_dpo
-from stic_ray.stages.training.setup import make_dpo_trainer
-from stic_ray.stages.training.tuning import model_of
+from stic_ray.stages.training.models import model_of
 from tests.stages.builders import draw_pictures, pairs_in, run_stages, step_of
 from tests.stages.test_training_batches import config_for, picture, write_pairs
 from tests.stages.test_training_data import write_positions
@@ -69,7 +69,9 @@ def test_pairs_of_another_run_are_recorded_and_watched(tmp_path: Path, tiny_llav
 
     manifest = (run / "dpo").manifest or {}
     assert (manifest["num_rows_in"], manifest["num_rows_written"], manifest["num_steps"]) == (4, 4, 6)
-    assert list(manifest["inputs"]) == ["dpo.pairs"] and not (run / "preferences").location.exists()
+    assert [each["from"] for each in manifest["inputs"].values()] == [other.uri] and not (
+        run / "preferences"
+    ).location.exists()
     result = (run / "dpo").read_json("result.json")
     assert (result["num_steps"], result["num_rows"]) == (6, 4)
     lines = ((run / "dpo").location / "metrics.jsonl").read().decode().splitlines()
@@ -77,7 +79,7 @@ def test_pairs_of_another_run_are_recorded_and_watched(tmp_path: Path, tiny_llav
     assert rates.index(max(rates)) == 3, "half of six steps are warm-up"
 
     other.write_manifest({"stage": "preferences", "num_rows_written": 6})
-    with pytest.raises(RunError, match=r"dpo of .* was finished from another dpo\.pairs"):
+    with pytest.raises(RunError, match=r"dpo of .* was finished from another .*other/preferences"):
         run_stages(config, tmp_path / "run", "dpo")
 
 
@@ -122,7 +124,7 @@ def test_instruction_data_alone_needs_no_other_stage(tmp_path: Path, tiny_llava:
         batch = AnswersOnlyCollator(processor)([{"image": picture(0).resize((64, 64)), "messages": row["messages"]}])
         assert 0 <= batch["input_ids"].shape[1] - row["num_sequence_tokens"] <= 1, "but for the token that ends a turn"
     assert (run / "sft").read_json("result.json")["num_steps"] == 2
-    assert not ((run / "sft").manifest or {})["inputs"].keys() - {"infusion"}
+    assert [each["from"] for each in ((run / "sft").manifest or {})["inputs"].values()] == ["infusion"]
     scores = (run / "evaluation").read_json("scores.json")
     assert {(row["model"], row["difference"]) for row in scores} == {("sft", None)}
     report = run.read_json("report.json")

@@ -17,8 +17,9 @@ from moto.server import ThreadedMotoServer
 
 from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import RunDir
+from stic_ray.stages.training.building import make_dpo_trainer
+from stic_ray.stages.training.checkpoints import is_needed
 from stic_ray.stages.training.launch import train_dpo
-from stic_ray.stages.training.setup import make_dpo_trainer
 from tests.stages.builders import pairs_in, step_of
 from tests.stages.test_training import losses
 from tests.stages.test_training_batches import config_for, write_pairs
@@ -59,6 +60,27 @@ def a_worker() -> psutil.Process | None:
             if process.cmdline()[:1] == ["ray::RayTrainWorker"]:
                 return process
     return None
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "needed"),
+    [
+        (0, "model.safetensors optimizer.pt scheduler.pt rng_state_2.pth rng_state_3.pth"),
+        (
+            3,
+            "scheduler.pt rng_state_2.pth rng_state_3.pth zero_pp_rank_2_mp_rank_00_model_states.pt "
+            "bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt mp_rank_00_model_states.pt",
+        ),
+    ],
+)
+def test_a_node_downloads_the_parts_of_its_own_workers(zero_stage: int, needed: str) -> None:
+    parts = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in (0, 1, 2, 12)]
+    parts += [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (1, 3, 23)]
+    sharded = [f"global_step9/{name}" for name in (*parts, "mp_rank_00_model_states.pt")] if zero_stage else []
+    plain = ["model.safetensors", "scheduler.pt", *([] if zero_stage else ["optimizer.pt"])]
+    names = [*plain, *(f"rng_state_{rank}.pth" for rank in (0, 1, 2, 3, 12)), *sharded]
+    found = {name.split("/")[-1] for name in names if is_needed(name, range(2, 4), zero_stage)}
+    assert found == set(needed.split())
 
 
 def kill_workers(run: RunDir, times: int, killed: list[int]) -> None:

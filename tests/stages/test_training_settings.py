@@ -10,10 +10,10 @@ from transformers import get_scheduler
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, ModelError
-from stic_ray.stages.training.arguments import training_arguments
+from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
 from stic_ray.stages.training.launch import scaling_of
-from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
-from stic_ray.stages.training.tuning import describe_parts, model_of
+from stic_ray.stages.training.models import describe_parts, model_of
+from stic_ray.stages.training.settings import training_arguments
 from tests import tiny_models
 from tests.stages.builders import check, conversations_in, pairs_in
 from tests.stages.test_training_batches import config_for, write_pairs, write_rows

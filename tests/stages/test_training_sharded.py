@@ -1,5 +1,7 @@
 """Two processes under every ZeRO stage give the losses of one process at the same global batch; no Ray."""
 
+import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -9,14 +11,15 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from stic_ray.core.config import RunConfig
+from stic_ray.core.storage import Location
 from stic_ray.engines.adapters import parts_of_adapter
 from stic_ray.engines.weight_names import has_hub_names, use_hub_names
-from stic_ray.stages.training.checkpoints import make_universal
-from stic_ray.stages.training.saved import check_changed
-from stic_ray.stages.training.setup import make_dpo_trainer, make_sft_trainer
-from stic_ray.stages.training.tuning import describe_parts, model_of
+from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
+from stic_ray.stages.training.checkpoints import FirstSave, check_changed, make_universal, save
+from stic_ray.stages.training.models import describe_parts, model_of
 from tests import tiny_models
 from tests.stages.builders import conversations_in, pairs_in
 from tests.stages.groups import run_group
@@ -38,8 +41,14 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 """What each combination trains with; of what is no ZeRO stage, only bfloat16 and the projector's rate change a loss."""
 
 
+FREE = {"num_workers": 1, "micro_batch": 4, "zero_stage": 0, "offload_optimizer": False}
+"""One process without DeepSpeed."""
 MIXED = [True, False, True, False, False, True, False, True]
 """Whether each row of the second training has an image: workers have micro-batches of text beside others with one."""
+
+
+ADAPTER = Path("lora-zero1-rank0") / "dpo" / "final"
+"""Where in the group's folder the first combination leaves its adapter."""
 
 
 def config_of(base: Path, name: str, **workers: Any) -> RunConfig:
@@ -56,16 +65,18 @@ def config_of(base: Path, name: str, **workers: Any) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update=given.get("model", {}))})
 
 
-def train(config: RunConfig, folder: Path, files: list[Path], resume: Path | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig, folder: Path, files: list[Path], resume: Path | None = None, start: Path | None = None
+) -> dict[str, Any]:
     """Train by DPO, save, and return losses and what the settings came to."""
-    trainer: Any = make_dpo_trainer(config, pairs_in(config, *files), folder, universal=resume is not None)
+    trainer: Any = make_dpo_trainer(config, pairs_in(config, *files), folder, start, universal=resume is not None)
     facts = describe_parts(trainer)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trainer.save_model(str(folder / "final"))
+    train_and_save(trainer, folder, resume)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     engine = getattr(trainer, "deepspeed", None)
     return facts | {
         "losses": [entry["loss"] for entry in logs],
+        "first_dpo_part": logs[0]["loss/dpo"],
         "checkpointing": model_of(trainer).is_gradient_checkpointing,
         "offloads": [
             bool(engine and place and place.device == "cpu")
@@ -76,20 +87,31 @@ def train(config: RunConfig, folder: Path, files: list[Path], resume: Path | Non
     }
 
 
+def train_and_save(trainer: Any, folder: Path, resume: Path | None = None) -> None:
+    """Train as a worker does; leaves `final`, and the hashes of the start's tensors."""
+    trainer.add_callback(FirstSave(trainer, folder / "first", Location.of(str(folder / "start.json"))))
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    save(trainer, folder / "final")
+
+
 def train_both(config: RunConfig, folder: Path, pairs: list[Path], rows: list[Path]) -> dict[str, Any]:
     """Train by DPO, then go on with likelihood from what it left, as the stages do."""
     found = train(config, folder / "dpo", pairs)
     # Every process saves to a folder of its own, and rank 0 alone has the weights.
     start = folder.with_name(folder.name.replace("rank1", "rank0")) / "dpo" / "final"
     torch.distributed.barrier()
-    return found | {"sft_losses": go_on(config, folder / "sft", start, rows)}
+    found["sft_losses"] = go_on(config, folder / "sft", start, rows)
+    found["second"] = train(config, folder / "second", pairs, start=start)
+    if config.tuning.method == "full":
+        unset_hf_deepspeed_config()  # of the trainers before, which a process of its own would not have
+        found["merged"] = train(config, folder / "merged", pairs, start=folder.parent / ADAPTER)
+    return found
 
 
 def go_on(config: RunConfig, folder: Path, start: Path, rows: list[Path]) -> list[float]:
     """Train by likelihood from `start`, save, and return the losses, that of the held-out rows last."""
     trainer = make_sft_trainer(config, conversations_in(config, *rows), folder, start)
-    trainer.train()
-    trainer.save_model(str(folder / "final"))
+    train_and_save(trainer, folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return [*losses, *(entry["eval_loss"] for entry in trainer.state.log_history[-2:] if "eval_loss" in entry)]
 
@@ -149,13 +171,56 @@ def test_rows_with_and_without_an_image_train_together(
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+def test_a_second_round_begins_at_its_own_reference(
+    name: str, base: Path, pairs: list[Path], group: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """From an adapter or a full model that a training left: the reference is that very model, whatever is sharded."""
+    plain = dict.fromkeys(SETTINGS[name].get("workers", {}), False)
+    config = config_of(base, name, num_workers=1, micro_batch=4, zero_stage=0, **plain)
+    start = group[1] / f"{name}-rank0" / "dpo" / "final"
+    alone = train(config, tmp_path, pairs, start=start)
+    is_rounded = "model" in SETTINGS[name]
+    second = group[0][name]["second"]
+    for found in (alone, second):
+        assert found["first_dpo_part"] == pytest.approx(math.log(2), abs=1e-6)
+    assert second["losses"] == pytest.approx(alone["losses"], rel=0.02 if is_rounded else TOLERANCE)
+    assert second["losses"][0] < group[0][name]["losses"][0] - 0.01, "it goes on from what was learned"
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name.startswith("full")])
+def test_a_whole_model_is_trained_from_an_adapter_that_is_merged_first(
+    name: str, base: Path, pairs: list[Path], group: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    plain = dict.fromkeys(SETTINGS[name].get("workers", {}), False)
+    config = config_of(base, name, num_workers=1, micro_batch=4, zero_stage=0, **plain)
+    alone = train(config, tmp_path / "one", pairs, start=group[1] / ADAPTER)
+    is_rounded = "model" in SETTINGS[name]
+    merged = group[0][name]["merged"]
+    assert merged["first_dpo_part"] == pytest.approx(math.log(2), abs=1e-6)
+    assert merged["losses"] == pytest.approx(alone["losses"], rel=0.02 if is_rounded else TOLERANCE)
+    adapter = train(config_of(base, "lora-zero1", **FREE), tmp_path / "two", pairs, start=group[1] / ADAPTER)
+    assert merged["losses"][0] == pytest.approx(adapter["losses"][0], rel=0.02 if is_rounded else TOLERANCE)
+    assert not (tmp_path / "one" / "final" / "adapter_config.json").exists()
+
+
+def test_a_new_adapter_is_trained_on_a_whole_model(
+    base: Path, pairs: list[Path], group: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    start = group[1] / "full-zero1-rank0" / "dpo" / "final"
+    found = train(config_of(base, "lora-zero1", **FREE), tmp_path, pairs, start=start)
+    assert found["first_dpo_part"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["losses"][0] == pytest.approx(group[0]["full-zero1"]["second"]["losses"][0], rel=TOLERANCE)
+    assert found["trained"] == ["language_model"] and (tmp_path / "final" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
 def test_what_is_saved_loads_with_the_plain_libraries(
     name: str, base: Path, group: tuple[dict[str, Any], Path]
 ) -> None:
-    for stage in ("dpo", "sft"):
+    for stage in ("dpo", "sft", "second"):
         final = group[1] / f"{name}-rank0" / stage / "final"
-        start = group[1] / f"{name}-rank0" / "dpo" / "final" if stage == "sft" else None
-        facts = check_changed(final, config_of(base, name).model, start)
+        facts = check_changed(final, json.loads((final.parent / "start.json").read_text()))
+        assert not list(final.glob("*/")), "the reference's adapter is not saved"
         if name.startswith("lora"):
             assert facts["num_nonzero_lora_b"] > 0
             model: Any = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), final)

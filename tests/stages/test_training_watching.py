@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import torch
 from tensorboardX.proto import event_pb2
@@ -17,10 +18,11 @@ from stic_ray.core.errors import ConfigError
 from stic_ray.core.rundir import RunDir
 from stic_ray.engines.rendering import split_answers
 from stic_ray.stages.training.batches import WEIGHT
-from stic_ray.stages.training.measured import flops_per_token, totals
-from stic_ray.stages.training.setup import make_dpo_trainer, model_of
+from stic_ray.stages.training.building import make_dpo_trainer
+from stic_ray.stages.training.metrics import flops_per_token, totals
+from stic_ray.stages.training.models import model_of
+from stic_ray.stages.training.progress import METRICS, MetricsFile, Progress, summarise, warn_of_easy_pairs
 from stic_ray.stages.training.trackers import FOLDER, IDS, add_trackers, start_trackers
-from stic_ray.stages.training.watching import METRICS, Progress, warn_of_easy_pairs
 from tests.stages.builders import check, pairs_in
 from tests.stages.test_training_batches import config_for
 from tests.stages.test_training_data import write_positions
@@ -34,7 +36,7 @@ def make_trainer(config: RunConfig, folder: Path, output: RunDir) -> Any:
     run = write_positions(folder / "pairs", range(40), range(40, 80))
     set_seed(config.seed)
     trainer = make_dpo_trainer(config, pairs_in(config, *(Path(s.path) for s in run.shards("pairs"))), folder / "out")
-    trainer.add_callback(Progress("dpo", output))
+    trainer.add_callback(Progress("dpo", "dpo", MetricsFile(output, folder)))
     add_trackers(trainer, config, output)
     return trainer
 
@@ -86,8 +88,8 @@ def test_held_out_rows_are_evaluated_along_the_way_and_at_the_end(
             alone = [trainer.compute_loss(model, trainer.data_collator([row])).item() for row in held_out]
             assert min(alone) < lines[-1]["eval_loss"] < max(alone)
             return
-        chosen, rejected, _ = trainer._logps(model, dict(batch))
-        reference = trainer._reference_logps(dict(batch))
+        chosen, rejected, _ = trainer.logps(model, dict(batch))
+        reference = trainer.reference_logps(dict(batch))
     margins = config.dpo.beta * (chosen - reference.chosen - rejected + reference.rejected)
     expected = {
         "eval_logps/chosen": chosen.mean(),
@@ -107,7 +109,7 @@ def test_held_out_rows_are_evaluated_along_the_way_and_at_the_end(
 
 def test_rows_of_weight_0_train_nothing(tmp_path: Path, tiny_llava: Path) -> None:
     """The gradient of a batch that is filled up is that of its real rows alone; so are its metrics."""
-    gradients, losses = [], []
+    gradients, losses, figures = [], [], []
     config = config_for(tiny_llava, dpo={"num_held_out": 0}, workers={"trackers": []})
     trainer = make_trainer(config, tmp_path, RunDir.of(str(tmp_path / "dpo")))
     model: Any = model_of(trainer).eval()
@@ -115,14 +117,17 @@ def test_rows_of_weight_0_train_nothing(tmp_path: Path, tiny_llava: Path) -> Non
     filled = [{**row, WEIGHT: 4 / 3} for row in rows] + [{**rows[0], WEIGHT: 0.0}]
     for batch in (rows, filled):
         model.zero_grad()
-        loss = trainer._compute_loss(model, trainer.data_collator(batch), False)
+        loss = trainer.compute_loss(model, trainer.data_collator(batch))
         loss.backward()
+        means = trainer.means["eval"].take()
+        assert means.values[0] == 3, "rows of weight 0 count in no figure"
+        figures.append(means.figures(means.values))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         losses.append(loss.item())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert len(trainer._metrics["eval"]["logps/chosen"]) == 6
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
 
 
 def test_metrics_and_event_files_go_on_after_a_resume(tmp_path: Path, tiny_llava: Path) -> None:
@@ -157,6 +162,42 @@ def test_metrics_and_event_files_go_on_after_a_resume(tmp_path: Path, tiny_llava
     assert {"eval/rewards/accuracies", "eval/kl", "train/tokens_per_second", "train/seconds/data"} <= tags
 
 
+def test_metrics_of_a_bucket_go_on_behind_the_checkpoint_that_counts(tmp_path: Path, s3_server: str) -> None:
+    """Killed in the middle of a line, with steps and an evaluation behind the checkpoint: none is lost, none twice."""
+    boto3.client("s3", endpoint_url=f"http://{s3_server}", region_name="us-east-1").create_bucket(Bucket="metrics")
+    bucket = f"s3://metrics/run?endpoint_override={s3_server}&scheme=http&region=us-east-1"
+    for name, uri in (("local", str(tmp_path / "run")), ("bucket", bucket)):
+        output = RunDir.of(uri)
+        state = TrainerState(max_steps=6, is_world_process_zero=True)
+        for attempt, (first, last) in enumerate([(0, 4), (3, 6)]):
+            folder = tmp_path / f"{name}-{attempt}"
+            folder.mkdir()
+            progress, state.global_step = Progress("dpo", "dpo", MetricsFile(output, folder)), first
+            arguments, control = TrainingArguments(use_cpu=True, eval_strategy="no"), TrainerControl()
+            progress.on_train_begin(arguments, state, control)
+            for step in range(first + 1, last + 1):
+                state.global_step = step
+                figures = {"rows_per_second": 1.0, "tokens_per_second": 1.0, "peak_memory_gib": 1.0}
+                logs = {"loss": 10.0 * attempt + step, **figures}
+                state.log_history.append(logs)
+                progress.on_log(arguments, state, control, logs=logs)
+                if step in (3, 4, 6):
+                    progress.on_log(arguments, state, control, logs={"eval_loss": 0.1 * step})
+                    progress.on_evaluate(arguments, state, control, metrics={"eval_loss": 0.1 * step})
+                    progress.on_save(arguments, state, control)
+            if attempt == 0:
+                place = output.location / METRICS
+                place.write(place.read() + b'{"loss": 5.0, "st')  # the checkpoint of step 4 never counted
+        lines = lines_of(output)
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert [line["loss"] for line in lines] == [1, 2, 3, 14, 15, 16]
+        assert [step for step, line in enumerate(lines, 1) if "eval_loss" in line] == [3, 4, 6]
+        assert summarise(progress.metrics, state)["last_loss"] == 16
+    state.log_history = [{"loss": 1.0}] * 1000
+    progress.on_log(arguments, state, control, logs=None)
+    assert len(state.log_history) < 100, "a checkpoint does not grow with the steps"
+
+
 class _Killer(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if state.global_step == 3:
@@ -183,7 +224,7 @@ def test_easy_pairs_are_warned_of_once_and_only_if_the_preferred_answers_fall(
     assert warn_of_easy_pairs(late, 100) is None and warn_of_easy_pairs(late, 200) is not None
     assert warn_of_easy_pairs([{"step": 1, "loss": 1.0}] * 9, 100) is None, "no pairs"
 
-    progress = Progress("dpo", RunDir.of(str(tmp_path)))
+    progress = Progress("dpo", "dpo", MetricsFile(RunDir.of(str(tmp_path)), tmp_path))
     state = TrainerState(max_steps=200)
     for number, entry in enumerate(falling, 1):
         state.log_history, state.global_step = falling[:number], number
@@ -212,7 +253,7 @@ class _Tiny(nn.Module):
 
 def test_the_arithmetic_of_a_token_is_two_operations_for_each_weight_and_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward through 12 + 5 weights, gradients of 5, and a reference of 12."""
-    monkeypatch.setattr("stic_ray.stages.training.measured.parts_of", lambda _: {"language_model": ["language_model"]})
+    monkeypatch.setattr("stic_ray.stages.training.metrics.parts_of", lambda _: {"language_model": ["language_model"]})
     assert flops_per_token(_Tiny(), has_reference=False) == 4 * 17 + 2 * 5
     assert flops_per_token(_Tiny(), has_reference=True) == 4 * 17 + 2 * 5 + 2 * 12
 

@@ -15,6 +15,7 @@ from stic_ray.core.randomness import seed_for
 from stic_ray.core.storage import Location
 from stic_ray.engines.fingerprints import fingerprint
 from stic_ray.stages.training.batches import REFERENCE_LOGPS
+from stic_ray.stages.training.models import model_at
 
 ONE_IN = 16
 """At most about one row in so many is held out."""
@@ -52,9 +53,11 @@ class Rows:
         return sum(len(group.rows) for group in self.held_out)
 
 
-def index_pairs(config: RunConfig, shards: Iterable[Location]) -> Rows:
+def index_pairs(config: RunConfig, shards: Iterable[Location], start: Location | None = None) -> Rows:
     """Find the pairs of the first `dpo.num_images` images, and hold some of them out.
 
+    `start` is the checkpoint that training starts from, None for the model of the run: stored log-probabilities count
+    only where they are of that very model.
     Raises SourceError for a shard that is no whole Parquet file, and where no pair is left, or too few to exchange
     their pictures.
     """
@@ -70,8 +73,9 @@ def index_pairs(config: RunConfig, shards: Iterable[Location]) -> Rows:
         raise SourceError(f"dpo.num_images={settings.num_images} leaves none of the pairs; use more images.")
     if num_pairs == 1 and settings.image == "shuffled":
         raise SourceError("dpo.image=shuffled needs at least 2 pairs to exchange their pictures, there is 1.")
-    stored = settings.image == "own" and _have_reference_logps(fingerprint(config.model), [facts for _, facts in found])
-    return Rows(*_hold_out(groups, "image_id", settings.num_held_out), has_reference_logps=stored)
+    has_stored = settings.image == "own" and settings.objective != "sft"
+    has_stored = has_stored and _have_reference_logps(config, start, [facts for _, facts in found])
+    return Rows(*_hold_out(groups, "image_id", settings.num_held_out), has_reference_logps=has_stored)
 
 
 def index_conversations(config: RunConfig, shards: Iterable[Location]) -> Rows:
@@ -143,8 +147,12 @@ def _below(group: RowGroup, facts: _Facts, limit: int) -> RowGroup:
     return RowGroup(group.uri, group.number, tuple(row for row in group.rows if positions[row] < limit))
 
 
-def _have_reference_logps(revision: str, facts: Iterable[_Facts]) -> bool:
-    return all(each.num_without_logps == 0 and each.model_revision == (revision, revision) for each in facts)
+def _have_reference_logps(config: RunConfig, start: Location | None, facts: Sequence[_Facts]) -> bool:
+    if any(each.num_without_logps != 0 for each in facts):
+        return False
+    model = model_at(config.model, start.local_copy() if start else None)
+    revision = fingerprint(model)
+    return all(each.model_revision == (revision, revision) for each in facts)
 
 
 def _hold_out(groups: list[RowGroup], id_column: str, number: int) -> tuple[list[RowGroup], list[RowGroup]]:

@@ -15,7 +15,6 @@ from stic_ray.core.rundir import digest, row_counts
 from stic_ray.core.steps import StepRun
 from stic_ray.stages.training.failures import Restarts, explain
 from stic_ray.stages.training.index import Rows, index_conversations, index_pairs
-from stic_ray.stages.training.worker import train_worker
 
 _ATTEMPTS = "training"
 
@@ -23,33 +22,35 @@ _ATTEMPTS = "training"
 def train_dpo(step: StepRun) -> dict[str, Any]:
     """Train on pairs; leaves checkpoint, metrics.jsonl and result.json in the step's folder.
 
-    Raises SourceError as `index_pairs`.
+    Raises SourceError as `index_pairs`, and StageError.
     """
-    return _train("dpo", step, index_pairs(step.config, step.inputs["pairs"].shards("pairs")))
+    return _train("dpo", step, index_pairs(step.config, step.inputs["pairs"].shards("pairs"), step.model()))
 
 
 def train_sft(step: StepRun) -> dict[str, Any]:
-    """Train on the infused rows; leaves the same files in the step's folder."""
-    config, infused = step.config, step.inputs["rows"]
-    rows = index_conversations(config, [*infused.shards("rows"), *infused.shards("text")])
+    """Train on the infused rows; leaves the same files in the step's folder, and raises the same errors."""
+    infused = step.inputs["rows"]
+    rows = index_conversations(step.config, [*infused.shards("rows"), *infused.shards("text")])
     return _train("sft", step, rows)
 
 
 def _train(kind: str, step: StepRun, rows: Rows) -> dict[str, Any]:
-    stage, config, output, start = step.name, step.config, step.output, step.model()
-    workers, num_rows = config.workers, rows.num_trained
+    """Train by the kind of objective, under the name of the step."""
+    start, workers = step.model(), step.config.workers
+    # Another ZeRO stage has checkpoints of another form, so it starts afresh under another name.
+    identity = digest([step.identity, rows.num_trained, workers.zero_stage])
+    attempts = (step.output / _ATTEMPTS).location
     settings = {
-        "stage": kind,
-        "config": config.model_dump(),
-        "output": output.uri,
+        "name": step.name,
+        "kind": kind,
+        "config": step.config,
+        "output": step.output.uri,
         "rows": rows,
         "start": start.uri if start else None,
+        "record": (attempts / f"start-{identity}.json").uri,
     }
-    # Another ZeRO stage has checkpoints of another form, so it starts afresh under another name.
-    identity = digest([step.identity, num_rows, workers.zero_stage])
-    attempts = (output / _ATTEMPTS).location
     trainer = _Trainer(
-        train_worker,
+        _run_worker,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if workers.num_gpus else "gloo"),
         scaling_config=scaling_of(workers),
@@ -59,19 +60,25 @@ def _train(kind: str, step: StepRun, rows: Rows) -> dict[str, Any]:
             storage_filesystem=None if attempts.is_local else attempts.filesystem,
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=workers.keep_checkpoints),
-            callbacks=[Restarts(stage, workers.max_failures)],
+            callbacks=[Restarts(step.name, workers.max_failures)],
         ),
     )
     try:
         trainer.fit()
     except (TrainingFailedError, ray.exceptions.RayError) as error:
-        raise explain(stage, error) from error
-    result = output.read_json("result.json")
-    assert result is not None, f"{stage} ended without an error and without result.json"
+        raise explain(step.name, error) from error
+    result = step.output.read_json("result.json")
+    assert result is not None, f"{step.name} ended without an error and without result.json"
     attempts.delete_folder()
     used = result["num_rows"] + result["num_held_out"]
-    told = ("num_steps", "num_held_out", "held_out", "throughput", "warnings")
-    return {**row_counts(num_rows + rows.num_held_out, used, {}), **{name: result[name] for name in told}}
+    kept = ("num_steps", "num_held_out", "held_out", "throughput", "warnings")
+    return {**row_counts(rows.num_trained + rows.num_held_out, used, {}), **{name: result[name] for name in kept}}
+
+
+def _run_worker(settings: dict[str, Any]) -> None:
+    from stic_ray.stages.training.worker import train_worker  # TRL, which the driver does without
+
+    train_worker(**settings)
 
 
 def scaling_of(workers: WorkersConfig) -> ScalingConfig:

@@ -1,27 +1,140 @@
-"""TRL's trainers: DPO with STIC's objective, and likelihood."""
+"""What happens in a training step, on TRL's trainers: from a batch to the loss, the optimiser, and the logged figures.
 
+Rows and their order are in `data.py`, batches in `batches.py`, objectives in `method/objectives.py`. transformers runs
+the loop: it takes the micro-batches of a step (`get_batch_samples`), goes forward and back through each
+(`training_step`, `compute_loss`), lets the optimiser take its step, and logs (`log`).
+"""
+
+from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
+import datasets
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from transformers import Trainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import use_adapter
 
-from stic_ray.core.config import DPOConfig
+from stic_ray.core.config import RunConfig
 from stic_ray.engines.sequences import labels_of
 from stic_ray.engines.shared_prefix import model_inputs, sum_by_answer
-from stic_ray.method.objectives import (
-    ObjectiveTerms,
-    PairLogps,
-    answer_logps,
-    noisy_argmax_logps,
-    regularised_dpo,
-)
+from stic_ray.method.objectives import ObjectiveTerms, PairLogps, answer_logps, noisy_argmax_logps, regularised_dpo
+from stic_ray.stages.training import models
 from stic_ray.stages.training.batches import IGNORED, REFERENCE_LOGPS, WEIGHT
-from stic_ray.stages.training.measured import MeasuredTrainer
-from stic_ray.stages.training.tuning import PartTrainer
+from stic_ray.stages.training.metrics import Means, Speed
+
+_COLUMNS = datasets.Dataset.from_list(
+    [{"image": None, "prompt": None, "chosen": None, "rejected": None, "messages": None}]
+)
+"""What TRL looks at to see that the rows have images; it takes nothing but a dataset of `datasets`."""
+
+
+class StepTrainer(Trainer):
+    """What both trainers add to TRL's: rows in our order, a rate for the projector, and figures of each step."""
+
+    def __init__(self, *, config: RunConfig, train_dataset: Any, eval_dataset: Any, **arguments: Any) -> None:
+        """Take TRL's arguments, with the rows as datasets of torch."""
+        super().__init__(train_dataset=_COLUMNS, eval_dataset=_COLUMNS, **arguments)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.config = config
+        self.speed = Speed(self)
+        self.means = {"train": Means(), "eval": Means()}
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
+        """Wait for the micro-batches of a step; there is none behind the last step.
+
+        transformers 5.19 would take one more where a training goes on from the last, unless an epoch ends there.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        with self.speed.waiting_for_data():
+            return super().get_batch_samples(*arguments, **keywords)
+
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """Go forward and back through a micro-batch."""
+        with self.speed.measure("compute"):
+            return super().training_step(*arguments, **keywords)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Go forward through a micro-batch and return its loss."""
+        assert not return_outputs, "evaluation asks for the loss only"
+        if cast(nn.Module, self.model).training:
+            self.speed.count(inputs)
+        with self.speed.measure("forward") if cast(nn.Module, self.model).training else nullcontext():
+            return self.loss_of(model, inputs, num_items_in_batch)
+
+    def loss_of(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any) -> torch.Tensor:
+        """Return the loss of a micro-batch."""
+        raise NotImplementedError
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return transformers' optimiser with the projector in parameter groups of its own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.config.tuning.projector_learning_rate
+        if rate is not None and is_new:
+            own = {id(parameter) for parameter in models.projector_of(models.model_of(self))}
+            for group in [*optimizer.param_groups]:  # the schedule scales the rate of each
+                params = group["params"]
+                group["params"] = [p for p in params if id(p) not in own]
+                optimizer.add_param_group({**group, "params": [p for p in params if id(p) in own], "lr": rate})
+        return optimizer
+
+    def record(self, counts: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
+        """Keep values of B rows, each of shape (B,), for the mean that the next log has.
+
+        `counts` is by how much each row counts, and a value is what it adds. Training sums up on each worker and
+        exchanges nothing; evaluation drops the rows that only fill up its last batch, which one worker cannot know.
+        """
+        is_training = cast(nn.Module, self.model).training
+        rows = torch.stack([counts, *values.values()], dim=1).double()
+        if not is_training:
+            rows = cast(torch.Tensor, self.accelerator.gather_for_metrics(rows))
+        self.means["train" if is_training else "eval"].add(["", *values], rows.sum(0))
+
+    def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
+        """Log, and with a step or an evaluation its figures. Called by all workers, which exchange them here once."""
+        if "loss" in logs and self.speed.is_running:
+            speed, sums = self.speed.own(), self.means["train"].take()
+            own = torch.cat([speed, sums.values.to(speed.device)])
+            every = cast(torch.Tensor, self.accelerator.gather(own[None])).cpu()
+            logs |= self.speed.figures(every[:, : len(speed)]) | sums.figures(every[:, len(speed) :].sum(0))
+        elif not cast(nn.Module, self.model).training:
+            sums = self.means["eval"].take()
+            logs |= {f"eval_{name}": value for name, value in sums.figures(sums.values.cpu()).items()}
+        super().log(logs, *arguments, **keywords)
+
+
+class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Maximises the likelihood of answers: the mean over their tokens, of all workers and micro-batches of a step."""
+
+    def loss_of(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any) -> torch.Tensor:
+        """Return the summed negative log-probability, divided by the answers' tokens."""
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        with torch.no_grad():
+            found = (outputs.label_mask, outputs.entropy, outputs.is_top1)
+            # A blank picture's row stands behind the others (data.py), and not in every worker's batch.
+            num_tokens, entropy, correct = (x.detach().float().sum(1)[: self._num_rows()] for x in found)
+            self.record(num_tokens, {"entropy": entropy, "mean_token_accuracy": correct})
+        loss = -outputs.log_probs.sum()
+        num_micro_batches = 1
+        if num_items_in_batch is None:
+            loss = loss / outputs.label_mask.sum().clamp(min=1)
+        else:  # the tokens of all workers, over which the gradients are averaged
+            loss = loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+            num_micro_batches = self.current_gradient_accumulation_steps
+        if self.aux_loss_enabled:  # of a mixture of experts: TRL's balance of their load
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / num_micro_batches
+        return loss
+
+    def _num_rows(self) -> int:
+        is_training = cast(nn.Module, self.model).training
+        return self.args.per_device_train_batch_size if is_training else self.args.per_device_eval_batch_size
 
 
 class AnswerLogps(NamedTuple):
@@ -34,36 +147,32 @@ class AnswerLogps(NamedTuple):
     """Of the last K tokens of each sequence, 0 outside the answers; None where tokens were not scored as they are."""
 
 
-class LikelihoodTrainer(PartTrainer, MeasuredTrainer, SFTTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """TRL's trainer of likelihood."""
+class RegularisedDPOTrainer(StepTrainer, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Minimises `method.objectives.regularised_dpo`.
 
-
-class RegularisedDPOTrainer(PartTrainer, MeasuredTrainer, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Minimises `method.objectives.regularised_dpo`; data, reference model and bookkeeping are TRL's.
-
-    Batches are `SharedPrefixCollator`'s, or TRL's: the B chosen sequences first and the B rejected ones behind them.
+    Batches are `SharedPrefixCollator`'s, or `PreferenceCollator`'s: the B chosen sequences first and the B rejected
+    ones behind them.
     """
 
-    def __init__(self, *arguments: Any, settings: DPOConfig, **keywords: Any) -> None:
-        """Take TRL's arguments, and the objective's settings."""
-        super().__init__(*arguments, **keywords)
-        self.settings = settings
-
-    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> torch.Tensor:
-        assert not return_outputs, "evaluation asks for the loss only"
+    def loss_of(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Return the mean over the pairs of a micro-batch, by their weights."""
+        settings = self.config.dpo
+        inputs = dict(inputs)
         weights = inputs.pop(WEIGHT, None)
         stored = [inputs.pop(name) for name in REFERENCE_LOGPS if name in inputs]
-        policy = self._logps(model, inputs)
+        policy = self.logps(model, inputs)
         with torch.no_grad():
-            reference = AnswerLogps(stored[0], stored[1], None) if stored else self._reference_logps(inputs)
+            reference = AnswerLogps(stored[0], stored[1], None) if stored else self.reference_logps(inputs)
         logps = PairLogps(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
-        terms = regularised_dpo(logps, beta=self.settings.beta, alpha=self.settings.alpha, weights=weights)
+        terms = regularised_dpo(logps, beta=settings.beta, alpha=settings.alpha, weights=weights)
         with torch.no_grad():
-            weights = torch.ones_like(policy.chosen) if weights is None else weights
-            self._record(weights, {**self._metrics_of(logps, terms), **_drift(policy, reference, inputs)})
+            counts = torch.ones_like(policy.chosen) if weights is None else (weights > 0).float()
+            values = {**self._metrics_of(logps, terms), **_drift(policy, reference, inputs)}
+            self.record(counts, {name: value * counts for name, value in values.items()})
         return terms.loss
 
-    def _logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> AnswerLogps:
+    def logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> AnswerLogps:
+        """Return the log-probabilities of the answers under a model."""
         inputs = {name: value for name, value in inputs.items() if name not in (WEIGHT, *REFERENCE_LOGPS)}
         if "segments" in inputs:
             config = cast(Any, self.accelerator.unwrap_model(model)).config
@@ -72,7 +181,7 @@ class RegularisedDPOTrainer(PartTrainer, MeasuredTrainer, DPOTrainer):  # pyrigh
             return AnswerLogps(*_by_answer(outputs.log_probs, inputs), outputs.log_probs)
         arguments = {name: value for name, value in inputs.items() if name != "completion_mask"}
         mask_BT = inputs["completion_mask"][:, 1:]
-        if self.settings.objective == "paper":
+        if self.config.dpo.objective == "paper":
             labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
             # TRL's fused head gives log-probabilities without holding the logits of all positions.
             outputs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
@@ -82,20 +191,24 @@ class RegularisedDPOTrainer(PartTrainer, MeasuredTrainer, DPOTrainer):  # pyrigh
         chosen_half, rejected_half = zip(*(x.chunk(2) for x in (logits_BTV, labels_BT, mask_BT)), strict=True)
         return AnswerLogps(answer_logps(*chosen_half), noisy_argmax_logps(*rejected_half), None)
 
-    def _reference_logps(self, inputs: dict[str, torch.Tensor]) -> AnswerLogps:
-        """The reference is the base model: the policy without its adapter, or TRL's frozen copy."""
+    def reference_logps(self, inputs: dict[str, torch.Tensor]) -> AnswerLogps:
+        """Return those under the model that training started from.
+
+        It is a frozen model of its own where the policy is trained whole; else the policy with the frozen copy of
+        the adapter that it started from, or without its new one.
+        """
         if self.ref_model is not None:
-            return self._logps(self.ref_model, inputs)
+            return self.logps(self.ref_model, inputs)
         policy = self.accelerator.unwrap_model(self.model)
         assert isinstance(policy, PeftModel), "without a reference model the policy must carry an adapter"
-        with policy.disable_adapter():
-            return self._logps(self.model, inputs)
+        with use_adapter(policy, models.REFERENCE if models.REFERENCE in policy.peft_config else None):
+            return self.logps(self.model, inputs)
 
     def _metrics_of(self, logps: PairLogps, terms: ObjectiveTerms) -> dict[str, torch.Tensor]:
         margins = terms.chosen_rewards - terms.rejected_rewards
         return {
             "loss/dpo": F.softplus(-margins),
-            "loss/regulariser": -self.settings.alpha * logps.policy_chosen,
+            "loss/regulariser": -self.config.dpo.alpha * logps.policy_chosen,
             "rewards/chosen": terms.chosen_rewards,
             "rewards/rejected": terms.rejected_rewards,
             "rewards/margins": margins,
@@ -103,14 +216,6 @@ class RegularisedDPOTrainer(PartTrainer, MeasuredTrainer, DPOTrainer):  # pyrigh
             "logps/chosen": logps.policy_chosen,
             "logps/rejected": logps.policy_rejected,
         }
-
-    def _record(self, weights: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
-        """Keep the values of all workers' pairs, each of shape (B,), for the mean that TRL logs."""
-        own = torch.stack([weights, *values.values()], dim=1).float()
-        every = cast(torch.Tensor, self.accelerator.gather_for_metrics(own))
-        metrics = self._metrics["train" if cast(nn.Module, self.model).training else "eval"]
-        for name, column in zip(values, every[every[:, 0] > 0].T[1:].tolist(), strict=True):
-            metrics[name] += column
 
 
 def _by_answer(values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
-"""What transformers' trainers and DeepSpeed are told."""
+"""Settings of a training under the names of transformers, the data loaders and DeepSpeed."""
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from stic_ray.core.config import RunConfig, WorkersConfig
 from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.training import OptimisationConfig
 from stic_ray.engines.loading import choose_dtype
+from stic_ray.stages.training.data import ParquetRows
+from stic_ray.stages.training.index import Rows
 
 _SCHEDULES = {"constant": "constant_with_warmup"}
 """Names of transformers that are not ours: its plain `constant` has no warm-up."""
@@ -65,6 +68,25 @@ def training_arguments(
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "deepspeed": deepspeed_settings(workers, universal=universal) if workers.zero_stage else None,
+    }
+
+
+def loader_arguments(config: RunConfig, stage: OptimisationConfig, rows: Rows) -> dict[str, Any]:
+    """Return the settings of the loaders and of the evaluation, under the names of transformers."""
+    workers = config.workers
+    num_loaders = (4 if workers.num_gpus else 0) if workers.num_loaders is None else workers.num_loaders
+    if num_loaders:
+        # A fork would copy the state of object store clients, CUDA and Ray, none of which lives on in a child.
+        multiprocessing.set_forkserver_preload([ParquetRows.__module__])
+    quarter = -(-num_optimiser_steps(stage, rows.num_trained) // 4)
+    return {
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",  # the dataset itself is in a seeded order
+        "dataloader_num_workers": num_loaders,
+        "dataloader_multiprocessing_context": "forkserver" if num_loaders else None,
+        "eval_strategy": "steps" if rows.held_out else "no",
+        "eval_steps": workers.evaluate_every_steps or quarter,
+        "per_device_eval_batch_size": workers.micro_batch,
     }
 
 

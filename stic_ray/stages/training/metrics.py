@@ -17,8 +17,8 @@ import math
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -65,52 +65,75 @@ class Stopwatch:
         return event
 
 
-class MeasuredTrainer(Trainer):
-    """Adds the figures of this module to what a trainer logs; to be mixed in before one of TRL's."""
+class Means:
+    """Values summed over rows until they are taken, on the device that they were made on."""
 
-    has_reference_pass = False
-    """Whether every batch goes through a reference model, too."""
+    def __init__(self) -> None:
+        self.names: Sequence[str] = []
+        self.values = torch.zeros(0, dtype=torch.float64)
+        """By how much all rows count, then a sum for each name."""
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._watch = Stopwatch(on_gpu=self.args.device.type == "cuda")
+    def add(self, names: Sequence[str], sums: torch.Tensor) -> None:
+        """Add sums over some rows; the first is by how much they count, and has no name."""
+        self.names, self.values = names[1:], sums + self.values if len(self.values) else sums
+
+    def take(self) -> "Means":
+        """Return what is there, and begin anew."""
+        taken = Means()
+        taken.names, taken.values = self.names, self.values
+        self.__init__()
+        return taken
+
+    def figures(self, sums: torch.Tensor) -> dict[str, float]:
+        """Return the mean of each name, given the sums of all workers."""
+        if not len(sums) or not sums[0]:
+            return {}
+        return dict(zip(self.names, (sums[1:] / sums[0]).tolist(), strict=True))
+
+
+class Speed:
+    """How fast a trainer's steps are: from the wait for data to the log."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.has_reference_pass = False
+        """Whether every batch goes through a reference model, too."""
+        self._trainer = trainer
+        self._stopwatch = Stopwatch(on_gpu=trainer.args.device.type == "cuda")
         self._began_s: float | None = None
-        self._rows = self._tokens = 0
+        self._rows: Any = 0
+        self._tokens: Any = 0
         self._flops_per_token: float | None = None
-        self.add_callback(_OptimizerClock(self._watch))
+        trainer.add_callback(_OptimizerClock(self._stopwatch))
 
-    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
-        """Wait for the batches of a step."""
+    @property
+    def is_running(self) -> bool:
+        """Whether a step has begun."""
+        return self._began_s is not None
+
+    def measure(self, part: str) -> AbstractContextManager[None]:
+        """Add the time of a block to a part of the step."""
+        return self._stopwatch.measure(part)
+
+    def waiting_for_data(self) -> AbstractContextManager[None]:
+        """Measure a wait for data, with which a step begins."""
         self._began_s = self._began_s or time.perf_counter()
-        with self._watch.measure("data"):
-            return super().get_batch_samples(*arguments, **keywords)
+        return self.measure("data")
 
-    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        """Go forward and back."""
-        with self._watch.measure("compute"):
-            return super().training_step(*arguments, **keywords)
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
-        """Go forward."""
-        if not cast(nn.Module, self.model).training:
-            return super().compute_loss(model, inputs, *arguments, **keywords)
-        rows, tokens = count_rows_and_tokens(inputs)
+    def count(self, batch: dict[str, torch.Tensor]) -> None:
+        """Count the rows and tokens of a micro-batch."""
+        rows, tokens = count_rows_and_tokens(batch)
         self._rows, self._tokens = self._rows + rows, self._tokens + tokens
-        with self._watch.measure("forward"):
-            return super().compute_loss(model, inputs, *arguments, **keywords)
 
-    def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
-        """Log, and where it is about a training step, how fast it was. Called by all workers."""
-        if "loss" in logs and self._began_s is not None:
-            logs |= self._speed(time.perf_counter() - self._began_s)
-            self._began_s, self._rows, self._tokens = None, 0, 0
-        super().log(logs, *arguments, **keywords)
-
-    def _speed(self, wall_s: float) -> dict[str, float]:
-        seconds = self._watch.read()
+    def own(self) -> torch.Tensor:
+        """Return what this worker measured of a step, for `figures`, and begin anew."""
+        assert self._began_s is not None, "a step has begun"
+        wall_s, seconds = time.perf_counter() - self._began_s, self._stopwatch.read()
         own = [float(self._rows), float(self._tokens), _peak_memory_gib(), wall_s, *(seconds[part] for part in _PARTS)]
-        every = self.accelerator.gather(torch.tensor([own], dtype=torch.float64, device=self.args.device))
-        every = cast(torch.Tensor, every).cpu()
+        self._began_s, self._rows, self._tokens = None, 0, 0
+        return torch.tensor(own, dtype=torch.float64, device=self._trainer.args.device)
+
+    def figures(self, every: torch.Tensor) -> dict[str, float]:
+        """Return the figures of a step from what each worker measured, shape (workers, measures)."""
         rows, tokens = every[:, :2].sum(0).tolist()
         step_s, data_s, forward_s, compute_s, optimizer_s = every[:, 3:].mean(0).tolist()
         figures = {
@@ -121,20 +144,22 @@ class MeasuredTrainer(Trainer):
             "seconds/data": data_s,
             "seconds/forward": forward_s,
         }
-        if self.is_deepspeed_enabled:
+        if self._trainer.is_deepspeed_enabled:
             figures["seconds/backward_and_optimizer"] = compute_s - forward_s
         else:
             figures |= {"seconds/backward": compute_s - forward_s, "seconds/optimizer": optimizer_s}
-        share = self._utilisation(tokens / step_s / self.accelerator.num_processes)
+        share = self._utilisation(tokens / step_s / len(every))
         return figures if share is None else {**figures, "mfu": share}
 
     def _utilisation(self, tokens_per_second: float) -> float | None:
         """Return the share of a worker's device that the model's own arithmetic takes; None where it is not known."""
-        device = find_device(torch.cuda.get_device_name()) if self.args.device.type == "cuda" else None
+        on_gpu = self._trainer.args.device.type == "cuda"
+        device = find_device(torch.cuda.get_device_name()) if on_gpu else None
         if device is None:
             return None
         if self._flops_per_token is None:
-            self._flops_per_token = flops_per_token(cast(nn.Module, self.model), has_reference=self.has_reference_pass)
+            model = cast(nn.Module, self._trainer.model)
+            self._flops_per_token = flops_per_token(model, has_reference=self.has_reference_pass)
         return tokens_per_second * self._flops_per_token / device.peak_flops
 
 
@@ -172,22 +197,20 @@ def flops_per_token(model: nn.Module, *, has_reference: bool) -> float:
     return 4.0 * num_weights + 2.0 * num_trained + 2.0 * num_in_reference
 
 
-def totals(history: Sequence[dict[str, Any]]) -> dict[str, float]:
+def totals(history: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Return the figures of a whole training from its logged steps: seconds summed, rates and `mfu` over all of it."""
-    steps = [entry for entry in history if STEP in entry]
-    seconds = sum(entry[STEP] for entry in steps)
-    if not seconds:
-        return {}
     found: dict[str, float] = {}
-    for key in dict.fromkeys(key for entry in steps for key in entry):
-        values = [(entry[key], entry[STEP]) for entry in steps if key in entry]
-        if key.startswith("seconds/"):
-            found[key] = sum(value for value, _ in values)
-        elif key in ("rows_per_second", "tokens_per_second", "mfu"):
-            found[key] = sum(value * step_s for value, step_s in values) / seconds
-        elif key == "peak_memory_gib":
-            found[key] = max(value for value, _ in values)
-    return found
+    weights: dict[str, float] = {}
+    for entry in history:
+        for key, value in entry.items() if STEP in entry else ():
+            if key.startswith("seconds/"):
+                found[key] = found.get(key, 0.0) + value
+            elif key in ("rows_per_second", "tokens_per_second", "mfu"):
+                found[key] = found.get(key, 0.0) + value * entry[STEP]
+                weights[key] = weights.get(key, 0.0) + entry[STEP]
+            elif key == "peak_memory_gib":
+                found[key] = max(found.get(key, 0.0), value)
+    return found | {key: found[key] / seconds for key, seconds in weights.items() if seconds}
 
 
 def _embeddings(model: nn.Module) -> Any:

@@ -1,24 +1,29 @@
-"""Which weights are trained: adapters, and parts of the model that stay as they are."""
+"""The model of a training: what it starts from, which of its weights are trained, and its reference."""
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_model
 from torch import nn
-from transformers import (
-    BitsAndBytesConfig,
-    Trainer,
-    set_seed,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, set_seed
 
-from stic_ray.core.config import ModelConfig, TuningConfig
+from stic_ray.core.config import ModelConfig, RunConfig, TuningConfig
 from stic_ray.core.errors import ConfigError, ModelError
 from stic_ray.core.training import Part
-from stic_ray.engines.loading import make_skeleton, parts_of
+from stic_ray.engines.adapters import adapter_of, is_adapter
+from stic_ray.engines.loading import choose_dtype, load_model, load_processor, make_skeleton, parts_of
+
+REFERENCE = "ref"
+"""TRL's name of the frozen copy of an adapter that a policy starts from."""
 
 
 def check_tuning(model: ModelConfig, tuning: TuningConfig) -> None:
@@ -29,6 +34,57 @@ def check_tuning(model: ModelConfig, tuning: TuningConfig) -> None:
         raise ConfigError(
             f"tuning.projector_learning_rate is set, but no part of model.path='{model.path}' is known as a projector."
         )
+
+
+def model_at(model: ModelConfig, checkpoint: Path | None) -> ModelConfig:
+    """Return the model of the run, or what a training left in `checkpoint`: an adapter, or a full model."""
+    if checkpoint is None:
+        adapter = adapter_of(model)
+        return model.model_copy(update={"adapter": str(adapter) if adapter else None})
+    if is_adapter(checkpoint):  # went on from the adapter that the run starts from, and holds it
+        return model.model_copy(update={"adapter": str(checkpoint)})
+    return model.model_copy(update={"path": str(checkpoint), "revision": None, "adapter": None})
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that a training starts from, and how its weights are held."""
+
+    model: ModelConfig
+    dtype: torch.dtype
+    new_adapter: LoraConfig | None
+    """None for a model that is trained itself, or goes on from an adapter."""
+    quantization: BitsAndBytesConfig | None
+
+    def load(self) -> PreTrainedModel | PeftModel:
+        """Load the weights; an adapter that is there can be trained on. Raises ModelError."""
+        adapter = Path(self.model.adapter) if self.model.adapter else None
+        how: dict[str, Any] = {"dtype": self.dtype, "quantization": self.quantization}
+        return load_model(self.model, adapter=adapter, trainable=adapter is not None, **how)
+
+
+def prepare_start(config: RunConfig, checkpoint: Path | None, folder: Path) -> Start:
+    """Look at the model that training starts from: base, adapter, or full model.
+
+    Called before TRL's arguments are made, which have ZeRO-3 cut every new model into parts. A model that is trained
+    whole from an adapter is merged first, into `folder`.
+    """
+    model, tuning = model_at(config.model, checkpoint), config.tuning
+    dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
+    if model.adapter and tuning.method == "full":
+        merged = cast(PreTrainedModel, load_model(model, dtype=dtype, adapter=Path(model.adapter), merge=True))
+        load_processor(model).save_pretrained(folder / "merged")
+        merged.config.save_pretrained(folder / "merged")
+        # transformers' own would write on a single worker, and each may be on a machine of its own.
+        save_model(merged, str(folder / "merged" / "model.safetensors"), metadata={"format": "pt"})
+        model = model_at(model, folder / "merged")
+    needs_adapter = tuning.method != "full" and model.adapter is None
+    return Start(
+        model,
+        dtype,
+        new_adapter=make_adapter(model, tuning) if needs_adapter else None,
+        quantization=make_quantization(model, dtype) if tuning.method == "qlora" else None,
+    )
 
 
 def make_adapter(model: ModelConfig, tuning: TuningConfig) -> LoraConfig:
@@ -65,7 +121,7 @@ def make_quantization(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
-def choose_trained(model: nn.Module, tuning: TuningConfig, dtype: torch.dtype) -> None:
+def set_trainable(model: nn.Module, tuning: TuningConfig, dtype: torch.dtype) -> None:
     """Leave frozen parts out of training, where a model is trained whole, and hold what is trained in `dtype`.
 
     That is float32 without DeepSpeed, which keeps copies in float32 of what it trains: small steps vanish in bfloat16.
@@ -78,14 +134,39 @@ def choose_trained(model: nn.Module, tuning: TuningConfig, dtype: torch.dtype) -
             parameter.data = parameter.data.to(dtype)
 
 
-def hold_alike(reference: nn.Module, policy: nn.Module) -> None:
+def match_dtypes(reference: nn.Module, policy: nn.Module) -> None:
     """Hold the weights of a reference model in the number formats of the policy's, or they would begin apart."""
     held = dict(policy.named_parameters())
     for name, parameter in reference.named_parameters():
         parameter.data = parameter.data.to(held[name].dtype)
 
 
-def draw_adapter(model: nn.Module, seed: int) -> None:
+def prepare_reference_adapter(policy: PeftModel) -> None:
+    """Give the reference's adapter the weights and number formats of the policy's, those that ZeRO-3 has cut, too.
+
+    It is left out of what is saved: it is that of the start, and would be taken for the policy's.
+    """
+    cast(Any, policy).save_pretrained = partial(policy.save_pretrained, selected_adapters=["default"])
+    for name, parameter in policy.named_parameters():
+        if f".{REFERENCE}." not in name:
+            continue
+        own = policy.get_parameter(name.replace(f".{REFERENCE}.", ".default."))
+        with _gathered([parameter, own]):
+            if hasattr(parameter, "ds_id"):
+                parameter.data.copy_(own.data)
+            else:
+                parameter.data = own.data.clone()
+
+
+def _gathered(parameters: list[nn.Parameter]) -> Any:
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def initialise_adapter(model: nn.Module, seed: int) -> None:
     """Draw a new adapter from the seed alone: loading a model takes random numbers, too, under ZeRO-3 others."""
     set_seed(seed)
     for layer in model.modules():
@@ -98,40 +179,16 @@ def draw_adapter(model: nn.Module, seed: int) -> None:
                     copy.data = original.data.clone()
 
 
-class PartTrainer(Trainer):
-    """Gives the projector a learning rate of its own, and takes no step behind the last."""
-
-    tuning: TuningConfig
-
-    def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
-        # transformers 5.19 goes on for a step when it resumes from the last one, unless an epoch ends there.
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*arguments, **keywords)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Return transformers' optimiser with the projector in parameter groups of its own."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if self.tuning.projector_learning_rate is not None and is_new:
-            trained = model_of(self)
-            parts = _prefixes(trained)
-            own = {id(p) for name, p in trained.named_parameters() if _part_of(name, parts) == "projector"}
-            _separate(optimizer, own, self.tuning.projector_learning_rate)
-        return optimizer
-
-
-def _separate(optimizer: torch.optim.Optimizer, own: set[int], learning_rate: float) -> None:
-    """Move the parameters with these ids into groups with another learning rate; the schedule scales each group's."""
-    for group in [*optimizer.param_groups]:
-        params = group["params"]
-        group["params"] = [p for p in params if id(p) not in own]
-        optimizer.add_param_group({**group, "params": [p for p in params if id(p) in own], "lr": learning_rate})
-
-
 def model_of(trainer: Trainer) -> nn.Module:
     """Return the model that a trainer trains."""
     assert isinstance(trainer.model, nn.Module), "the trainer was made with a model"
     return trainer.model
+
+
+def projector_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of the projector."""
+    parts = _prefixes(model)
+    return [parameter for name, parameter in model.named_parameters() if _part_of(name, parts) == "projector"]
 
 
 def describe_parts(trainer: Trainer) -> dict[str, Any]:
