@@ -16,6 +16,7 @@ _DECODER = json.JSONDecoder(strict=False)  # line ends and tabs inside strings d
 _BLANK = re.compile(r"[\s\ufeff]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.DOTALL)
+_FIRST_KEY = re.compile(r'\{\s*"[^"]*"\s*:')
 _LONGEST_WORD = len("-Infinity")
 
 
@@ -102,8 +103,11 @@ class _Text:
         if self.indent is not None:  # the next row stands below this one
             below = re.compile(rf"\n(?:{re.escape(self.indent)}\{{|\])").search(self.text, self.at)
             return below.start() if below else None
+        # Behind an odd number of quotes, texts and brackets change places: there a row begins as this one did.
+        key = _FIRST_KEY.match(self.text, self.at)
+        alike = re.compile(rf",\s*(?={re.escape(key[0])})").search(self.text, self.at) if key else None
         opened: list[str] = []
-        for match in _BRACKETS.finditer(self.text, self.at):
+        for match in _BRACKETS.finditer(self.text, self.at, alike.start() if alike else len(self.text)):
             if match[0] in "[{":
                 opened.append(match[0])
             elif match[0] in "]}":
@@ -112,7 +116,7 @@ class _Text:
                     continue
                 if not opened:
                     return match.end()
-        return None
+        return alike.start() if alike else None
 
 
 def json_values(stream: pa.NativeFile) -> Iterator[tuple[int, Any, str | None]]:

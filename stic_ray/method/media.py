@@ -28,7 +28,13 @@ _ENDINGS = {
     **dict.fromkeys(("heic", "avif"), Reason.NO_IMAGE),
 }
 _NUMBERED = re.compile(r"(image|img|picture)s?[ _-]?\d+", re.IGNORECASE)
-_IN_TEXT = re.compile(r"<\|?(image|video|audio)[ _-]?(?:pad|placeholder|token)?[ _-]?\d*\|?>", re.IGNORECASE)
+_EMBEDDED = re.compile(r"data:image/|(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/]{80}")
+"""How an image begins that stands in the data itself, in base64."""
+_IN_TEXT = re.compile(
+    r"<\|?(image|video|audio)[ _-]?(?:pad|placeholder|token|here)?[ _-]?\d*\|?>|<img>[^<\n]+</img>|\[IMG\]",
+    re.IGNORECASE,
+)
+"""Placeholders of LLaVA and Qwen2-VL, InternLM-XComposer, Qwen-VL, and Pixtral."""
 _MAX_PATH_CHARACTERS = 4096
 _MAX_DEPTH = 8
 
@@ -82,7 +88,7 @@ def check_placeholders(texts: Iterable[str], *, has_image: bool) -> None:
     """Check that the texts of a row ask for the picture that it has. Raises Rejected where they ask for another."""
     found = [match for text in texts for match in _IN_TEXT.finditer(text)]
     for reason, medium in ((Reason.VIDEO, "video"), (Reason.AUDIO, "audio")):
-        if each := next((match[0] for match in found if match[1].lower() == medium), None):
+        if each := next((match[0] for match in found if str(match[1]).lower() == medium), None):
             raise Rejected(reason, f"the text has {each}; only images can be shown")
     if found and not has_image:
         raise Rejected(Reason.NO_IMAGE, f"the text has {found[0][0]}, but the row has no image")
@@ -126,6 +132,8 @@ def _about(key: str) -> Reason | None:
 
 
 def _ending(value: Any) -> Reason | None:
+    if isinstance(value, str) and _EMBEDDED.match(value):
+        return Reason.NO_IMAGE
     if not isinstance(value, str) or "\n" in value or len(value) > _MAX_PATH_CHARACTERS:
         return None
     _, point, ending = value.partition("?")[0].rpartition(".")

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from stic_ray.core.json_stream import literal
 from stic_ray.core.outcomes import Rejected
 from stic_ray.core.storage import Location
 from stic_ray.method.choices import LETTERS, Choice, letter_of, read_choices, shown
-from stic_ray.method.media import check_placeholders, is_null, without_placeholder
+from stic_ray.method.media import check_placeholders, is_absent, is_null, without_placeholder
 from stic_ray.method.objects import phrases_of
 from stic_ray.method.scoring import METRICS, read_yes_no
 from stic_ray.stages.records import Row, image_place, load_records, plain_text, read_rows, row_id
@@ -26,10 +27,9 @@ _QUESTIONS = pa.schema(
 )
 _FIELDS = ("id", "question", "answer", "answers", "choices", "metric", "vocabulary")
 _MISNAMED = {
-    **dict.fromkeys(("options", "option", "choice", "candidates", "A"), ("choices",)),
-    **dict.fromkeys(("label", "labels", "answerKey", "answer_key", "answer_index", "target"), ("answer", "answers")),
-    "metrics": ("metric",),
-    "vocab": ("vocabulary",),
+    re.compile(r"A|(?i:(.*[\W_])?(options?|choices?|candidates)([\W_].*)?)"): ("choices",),
+    re.compile(r"(?i)labels?|targets?|answer_?(key|index)|gold|ground_?truth|gt"): ("answer", "answers"),
+    re.compile(r"(?i)vocab"): ("vocabulary",),
 }
 """Names that other benchmarks have for a field."""
 _ENDINGS = re.compile(r"(\.(jsonl?|ndjson|parquet|gz|gzip|bz2|zst))+$", re.IGNORECASE)
@@ -82,8 +82,10 @@ def _question(row: Row, source: Location) -> dict[str, Any]:
 
 def _checked(row: Mapping[str, Any], source: Location) -> dict[str, Any]:
     """Return a question in one form. Raises ValueError and Rejected, saying what is wrong with it."""
-    for name, fields in _MISNAMED.items():
-        if not is_null(row.get(name)) and all(is_null(row.get(field)) for field in fields):
+    for name in (name for name, value in row.items() if name not in _FIELDS and not is_absent(value)):
+        alike = get_close_matches(name.lower(), _FIELDS[1:], n=1, cutoff=0.8)
+        fields = next((fields for names, fields in _MISNAMED.items() if names.fullmatch(name)), alike)
+        if fields and all(is_null(row.get(field)) for field in fields):
             raise ValueError(f"it has '{name}', but no '{fields[0]}'; name the field '{fields[0]}'.")
     choices = read_choices(row.get("choices"))
     metrics = _list_of(row.get("metric")) or ["multiple_choice" if choices else "exact_match"]

@@ -1,6 +1,5 @@
 """What a source names: the files of a folder, of a list of paths, or of a folder that `datasets` saved."""
 
-import codecs
 import io
 import json
 import os
@@ -117,11 +116,10 @@ def _listed(source: Location) -> Iterator[pa.Table]:
     """Read paths and URIs, one per line; relative ones are below the file's folder. Bad bytes are those of Windows."""
     folder = source.folder
     with source.open() as stream:
-        beginning = stream.read(2)
+        encoding = json.detect_encoding(stream.read(4))  # by its zeros, as any text that begins in ASCII has
         stream.seek(0)
-        is_utf16 = beginning in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        encoding = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", "surrogateescape")
-        with io.TextIOWrapper(io.BufferedReader(stream), *encoding) as text:
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+        with io.TextIOWrapper(io.BufferedReader(stream), encoding, errors) as text:
             lines = (_in_windows(line).strip() for line in text)
             uris = (folder.address_of(line) for line in lines if line and not line.startswith("#"))
             while some := list(islice(uris, _LINES_AT_A_TIME)):

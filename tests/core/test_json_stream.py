@@ -78,8 +78,16 @@ def test_a_damaged_row_of_a_list_does_not_stop_the_others(damaged: str, separato
     assert [line for line, _, problem in found if problem] == [4]
 
 
-@pytest.mark.parametrize("damaged", [DAMAGED[0], DAMAGED[3], DAMAGED[4], DAMAGED[6], DAMAGED[7], '{"a": [{"b": ]}'])
-def test_a_damaged_row_of_a_list_on_one_line_ends_with_its_last_bracket(damaged: str) -> None:
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *(DAMAGED[number] for number in (0, 1, 2, 3, 4, 6, 7)),
+        '{"a": [{"b": ]}',
+        '{"id": 1, "text": "a board 5" long"}',
+        '{"id": 1, "text": "a", "inner": [{"b": "x"}, {"b": "5" long"}]}',
+    ],
+)
+def test_a_damaged_row_of_a_list_on_one_line_does_not_stop_the_others(damaged: str) -> None:
     rows = [json.dumps(row) for row in GOOD]
     found = values_of(f"[{', '.join([*rows[:2], damaged, *rows[2:]])}]".encode())
     assert [value for _, value, problem in found if problem is None] == GOOD

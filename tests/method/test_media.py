@@ -47,6 +47,11 @@ def test_the_image_of_a_row(row: dict[str, Any], expected: Any) -> None:
         *(({name: "a/b.JPG"}, Reason.NO_IMAGE) for name in ("file_name", "path", "source", "url")),
         ({"url": "https://example.org/a.png?size=large"}, Reason.NO_IMAGE),
         ({"num_images": 1}, Reason.NO_IMAGE),
+        ({"content": [{"src": "data:image/png;base64,iVBORw0KGgo="}]}, Reason.NO_IMAGE),
+        *(
+            ({"base64": f"{head}{'Ab+/' * 2000}"}, Reason.NO_IMAGE)
+            for head in ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+        ),
         ({"metadata": {"origin": {"img": "x"}}}, Reason.NO_IMAGE),
         ({"files": ["a.txt", "b.png"]}, Reason.NO_IMAGE),
         ({"image": ["a.jpg", "b.jpg"]}, Reason.SEVERAL_IMAGES),

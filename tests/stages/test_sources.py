@@ -327,7 +327,9 @@ def test_what_cannot_be_opened_in_a_folder_is_listed_and_rejected(tmp_path: Path
     assert all(isinstance(image.encoded, bytes | Rejected) for image in found)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-bom", "cp1252", "latin-1"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-bom", "utf-16-le", "utf-32", "cp1252", "latin-1"]
+)
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_a_list_is_read_as_any_system_writes_it(encoding: str, newline: str, tmp_path: Path) -> None:
     names = ["größe.png", "b.png", "c d.png"]
