@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from stic_ray.core.config import ModelConfig
@@ -126,7 +127,7 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the weights of `model.path` to `device`; on `meta` names and shapes alone. Raises as `load_model`."""
     place = {"device_map": {"": device}} if device is not None and device.type != "cpu" else {}
-    with explained(model), _without_report():
+    with explained(model), _quiet():
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             model.path,
             dtype=dtype,
@@ -151,15 +152,17 @@ def load_base(
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
-    """Keep transformers' table of weights that do not fit from the console: the first is named in our error."""
-    reporter = logging.getLogger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    """Keep transformers' progress bar and table of weights that do not fit from the console: we name the first."""
+    level, has_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        reporter.setLevel(level)
+        transformers_logging.set_verbosity(level)
+        if has_bar:
+            transformers_logging.enable_progress_bar()
 
 
 def stored_dtype(model: ModelConfig) -> torch.dtype | None:
@@ -182,7 +185,7 @@ def make_savable(model: PreTrainedModel) -> None:
     except ValueError as error:
         kept = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**kept)
-        logger.warning(
+        logger.info(
             "generation_config.json of '%s' cannot be saved as it is, and checkpoints get its special tokens alone: %s",
             model.name_or_path,
             " ".join(str(error).split())[:200],
@@ -192,7 +195,7 @@ def make_savable(model: PreTrainedModel) -> None:
 def read_generation_config(model: ModelConfig) -> GenerationConfig:
     """Return what the checkpoint asks of generation. Raises ModelError for a file that is none."""
     name = "generation_config.json"
-    with explained(model, f"{name} of model.path='{model.path}'"):
+    with explained(model, f"{name} of model.path='{model.path}'"), _quiet():
         if cached_file(model.path, name, revision=model.revision, _raise_exceptions_for_missing_entries=False):
             return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model.path, **hub_arguments(model)))

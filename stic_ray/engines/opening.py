@@ -60,6 +60,9 @@ def check_engine(model: ModelConfig) -> None:
 
     check_model(model)
     if model.engine == "vllm":
-        from stic_ray.engines.vllm_engine import check_vllm
+        from stic_ray.engines.adapters import adapter_of
+        from stic_ray.engines.vllm_engine import check_adapter_fits, check_vllm
 
         check_vllm(model)
+        if (adapter := adapter_of(model)) is not None:
+            check_adapter_fits(adapter)

@@ -39,6 +39,14 @@ def test_a_good_model_passes(family: str, checkpoint: Checkpoints) -> None:
     check_model(ModelConfig(path=str(checkpoint(family))))
 
 
+def test_nothing_is_written_while_a_model_is_looked_at(spoiled: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    edit_json(spoiled, "generation_config.json", temperature=0.9)
+    check_model(ModelConfig(path=str(spoiled)))
+    BAD_WEIGHTS["a layer missing"](spoiled)
+    refusal(check_model, spoiled)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_directory_that_is_not_there_is_called_that(tmp_path: Path) -> None:
     """Not told in terms of the hub: the user mistyped a path."""
     message = refusal(check_model, tmp_path / "missing")

@@ -1,5 +1,6 @@
 """Two answers behind one prompt: the log-probabilities of separate sequences, for a part of the work."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines import shared_prefix
+from stic_ray.engines.base import AnsweredPair
 from stic_ray.engines.loading import load_model, load_processor
 from stic_ray.engines.rendering import Message, split_answers
 from stic_ray.engines.sequences import SequenceBuilder, image_token_id
 from stic_ray.engines.shared_prefix import CHOSEN, PADDING, PROMPT, REJECTED
-from tests.engines.conftest import Checkpoints
+from tests.engines.conftest import Checkpoints, Engines
 from tests.engines.families import EMBEDDED, scene
 
 PICTURES = [scene(1), scene(2, 120, 50), scene(3, 40, 100)]
@@ -26,7 +28,7 @@ ANSWERS = [
 ]
 
 
-def loaded(folder: Path) -> tuple[Any, Any]:
+def processor_and_model(folder: Path) -> tuple[Any, Any]:
     config = ModelConfig(path=str(folder))
     return load_processor(config), load_model(config, dtype=torch.float32).eval()
 
@@ -77,7 +79,7 @@ def shared_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("family", EMBEDDED)
 def test_log_probabilities_are_those_of_separate_sequences(family: str, checkpoint: Checkpoints) -> None:
-    processor, model = loaded(checkpoint(family))
+    processor, model = processor_and_model(checkpoint(family))
     assert shared_prefix.reason_against(model.config) is None
     batch = pairs_batch(processor)
     with torch.no_grad():
@@ -90,7 +92,7 @@ def test_log_probabilities_are_those_of_separate_sequences(family: str, checkpoi
 
 @pytest.mark.parametrize("family", EMBEDDED)
 def test_gradients_are_those_of_separate_sequences(family: str, checkpoint: Checkpoints) -> None:
-    processor, model = loaded(checkpoint(family))
+    processor, model = processor_and_model(checkpoint(family))
     batch = pairs_batch(processor)
     weight = model.get_output_embeddings().weight
     inner = next(p for name, p in model.named_parameters() if name.endswith("layers.0.self_attn.k_proj.weight"))
@@ -104,7 +106,7 @@ def test_gradients_are_those_of_separate_sequences(family: str, checkpoint: Chec
 
 @pytest.mark.parametrize("family", EMBEDDED)
 def test_image_and_prompt_are_there_once(family: str, checkpoint: Checkpoints) -> None:
-    processor, _ = loaded(checkpoint(family))
+    processor, _ = processor_and_model(checkpoint(family))
     batch = pairs_batch(processor)
     prompts, _ = texts(processor)
     alone = processor(
@@ -137,7 +139,7 @@ def test_a_token_sees_the_prompt_and_its_own_answer() -> None:
 
 def test_a_sliding_window_is_kept(checkpoint: Checkpoints) -> None:
     """The window is shorter than the pictures' tokens, so that most of them are out of sight."""
-    processor, model = loaded(checkpoint("llava_next"))
+    processor, model = processor_and_model(checkpoint("llava_next"))
     batch = pairs_batch(processor)
     with torch.no_grad():
         whole = separate_logps(model, processor)
@@ -148,9 +150,26 @@ def test_a_sliding_window_is_kept(checkpoint: Checkpoints) -> None:
 
 
 def test_other_families_and_attentions_are_refused(checkpoint: Checkpoints) -> None:
-    _, model = loaded(checkpoint("llava"))
+    _, model = processor_and_model(checkpoint("llava"))
     model.config.get_text_config()._attn_implementation = "eager"
     assert "eager" in (shared_prefix.reason_against(model.config) or "")
     model.config.get_text_config()._attn_implementation = "sdpa"
     model.config.model_type = "llava_other"
     assert "llava_other with llama is not among" in (shared_prefix.reason_against(model.config) or "")
+
+
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_an_answer_that_was_cut_off_is_scored_without_an_end(family: str, loaded: Engines) -> None:
+    """What is stored beside a pair is what its training will score."""
+    engine = loaded(family)
+    whole = AnsweredPair(PICTURES[0], PROMPTS[0], *ANSWERS[0])
+    cut = replace(whole, chosen_cut_off=True)
+    (chosen, rejected), (shorter, same) = engine.score_pairs([whole, cut])
+    assert same == pytest.approx(rejected, rel=1e-5)
+    sequence = engine.builder.build(asked(PROMPTS[0], ANSWERS[0][0]), with_image=True)
+    batch = engine.builder.batch([sequence], [PICTURES[0]])
+    learnt = batch.pop("is_answer")[0, 1:]
+    with torch.no_grad():
+        logps = engine.model(**batch).logits[0, :-1].log_softmax(-1)
+    last = logps.gather(1, batch["input_ids"][0, 1:, None]).squeeze(1)[learnt][-1].item()
+    assert chosen - shorter == pytest.approx(last, abs=1e-3)
