@@ -122,7 +122,9 @@ def test_evaluation_alone_scores_the_base_model_only(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 1)
-    assert "cannot be loaded" in refusal("--recipe", "demo", "--set", f"model.path={pictures}", folder=tmp_path)
+    assert "is no model: it has no config.json" in refusal(
+        "--recipe", "demo", "--set", f"model.path={pictures}", folder=tmp_path
+    )
 
 
 def test_a_half_done_stage_is_not_finished_with_other_settings(tmp_path: Path) -> None:

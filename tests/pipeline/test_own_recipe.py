@@ -114,10 +114,10 @@ def test_a_finished_run_is_left_as_it_is(run: RunDir) -> None:
 
 STAGES = frozenset(step.stage.name for step in demo().steps(demo().config))
 OWN_PLACES = {
-    *("recipes.py", "core/config.py", "core/training.py"),
+    *("recipes.py", "core/config.py", "core/training.py", "stages/training/launch.py", "stages/training/worker.py"),
     *(f"stages/{name}.py" for name in STAGES),
 }
-"""The recipes, the sections of the configuration, and each stage's own file."""
+"""The recipes, the sections of the configuration, each stage's own file, and the trainings of both."""
 
 
 def stage_names_in(code: str) -> set[str]:

@@ -55,7 +55,7 @@ def test_images_that_kill_hang_or_break_the_engine_are_rejected_and_all_others_a
     for size in ("31x33", "35x33", "39x33"):
         assert rejected[size]["message"].startswith("1 actors died, or hung until actors.timeout_s")
     left = {path.suffix for path in (tmp_path / "run" / "preferences").iterdir()}
-    assert left == {".parquet", ".json"} and not list((tmp_path / "run" / "preferences").glob("attempts-*"))
+    assert left == {".parquet", ".json", ".jsonl"} and not list((tmp_path / "run" / "preferences").glob("attempts-*"))
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -123,7 +123,8 @@ def test_damaged_files_and_what_killed_writers_left_are_cleaned_up(tmp_path: Pat
 
     assert [path for path in written if path.stat().st_mtime_ns == written[path]] == [whole]
     records = [f"shard-{number:06d}.json" for number in range(4)]
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", *(p.name for p in written), *records]
+    kept = ["attempts.jsonl", "manifest.json", *(path.name for path in written), *records]
+    assert sorted(path.name for path in folder.iterdir()) == kept
 
 
 @pytest.mark.usefixtures("ray_session")
