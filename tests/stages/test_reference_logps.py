@@ -12,24 +12,26 @@ from stic_ray.core.errors import ConfigError
 from stic_ray.core.outcomes import Rejected
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
+from stic_ray.core.storage import Location
 from stic_ray.method.prompts import load_prompts
 from stic_ray.stages.preferences import PairMaker
 from stic_ray.stages.training.batches import REFERENCE_LOGPS
 from stic_ray.stages.training.building import make_dpo_trainer
+from stic_ray.stages.training.index import index_pairs
 from stic_ray.stages.training.models import model_of
 from tests.stages.builders import check, draw_pictures, fake_config, pairs_in
-from tests.stages.test_training_batches import config_for, figures_of
+from tests.stages.test_training_batches import config_for, figures_of, write_pairs
 
 LN_2 = 0.6931472
 
 
-def make_pairs(config: RunConfig, pictures: Path) -> list[dict[str, Any]]:
+def make_pairs(config: RunConfig, pictures: Path, checkpoint: Location | None = None) -> list[dict[str, Any]]:
     fetched = {"fetch_reason": None, "fetch_error": None}
     rows = [
         {"image_id": f"{number}", "position": number, "path": path.name, "encoded": path.read_bytes(), **fetched}
         for number, path in enumerate(sorted(pictures.glob("*.jpg")))
     ]
-    maker = PairMaker(config, load_prompts(None))
+    maker = PairMaker(config, load_prompts(None), checkpoint)
     candidates, finished = [maker.prepare(row) for row in rows], []
     for candidate, answer in zip(candidates, maker.answer(candidates), strict=True):
         with suppress(Rejected):
@@ -60,6 +62,29 @@ def test_they_are_what_training_would_work_out(tmp_path: Path, tiny_llava: Path)
     stored = torch.stack([batch[name] for name in REFERENCE_LOGPS])
     torch.testing.assert_close(stored, torch.stack(expected[:2]), atol=1e-4, rtol=1e-6)
     assert figures_of(trainer)["loss/dpo"] == pytest.approx(LN_2, abs=1e-5)
+
+
+def test_in_a_second_round_they_count_where_they_are_of_the_model_that_it_starts_from(
+    tmp_path: Path, tiny_llava: Path
+) -> None:
+    config = asking_for_logps(tiny_llava, dpo={"global_batch": 4, "num_steps": 2})
+    first: Any = make_dpo_trainer(config, pairs_in(config, write_pairs(tmp_path / "first", 4)), tmp_path / "out")
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+    adapter = Location.of(str(tmp_path / "adapter"))
+    pictures = draw_pictures(tmp_path / "pictures", 5)
+    for name, maker, used in (("of the adapter", adapter, True), ("of the base", None, False)):
+        pairs = make_pairs(config, pictures, maker)
+        run = RunDir.of(str(tmp_path / name))
+        run.write_shard("pairs", 0, table_of(pairs, PAIRS), PAIRS)
+        rows = index_pairs(config, run.shards("pairs"), adapter)
+        assert rows.has_reference_logps == used
+        trainer: Any = make_dpo_trainer(config, rows, tmp_path / f"out {name}", tmp_path / "adapter")
+        with torch.no_grad():
+            trainer.compute_loss(
+                model_of(trainer).eval(), trainer.data_collator([dict(r) for r in trainer.train_dataset])
+            )
+        assert figures_of(trainer)["loss/dpo"] == pytest.approx(LN_2, abs=1e-5)
 
 
 @pytest.mark.parametrize("why", ["of another model", "of other pictures", "missing in one pair"])

@@ -1,6 +1,8 @@
 """What the settings of training come to: parts, rates, schedules, DeepSpeed and Ray Train; no Ray."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,12 @@ def test_a_model_without_a_known_projector_has_no_rate_for_it(tmp_path: Path) ->
     config = config_for(base, tuning={"projector_learning_rate": 0.1})
     with pytest.raises(ConfigError, match=r"tuning\.projector_learning_rate .* known as a projector"):
         check(config, "dpo")
+
+
+def test_the_driver_of_a_training_does_without_trl() -> None:
+    code = "import sys, stic_ray.stages.training.launch; print([m for m in ('trl', 'deepspeed') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")

@@ -24,20 +24,20 @@ IDS = "trackers.json"
 
 
 def start_trackers(config: RunConfig, output: RunDir) -> None:
-    """Tell the trackers' packages by their environment which run this is; what the user has set there stays."""
+    """Set the trackers' environment variables to this run; what the user has set there stays."""
     ids, trackers = output.read_json(IDS) or {}, config.workers.trackers
-    told: dict[str, str] = {}
+    variables: dict[str, str] = {}
     if "wandb" in trackers:
         ids.setdefault("wandb", uuid.uuid4().hex[:8])
         output.write_json(IDS, ids)
         folder = output.location.path if output.location.is_local else tempfile.gettempdir()
-        told |= {"WANDB_PROJECT": "stic-ray", "WANDB_DIR": folder}
-        told |= {"WANDB_RUN_ID": ids["wandb"], "WANDB_RESUME": "allow", "WANDB_SILENT": "true"}
+        variables |= {"WANDB_PROJECT": "stic-ray", "WANDB_DIR": folder}
+        variables |= {"WANDB_RUN_ID": ids["wandb"], "WANDB_RESUME": "allow", "WANDB_SILENT": "true"}
     if "mlflow" in trackers:
-        told |= {"MLFLOW_EXPERIMENT_NAME": "stic-ray"}
-        if "mlflow" in ids:  # what it was started with is there, and must not be told again in other words
-            told |= {"MLFLOW_RUN_ID": ids["mlflow"], "MLFLOW_MAX_LOG_PARAMS": "0"}
-    for name, value in told.items():
+        variables |= {"MLFLOW_EXPERIMENT_NAME": "stic-ray"}
+        if "mlflow" in ids:  # what it was started with is there, and must not be given again in other words
+            variables |= {"MLFLOW_RUN_ID": ids["mlflow"], "MLFLOW_MAX_LOG_PARAMS": "0"}
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
@@ -62,7 +62,7 @@ def add_trackers(trainer: Trainer, config: RunConfig, output: RunDir) -> None:
 class RunTensorBoard(TensorBoardCallback):
     """TensorBoard's event files in the run: written there on a local disk, else put there with every checkpoint.
 
-    Each start of a training writes a file of its own, which tells TensorBoard to forget what earlier ones logged
+    Each start of a training writes a file of its own, which has TensorBoard forget what earlier ones logged
     after the checkpoint that it goes on from.
     """
 
