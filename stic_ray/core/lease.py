@@ -53,24 +53,24 @@ def held(run: RunDir) -> Iterator[float | None]:
     finally:
         ended.set()
         beating.join()
-        if (_read(run) or {}).get("id") == own["id"]:
+        if (holder(run) or {}).get("id") == own["id"]:
             (run.location / LEASE).delete()
 
 
 def holder(run: RunDir) -> dict[str, Any] | None:
     """Return who holds the run: host, pid, and `seen_at`, the last sign of life in seconds since 1970."""
-    return _read(run)
+    return run.read_json(LEASE)
 
 
 def _take(run: RunDir, own: dict[str, Any]) -> dict[str, Any] | None:
     """Write our name once nobody alive holds the run; return the lease that was there. Raises RunError."""
-    before = _read(run)
+    before = holder(run)
     if before is not None:
         _wait_until_gone(run, before)
     _write(run, own)
     if not run.location.is_local:
         time.sleep(_SETTLE_S)
-    now = _read(run)
+    now = holder(run)
     if now is None or now["id"] != own["id"]:
         raise _refusal(run, now or own)
     return before
@@ -88,7 +88,7 @@ def _wait_until_gone(run: RunDir, first: dict[str, Any]) -> None:
     deadline = time.monotonic() + max(0.0, min(EXPIRY_S, EXPIRY_S - (time.time() - first["seen_at"])))
     while time.monotonic() < deadline:
         time.sleep(_LOOK_EVERY_S)
-        now = _read(run)
+        now = holder(run)
         if now is None:
             return
         if now != first:
@@ -118,20 +118,13 @@ def _began_at() -> float:
 def _beat(run: RunDir, own: dict[str, Any], ended: threading.Event) -> None:
     while not ended.wait(BEAT_EVERY_S):
         try:
-            if (_read(run) or own)["id"] != own["id"]:
+            if (holder(run) or own)["id"] != own["id"]:
                 logger.error("another driver has taken over '%s'; this one stops", run.uri)
                 _thread.interrupt_main()
                 return
             _write(run, own)
         except OSError as error:  # the storage is away: the next sign of life may get through
             logger.warning("no sign of life could be written to '%s': %s", run.uri, error)
-
-
-def _read(run: RunDir) -> dict[str, Any] | None:
-    try:
-        return run.read_json(LEASE)
-    except ValueError:  # a machine that lost power may leave half a file
-        return None
 
 
 def _write(run: RunDir, own: dict[str, Any]) -> None:

@@ -136,7 +136,7 @@ def _whole_record(
     """Return the record of a shard whose files are all there, and no others; None for any other shard."""
     try:
         record = ShardRecord(**output.read_json(record_name(part, number)))
-    except (ValueError, TypeError):
+    except TypeError:
         return None
     names = {family: shard_name(family_name(family, part), number) for family in {*families, *record.num_bytes}}
     there = {family: files[name].size for family, name in names.items() if name in files}

@@ -6,6 +6,7 @@ manifest.json that is written last, report.html and report.json.
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections import Counter
@@ -20,6 +21,8 @@ import pyarrow.parquet as pq
 
 from stic_ray.core.schemas import REJECTED, check
 from stic_ray.core.storage import Location
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
@@ -96,9 +99,13 @@ class RunDir:
         self.write_text(name, json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file, or return None when there is none."""
+        """Read a JSON file, or return None when there is none, or half of one, as a machine that lost power leaves."""
         location = self.location / name
-        return json.loads(location.read()) if location.exists() else None
+        try:
+            return json.loads(location.read()) if location.exists() else None
+        except ValueError:
+            logger.warning("'%s' is damaged and counts as not written", location.uri)
+            return None
 
     def shards(self, family: str) -> list[Location]:
         """Return the shards of a family, ordered by number.

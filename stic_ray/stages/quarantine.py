@@ -47,7 +47,7 @@ class Quarantine:
         self._output = output
         self._number = number
         self._max_retries = max_retries
-        before = _read(output, notes_name(number))
+        before = output.read_json(notes_name(number))
         self._is_first = before is None
         self.deaths = Counter[str](before["deaths"] if before else {})
         """By part, without those of the first attempt."""
@@ -112,7 +112,7 @@ def loading(output: RunDir, actor: str, num_tries: int) -> Iterator[None]:
     has a new one. Raises StageError after `num_tries` deaths or errors, and where others have loaded, after many more.
     """
     name = f"{ATTEMPTS_FAMILY}-{actor}.json"
-    tried = _read(output, name) or {"num_times": 0, "error": None}
+    tried = output.read_json(name) or {"num_times": 0, "error": None}
     num_times = tried["num_times"]
     if num_times >= num_tries and (num_times >= _MAX_TRIES_BESIDE_OTHERS or not _has_loaded(output).exists()):
         (output.location / name).delete()
@@ -150,10 +150,3 @@ def nobody_has_loaded(output: RunDir) -> None:
 
 def _has_loaded(output: RunDir) -> Any:
     return output.location / f"{ATTEMPTS_FAMILY}-loaded.json"
-
-
-def _read(output: RunDir, name: str) -> Any:
-    try:
-        return output.read_json(name)
-    except ValueError:  # a machine that lost power may leave an empty file
-        return None

@@ -78,7 +78,7 @@ def test_a_driver_on_another_machine_holds_while_it_gives_signs_of_life(
         pass  # none came while we looked
     monkeypatch.setattr(lease, "_LOOK_EVERY_S", 0.0)
     signs = iter([{"host": "elsewhere", "pid": 7, "id": "x", "seen_at": time.time() + n} for n in (0, 1)])
-    monkeypatch.setattr(lease, "_read", lambda run: next(signs))
+    monkeypatch.setattr(lease, "holder", lambda run: next(signs))
     with pytest.raises(RunError, match="process 7 on elsewhere"), lease.held(run):
         pass
 

@@ -146,6 +146,15 @@ def test_written_json_is_json_for_every_reader(value: float, stage: RunDir) -> N
     assert json.loads(text, parse_constant=refuse)[0]["score"] == 0.5
 
 
+@pytest.mark.parametrize("left", [b"", b'{"num_rows_in": 3, "num', b"\0" * 40, b"\xff\xfe"])
+def test_a_json_file_that_lost_power_left_half_counts_as_not_written(left: bytes, stage: RunDir) -> None:
+    stage.write_manifest({"num_rows_in": 3})
+    (stage.location / "manifest.json").write(left)
+    assert stage.manifest is None
+    stage.write_manifest({"num_rows_in": 3})
+    assert stage.manifest is not None
+
+
 def test_a_run_directory_travels_between_processes(stage: RunDir) -> None:
     pickle.loads(pickle.dumps(stage)).write_shard("pairs", 3, pairs_at(3), PAIRS)
     assert stage.shard_numbers("pairs") == {3}
