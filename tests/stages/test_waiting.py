@@ -10,7 +10,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import StageError
-from stic_ray.core.rundir import RunDir
+from stic_ray.core.rundir import RunDir, row_counts
 from stic_ray.core.steps import StepRun
 from stic_ray.stages import cluster, waiting
 from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of, run_stages
@@ -87,7 +87,7 @@ def test_training_finds_the_gpus_that_generation_held(
         left.extend(cluster.own_processes("actors"))
         scaling = ScalingConfig(num_workers=2, use_gpu=True)
         TorchTrainer(lambda: None, scaling_config=scaling, torch_config=TorchConfig(backend="gloo")).fit()
-        return {"num_rows_in": 0, "num_rows_written": 0, "num_rows_rejected": 0, "rejected_by_reason": {}}
+        return row_counts(0, 0, {})
 
     monkeypatch.setattr("stic_ray.stages.training.launch.train_dpo", train)
     monkeypatch.setattr(
