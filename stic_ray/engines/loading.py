@@ -26,6 +26,7 @@ from stic_ray.core.errors import ModelError
 from stic_ray.core.training import Part
 from stic_ray.engines.adapters import PART_NAMES, check_adapter_active, check_adapter_files, merge_adapter
 from stic_ray.engines.hub import explained, hub_arguments
+from stic_ray.engines.rendering import render
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +237,6 @@ def _needs_bos(processor: ProcessorMixin) -> bool:
     bos = tokenizer.bos_token_id
     if bos is None or tokenizer("x")["input_ids"][:1] != [bos]:
         return False
-    message = {"role": "user", "content": [{"type": "text", "text": "x"}]}
-    text = processor.apply_chat_template([message], tokenize=False)
+    asked = [{"role": "user", "content": "x"}]
+    text = render(processor, asked, with_image=False, add_generation_prompt=False)
     return not text.startswith(tokenizer.bos_token)

@@ -48,12 +48,17 @@ def remove_placeholders(processor: ProcessorMixin, text: str) -> str:
 def turn_end(processor: ProcessorMixin) -> str:
     """Return what must be added to an answer so that the model learns to stop: "" or the end-of-text token.
 
-    Many templates close an assistant's turn with a special token; LLaVA's leave it open.
+    Many templates close an assistant's turn with a special token; LLaVA's leave it open. Raises ModelError for a
+    template that does not show the turn.
     """
     probe = "answer"
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": probe}]
     text = render(processor, conversation, with_image=False, add_generation_prompt=False)
-    tail = text.rsplit(probe, 1)[1]
+    _, found, tail = text.rpartition(probe)
+    if not found:
+        raise ModelError(
+            "The chat template changes or drops what an assistant says; give another with model.chat_template=FILE."
+        )
     closed = any(token in tail for token in processor.tokenizer.all_special_tokens)
     return "" if closed else str(processor.tokenizer.eos_token)
 

@@ -93,6 +93,20 @@ def test_a_directory_that_is_no_usable_model_is_refused(name: str, spoiled: Path
     assert told in refusal(check_model, spoiled)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in %}",
+        "{{ raise_exception('alternate') }}",
+        "{% for m in messages %}<image>{{ m.content[-1].text | upper }}{% endfor %}",
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused(template: str, spoiled: Path) -> None:
+    edit_json(spoiled, "chat_template.json", chat_template=template)
+    with pytest.raises(ModelError, match="^The chat template .*"):
+        check_model(ModelConfig(path=str(spoiled)))
+
+
 def test_a_missing_chat_template_can_be_given(spoiled: Path) -> None:
     (spoiled / "chat_template.json").unlink()
     model = ModelConfig(path=str(spoiled), chat_template=tiny_models.LLAVA_TEMPLATE)
