@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 import yaml
 
 from stic_ray.core.config import RunConfig, is_toy
+from stic_ray.core.console import configure
 from stic_ray.core.errors import ConfigError, SourceError, SticError
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.rundir import RunDir
@@ -169,9 +169,7 @@ def main(job: Callable[[str | None], None], description: str | None) -> NoReturn
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for name in ("ray", "datasets", "transformers", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    configure()
     try:
         job(description)
     except SticError as error:

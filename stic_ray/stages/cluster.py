@@ -65,11 +65,10 @@ def connected(config: RunConfig, needs: Mapping[str, Need] | None = None) -> Ite
 
 
 def _connect(config: RunConfig, needs: Mapping[str, Need]) -> None:
-    options = {"logging_level": logging.WARNING, "runtime_env": {"env_vars": process_environment(config)}}
     if address := joining.cluster_address():
-        joining.join(address, **options)
+        joining.join(address, process_environment(config))
         return
-    joining.start_here(num_cpus=_local_cpus(config), **options)  # a run of one machine needs no dashboard
+    joining.start_here(process_environment(config), _local_cpus(config))
     here = Node({**nodes()[0].resources, "CPU": math.inf})
     check_fits(needs, Machines("this machine", [here]))
 

@@ -42,7 +42,7 @@ def do_shards(
     Raises UserError as a worker raised it, and StageError for any other failure. Nothing of it is left running when
     the iterator ends or is closed.
     """
-    logging.getLogger("ray.data").setLevel(logging.WARNING)  # plans and paths; our own lines say how far a stage is
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # plans, paths, traces: our own lines say it in one
     nobody_has_loaded(job.output)
     dataset = _dataset(job, todo, actors)
     try:

@@ -14,23 +14,23 @@ from typing import Any, cast
 import grpc
 import ray
 import ray.exceptions
-from ray._private import services
+from ray._private import services, worker
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import gcs_service_pb2
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
+from stic_ray.core.console import configure_worker, show
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.placement import Node
+
+logger = logging.getLogger(__name__)
 
 _ANSWER_S = 15.0
 """How long the head of a cluster may take to answer. Ray itself tries for almost three minutes, and then exits."""
 
 _MAX_TEMP_DIR_BYTES = 39
 """A socket's path has 107 bytes at most; "/ray/session_<date>_<time>_<pid>/sockets/plasma_store" is 68 of them."""
-
-_QUIET = logging.getLogger("ray._private.authentication")
-"""Warns of what it does by default."""
 
 _MESSAGES: Any = gcs_service_pb2
 """Its classes are made while it is imported, where no checker of types sees them."""
@@ -66,8 +66,8 @@ def ask_cluster(address: str) -> list[Node]:
     return [Node(dict(node.resources_total), dict(node.labels)) for node in _nodes(address)]
 
 
-def join(address: str, **options: Any) -> None:
-    """Join a cluster as a driver, with further options of `ray.init`.
+def join(address: str, env_vars: dict[str, str]) -> None:
+    """Join a cluster as a driver whose processes get `env_vars`.
 
     Raises ConfigError, within half a minute, when it does not answer, refuses, or has no node on this machine.
     """
@@ -79,28 +79,47 @@ def join(address: str, **options: Any) -> None:
             f"`ray start --address={address}` here first",
         )
     try:
-        with _signals_kept():
-            ray.init(address=address, **options)
+        _init(env_vars, address=address)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _not_joined(address, " ".join(str(error).split())[:400]) from error
 
 
-def start_here(**options: Any) -> None:
-    """Start a Ray for this process alone, with further options of `ray.init`.
+def start_here(env_vars: dict[str, str], num_cpus: int) -> None:
+    """Start a Ray of so many CPUs for this process alone, whose processes get `env_vars`.
 
     Raises ConfigError when the folder of temporary files is too deep for Ray's sockets and no other can be used.
     """
-    _QUIET.setLevel(logging.ERROR)
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not _has_token():
         # Ray would leave a token in ~/.ray, which may be read-only, and which every later `ray start` would ask for.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    _init(env_vars, address="local", num_cpus=num_cpus, include_dashboard=False, _temp_dir=short_temp_dir())
+
+
+def _init(env_vars: dict[str, str], **options: Any) -> None:
+    """Call `ray.init` so that the console shows our own lines alone; all that Ray says is in its logs."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    worker.print_to_stdstream = _show  # Ray offers all lines of all processes or none
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    hook = f"{configure_worker.__module__}.{configure_worker.__name__}"
     with _signals_kept():
-        ray.init(address="local", include_dashboard=False, _temp_dir=short_temp_dir(), **options)
+        ray.init(
+            logging_level=logging.CRITICAL,
+            runtime_env={"env_vars": env_vars, "worker_process_setup_hook": hook},
+            **options,
+        )
+
+
+def _show(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """Show those lines of a process of the cluster that are ours, and all of the autoscaler, which starts machines."""
+    for line in data["lines"]:
+        if data.get("pid") == "autoscaler":
+            logger.info("autoscaler: %s", line)
+        else:
+            show(line)
 
 
 def _nodes(address: str) -> list[Any]:
     """Ask the head for the nodes that are alive, as Ray's own messages."""
-    _QUIET.setLevel(logging.ERROR)
     if os.environ.get("RAY_ADDRESS") == "auto":  # as Ray does: an address that was typed turns no tokens on
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:

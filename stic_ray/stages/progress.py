@@ -37,7 +37,8 @@ class Progress:
         self.first_shard_s = self.first_shard_s or now_s - self.start_s
         if self.num_done == self.num_shards // 2:
             self._halfway = (now_s, self.num_rows, self.work)
-        if now_s - self.logged_s >= _LOG_EVERY_S or self.num_done == self.num_shards:
+        every_s = _LOG_EVERY_S / 10 if logger.isEnabledFor(logging.DEBUG) else _LOG_EVERY_S  # a terminal has a bar
+        if now_s - self.logged_s >= every_s or self.num_done == self.num_shards:
             self.logged_s = now_s
             self._log(now_s)
 
