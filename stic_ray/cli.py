@@ -21,6 +21,7 @@ from stic_ray.estimate.table import table
 from stic_ray.pipeline import names_of, run_evaluation_alone, run_pipeline
 from stic_ray.plan import check_room, machines_for, placement, plan
 from stic_ray.recipes import RECIPES, recipe, stic
+from stic_ray.report.scores import in_words
 from stic_ray.stages.evaluation import EVALUATION
 from stic_ray.status import run_status
 
@@ -144,7 +145,10 @@ def print_plan(config: RunConfig, steps: Steps, address: str, names: Sequence[st
 
 
 def print_results(run: RunDir, steps: Steps) -> None:
-    """Say where a run's results are, as far as they are there."""
+    """Say what training changed and where a run's results are, as far as they are there."""
+    for step in steps:
+        if step.stage is EVALUATION:
+            print(*in_words((run / step.name).read_json(step.stage.writes) or []), sep="\n")
     places = {"report": "report.html"}
     for step in steps:
         left = f"{step.name}/{step.stage.writes}"

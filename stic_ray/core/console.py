@@ -67,7 +67,7 @@ class _Terminal(logging.StreamHandler[IO[str]]):
         what, done, total, unit, figures = progress[1], int(progress[2]), int(progress[3]), progress[4], progress[5]
         if self.bar is None or (self.bar.desc, self.bar.total) != (what, total):
             self.close()
-            layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit}, {postfix}"
+            layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit}{postfix}"
             # Libraries' own bars are off by TQDM_DISABLE.
             self.bar = tqdm(
                 desc=what, total=total, unit=unit or "steps", bar_format=layout, file=self.stream, disable=False

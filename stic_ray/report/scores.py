@@ -79,6 +79,30 @@ def verdict(cell: Mapping[str, Any]) -> str:
     return "gain" if is_up == cell["higher_is_better"] else "loss"
 
 
+def in_words(scores: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line per benchmark and metric: the base model against the one trained last, each asked directly.
+
+    The last word is about their difference, question by question, whose interval is narrower than the two that stand
+    there; `scores` are rows of scores.json.
+    """
+    lines = []
+    for key in dict.fromkeys((row["benchmark"], row["metric"]) for row in scores):
+        models = {r["model"]: r for r in scores if (r["benchmark"], r["metric"]) == key and r["mode"] == MODES[0]}
+        if BASE not in models or len(models) < 2:
+            continue
+        trained = list(models)[-1]
+        word = {"gain": "better", "loss": "worse", "": "no clear difference"}[verdict(models[trained])]
+        before, after = (f"{name} {_with_interval(models[name])}" for name in (BASE, trained))
+        better = "" if models[trained]["higher_is_better"] else " (lower is better)"
+        lines.append(f"{key[0]} {label(key[1])}{better}: {before} -> {after}: {word}")
+    return lines
+
+
+def _with_interval(row: Mapping[str, Any]) -> str:
+    known = _is_known(row["low"]) and _is_known(row["high"])
+    return f"{row['score']:.2f}" + (f" [{row['low']:.2f}, {row['high']:.2f}]" if known else "")
+
+
 def headline(scores: Mapping[str, Any], status: str) -> dict[str, Any]:
     """Return a trained model's best change, in the good direction, against the base model answering directly."""
     if status != "finished":

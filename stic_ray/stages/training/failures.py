@@ -20,6 +20,8 @@ from torch.distributed import DistError
 from stic_ray.core.errors import StageError, SticError, UserError
 from stic_ray.core.outcomes import Failed
 
+logger = logging.getLogger(__name__)
+
 Outcome = Literal["lost", "final", "unknown"]
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 _CONNECTION = re.compile(r"gloo|nccl|connection|\bpeer\b|socket|broken pipe|rendezvous", re.IGNORECASE)
@@ -87,10 +89,9 @@ class Restarts(UserCallback):
             raise ControllerError(final[0])
         self.num_failures += 1
         goes_on = "restarts from its last checkpoint" if self.num_failures <= self.max_failures else "stops"
-        print(
+        logger.warning(
             f"{self.step_name}: lost {len(failures)} workers ({_lines(failures)}); failure "
             f"{self.num_failures}, workers.max_failures={self.max_failures}: {goes_on}",
-            flush=True,
         )
 
 
