@@ -9,9 +9,7 @@ ours are marked.
 import logging
 import re
 import sys
-from typing import IO, cast
-
-from tqdm import tqdm
+from typing import IO, Any, cast
 
 _MARK = "stic-ray|"
 _PROGRESS = re.compile(r"([^:]+): (?:step )?(\d+)/(\d+)(?: (\w+))?, (.+)")
@@ -21,7 +19,7 @@ _FORMAT = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 def configure(stream: IO[str] | None = None) -> None:
     """Show this process's log records of ours, and warnings of others, on `stream` (stderr when unset)."""
-    stream = stream or sys.stderr
+    stream = cast(IO[str], stream or sys.stderr)
     handler = _Terminal(stream) if stream.isatty() else logging.StreamHandler(stream)
     handler.setFormatter(_FORMAT)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
@@ -51,7 +49,7 @@ class _Marked(logging.Formatter):
 class _Terminal(logging.StreamHandler[IO[str]]):
     """Shows the last line of progress as a bar below the other lines."""
 
-    bar: "tqdm | None" = None
+    bar: Any = None
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -59,16 +57,19 @@ class _Terminal(logging.StreamHandler[IO[str]]):
             if found:
                 self._draw(found)
             elif record.levelno > logging.DEBUG:
+                from tqdm import tqdm  # it looks at TQDM_DISABLE, for libraries' own bars, when it is imported
+
                 tqdm.write(self.format(record), file=self.stream)
         except Exception:
             self.handleError(record)
 
     def _draw(self, progress: re.Match[str]) -> None:
+        from tqdm import tqdm
+
         what, done, total, unit, figures = progress[1], int(progress[2]), int(progress[3]), progress[4], progress[5]
         if self.bar is None or (self.bar.desc, self.bar.total) != (what, total):
             self.close()
             layout = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {unit}{postfix}"
-            # Libraries' own bars are off by TQDM_DISABLE.
             self.bar = tqdm(
                 desc=what, total=total, unit=unit or "steps", bar_format=layout, file=self.stream, disable=False
             )
@@ -80,5 +81,5 @@ class _Terminal(logging.StreamHandler[IO[str]]):
     def close(self) -> None:
         """Leave the bar as it is and go to the next line."""
         if self.bar is not None:
-            cast(tqdm, self.bar).close()
+            self.bar.close()
             self.bar = None

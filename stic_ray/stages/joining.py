@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,6 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from stic_ray.core.console import configure_worker, show
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.placement import Node
-
-logger = logging.getLogger(__name__)
 
 _ANSWER_S = 15.0
 """How long the head of a cluster may take to answer. Ray itself tries for almost three minutes, and then exits."""
@@ -101,7 +100,7 @@ def _init(env_vars: dict[str, str], **options: Any) -> None:
     worker.print_to_stdstream = _show  # Ray offers all lines of all processes or none
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     hook = f"{configure_worker.__module__}.{configure_worker.__name__}"
-    with _signals_kept():
+    with _signals_kept(), _stderr_closed():  # Ray's core says there which level it was asked for
         ray.init(
             logging_level=logging.CRITICAL,
             runtime_env={"env_vars": env_vars, "worker_process_setup_hook": hook},
@@ -109,13 +108,24 @@ def _init(env_vars: dict[str, str], **options: Any) -> None:
         )
 
 
+@contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """Drop what C++ writes to stderr. An error of the block is a Python exception, which loses nothing."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _show(data: dict[str, Any], ignore_prefix: bool) -> None:
-    """Show those lines of a process of the cluster that are ours, and all of the autoscaler, which starts machines."""
+    """Show those lines of a process of the cluster that are ours."""
     for line in data["lines"]:
-        if data.get("pid") == "autoscaler":
-            logger.info("autoscaler: %s", line)
-        else:
-            show(line)
+        show(line)
 
 
 def _nodes(address: str) -> list[Any]:
