@@ -9,7 +9,7 @@ from stic_ray.engines.watched import Work
 
 logger = logging.getLogger(__name__)
 
-_LOG_EVERY_S = 5.0
+_LOG_EVERY_S = 10.0
 _NUM_LOGGED_FOR_RATES = 12
 """Rates are those of the last so many log lines: what a stage does now, without its start."""
 
@@ -37,7 +37,7 @@ class Progress:
         self.first_shard_s = self.first_shard_s or now_s - self.start_s
         if self.num_done == self.num_shards // 2:
             self._halfway = (now_s, self.num_rows, self.work)
-        every_s = _LOG_EVERY_S / 10 if logger.isEnabledFor(logging.DEBUG) else _LOG_EVERY_S  # a terminal has a bar
+        every_s = _LOG_EVERY_S / 20 if logger.isEnabledFor(logging.DEBUG) else _LOG_EVERY_S  # a terminal has a bar
         if now_s - self.logged_s >= every_s or self.num_done == self.num_shards:
             self.logged_s = now_s
             self._log(now_s)

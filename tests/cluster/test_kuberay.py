@@ -70,6 +70,8 @@ def test_the_job_runs_on_the_cluster_of_the_other_file_and_ends_by_itself() -> N
     job, cluster = read("kuberay/rayjob.yaml"), read("kuberay/raycluster.yaml")
     assert cluster_of(job) == cluster["spec"]
     assert job["spec"]["shutdownAfterJobFinishes"] and job["spec"]["activeDeadlineSeconds"]
+    tries = (job["spec"]["backoffLimit"], job["spec"]["submitterConfig"]["backoffLimit"])
+    assert tries == (0, 0), "KubeRay tries again whatever failed, so a mistake would start another cluster"
     assert {label.split("/")[0] for label in job["metadata"]["labels"]} == {"kueue.x-k8s.io"}
 
 
@@ -80,6 +82,15 @@ def test_spot_machines_generate_and_read_and_do_not_train() -> None:
         if any("spot" in toleration["key"] for toleration in group["template"]["spec"].get("tolerations", ()))
     }
     assert tolerant == {"reading", "generation"}
+
+
+def test_nothing_runs_as_root() -> None:
+    for name in MANIFESTS:
+        for group in groups(read(name)):
+            context = group["template"]["spec"]["securityContext"]
+            assert context["runAsNonRoot"] and context["runAsUser"] == 1000, "the user of the Dockerfile"
+    dockerfile = (CLUSTER / "Dockerfile").read_text(encoding="utf-8")
+    assert "useradd --create-home --uid 1000 ray\nUSER ray\n" in dockerfile
 
 
 def test_nothing_is_seen_from_outside_kubernetes() -> None:

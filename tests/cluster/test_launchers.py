@@ -51,7 +51,7 @@ def test_the_dashboard_is_on_loopback_and_asks_for_the_token(config: dict[str, A
     (start,) = (command for command in config["head_start_ray_commands"] if "--head" in command)
     assert "--dashboard-host=127.0.0.1" in start
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
-    assert "/root/.ray/auth_token" in config["file_mounts"]
+    assert "/home/ray/.ray/auth_token" in config["file_mounts"]
 
 
 def test_machines_are_such_as_ec2_can_start_and_none_opens_a_port_to_the_world() -> None:

@@ -37,7 +37,7 @@ def refusal(address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The line that both a plan and a run end with."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     lines = set()
-    for act in (joining.ask_cluster, joining.join):
+    for act in (joining.ask_cluster, lambda place: joining.join(place, {})):
         with pytest.raises(ConfigError) as caught:
             act(joining.cluster_address() or "")
         lines.add(str(caught.value))
