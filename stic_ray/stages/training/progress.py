@@ -18,6 +18,7 @@ METRICS = "metrics.jsonl"
 
 EASY_ACCURACY = 0.95
 """Share of pairs that are told apart from which on they count as easy."""
+_LOG_EVERY_S = 10.0
 _EASY_WINDOW = 5
 """Logged steps that the warning looks at together."""
 _KEPT_ENTRIES = 4 * _EASY_WINDOW
@@ -95,6 +96,7 @@ class Progress(TrainerCallback):
         self.step = 0
         """The last step that was done."""
         self.is_warned = False
+        self.logged_s = self.began_s
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock after a start or a resume."""
@@ -117,7 +119,7 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Print twenty times how far it is, and once when the pairs look too easy. Raises FloatingPointError."""
+        """Say twenty times at most how far it is, and once when the pairs look too easy. Raises FloatingPointError."""
         del state.log_history[:-_KEPT_ENTRIES]
         if logs is None or not {"loss", "eval_loss"} & logs.keys():
             return
@@ -129,9 +131,8 @@ class Progress(TrainerCallback):
             raise FloatingPointError(
                 f"the loss is {logs['loss']} at step {state.global_step}; lower {self.section}.learning_rate"
             )
-        due = state.global_step == state.max_steps or state.global_step % max(1, state.max_steps // 20) == 0
-        if state.is_world_process_zero and due:
-            self._print_step(state, logs)
+        if state.is_world_process_zero:
+            self._log_step(state, logs)
         if state.is_world_process_zero and not self.is_warned:
             # Windows that ended earlier were looked at then; an evaluation may stand behind every step.
             recent = state.log_history[-2 * _EASY_WINDOW :]
@@ -140,16 +141,19 @@ class Progress(TrainerCallback):
             if warning:
                 logger.warning("%s: %s", self.step_name, warning)
 
-    def _print_step(self, state: TrainerState, logs: dict[str, float]) -> None:
+    def _log_step(self, state: TrainerState, logs: dict[str, float]) -> None:
         num_steps = state.global_step - self.first_step
         seconds_per_step = (time.monotonic() - self.began_s) / max(1, num_steps)
         mfu = f", MFU {logs['mfu']:.0%}" if "mfu" in logs else ""
-        print(
+        due, now_s = state.global_step % max(1, state.max_steps // 20) == 0, time.monotonic()
+        due = state.global_step == state.max_steps or (due and now_s - self.logged_s >= _LOG_EVERY_S)
+        self.logged_s = now_s if due else self.logged_s
+        logger.log(
+            logging.INFO if due else logging.DEBUG,  # a terminal's bar has all steps
             f"{self.step_name}: step {state.global_step}/{state.max_steps}, loss {logs['loss']:.4f}, "
             f"{logs['rows_per_second']:.2f} rows/s, {logs['tokens_per_second']:.0f} tokens/s{mfu}, "
             f"{logs['peak_memory_gib']:.2f} GiB, "
             f"{(state.max_steps - state.global_step) * seconds_per_step:.0f} s left",
-            flush=True,
         )
 
     def on_evaluate(
@@ -160,11 +164,11 @@ class Progress(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Print what the held-out rows give."""
+        """Say what the held-out rows give."""
         if state.is_world_process_zero and metrics is not None:
             words = {"eval_loss": "loss", "eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin"}
             figures = [f"{word} {metrics[key]:.4f}" for key, word in words.items() if key in metrics]
-            print(f"{self.step_name}: step {state.global_step}, held out: {', '.join(figures)}", flush=True)
+            logger.info("%s: step %d, held out: %s", self.step_name, state.global_step, ", ".join(figures))
             self.metrics.publish()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
