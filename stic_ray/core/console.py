@@ -7,6 +7,7 @@ ours are marked.
 """
 
 import logging
+import os
 import re
 import sys
 from typing import IO, Any, cast
@@ -19,6 +20,7 @@ _FORMAT = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 def configure(stream: IO[str] | None = None) -> None:
     """Show this process's log records of ours, and warnings of others, on `stream` (stderr when unset)."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries, which look at it when they are imported
     stream = cast(IO[str], stream or sys.stderr)
     handler = _Terminal(stream) if stream.isatty() else logging.StreamHandler(stream)
     handler.setFormatter(_FORMAT)
@@ -57,7 +59,7 @@ class _Terminal(logging.StreamHandler[IO[str]]):
             if found:
                 self._draw(found)
             elif record.levelno > logging.DEBUG:
-                from tqdm import tqdm  # it looks at TQDM_DISABLE, for libraries' own bars, when it is imported
+                from tqdm import tqdm
 
                 tqdm.write(self.format(record), file=self.stream)
         except Exception:

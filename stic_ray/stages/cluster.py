@@ -16,7 +16,6 @@ from ray._private.accelerators import get_accelerator_manager_for_resource
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import SticError
 from stic_ray.core.placement import ACCELERATOR, Machines, Need, Node, check_fits
-from stic_ray.engines.opening import check_engine
 from stic_ray.stages import joining
 
 logger = logging.getLogger(__name__)
@@ -83,6 +82,8 @@ def check_model(config: RunConfig) -> None:
 
     The machine of the driver may lack the model, the engine and GPUs. Raises ModelError.
     """
+    from stic_ray.engines.opening import check_engine  # libraries look at `process_environment` when they are imported
+
     actors = config.actors
     task = cast(Any, ray.remote(check_engine)).options(
         num_cpus=0, num_gpus=actors.num_gpus, label_selector=dict(actors.label_selector) or None
