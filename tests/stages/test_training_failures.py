@@ -78,10 +78,10 @@ def test_any_other_error_ends_training_when_it_comes_again_at_the_same_step() ->
 
 @pytest.mark.parametrize("lost", [LOST, GLOO, Failed("the storage is away"), ConnectionResetError("connection reset")])
 def test_lost_workers_and_storage_restart_however_often_it_happens_at_the_same_step(
-    lost: BaseException, capfd: pytest.CaptureFixture[str]
+    lost: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     bug = KeyError("half of a message")
     found = error_after(*[{0: lost, 1: bug}] * 3)
     assert "stopped after its restarts were used up" in str(found) and "The same command goes on" in str(found)
-    told = capfd.readouterr().out
+    told = caplog.text
     assert "failure 2, workers.max_failures=2: restarts" in told and "failure 3, workers.max_failures=2: stops" in told
