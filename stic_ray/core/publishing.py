@@ -127,10 +127,9 @@ def delete_leftovers(output: RunDir, part: str, families: Iterable[str], done: I
 def _messages(failed: pa.Table) -> Counter[str]:
     """Count the messages of failed rows; a row's own file is named by its folder, so that equal causes are one."""
     rows = failed.select(["path", "message"]).to_pylist()
-    folders = [f"{(row['path'] or '').rpartition('/')[0]}/..." for row in rows]
     return Counter(
-        row["message"].replace(row["path"], folder) if row["path"] else row["message"]
-        for row, folder in zip(rows, folders, strict=True)
+        row["message"].replace(row["path"], re.sub(r"[^/]+$", "...", row["path"])) if row["path"] else row["message"]
+        for row in rows
     )
 
 
