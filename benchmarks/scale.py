@@ -31,7 +31,7 @@ from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import INDEX
 from stic_ray.core.storage import Location
-from stic_ray.engines.watched import WatchedEngine
+from stic_ray.engines.guarded import GuardedEngine
 from stic_ray.stages import cluster, flow, shards
 from stic_ray.stages.extents import index_shards
 from stic_ray.stages.windows import Rows
@@ -40,7 +40,7 @@ from stic_ray.stages.windows import Rows
 class Waiter:
     """A worker that takes as long for a window as GPUs would, and passes its rows on."""
 
-    engine: WatchedEngine | None = None
+    engine: GuardedEngine | None = None
 
     def __init__(self, images_per_s: float) -> None:
         """Wait so that so many images pass in a second and thread."""

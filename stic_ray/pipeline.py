@@ -120,7 +120,7 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
 
 def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> None:
     """Run one step as an attempt, and write its manifest."""
-    from stic_ray.stages import cluster, waiting
+    from stic_ray.stages import cluster, placement_watch
 
     logger.info("%s: started", step.name)
     output, need = prepared.output, step.stage.need(prepared.config)
@@ -128,7 +128,7 @@ def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> 
     output.write_json(STARTED, settings)
     history.begin_attempt(output, need, _num_processes(prepared.config, need.what))
     try:
-        with cluster.released(), waiting.watched(step.name, need, config.cluster.resource_timeout_s):
+        with cluster.released(), placement_watch.watching(step.name, need, config.cluster.resource_timeout_s):
             accounts = step.stage.run(prepared)
     except BaseException as error:
         history.end_attempt(output, f"{type(error).__name__}: {error}"[:500])

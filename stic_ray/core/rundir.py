@@ -113,27 +113,26 @@ class RunDir:
         Where shards are published with records, those that have one; a folder without any, as the pool's, has whole
         shards only.
         """
-        found, part = self._numbered(family, "parquet"), family.partition("-")[2]
-        records = self._numbered(family_name(RECORD_FAMILY, part), "json")
+        names = self._names()
+        found = _numbered(names, family, "parquet")
+        records = _numbered(names, family_name(RECORD_FAMILY, family.partition("-")[2]), "json")
         return [self.location / found[number] for number in sorted(found) if not records or number in records]
 
     def shard_numbers(self, family: str) -> set[int]:
         """Return the numbers of the shards of a family."""
-        return set(self._numbered(family, "parquet"))
+        return set(_numbered(self._names(), family, "parquet"))
 
     def record_numbers(self, part: str = "") -> set[int]:
         """Return the numbers of the shards that are done."""
-        return set(self._numbered(family_name(RECORD_FAMILY, part), "json"))
+        return set(_numbered(self._names(), family_name(RECORD_FAMILY, part), "json"))
 
     def rejected_families(self) -> list[str]:
         """Return the families of rejected rows: one, or one per model of an evaluation."""
-        names = [re.fullmatch(rf"({REJECTED_FAMILY}(?:-.+)?)-\d+\.parquet", f.base_name) for f in self.location.files()]
+        names = [re.fullmatch(rf"({REJECTED_FAMILY}(?:-.+)?)-\d+\.parquet", name) for name in self._names()]
         return sorted({name[1] for name in names if name})
 
-    def _numbered(self, family: str, ending: str) -> dict[int, str]:
-        pattern = rf"{re.escape(family)}-(\d+)\.{ending}"
-        names = [re.fullmatch(pattern, file.base_name) for file in self.location.files()]
-        return {int(name[1]): name[0] for name in names if name}
+    def _names(self) -> list[str]:
+        return [file.base_name for file in self.location.files()]
 
     def write_shard(self, family: str, number: int, table: pa.Table, schema: pa.Schema) -> int:
         """Write one file of a shard, checked against its schema, whole or not at all, and return its size in bytes.
@@ -185,6 +184,12 @@ def read_shard(shard: Location, schema: pa.Schema) -> pa.Table:
     """Read the columns of `schema` from one shard and check them."""
     with shard.filesystem.open_input_file(shard.path) as stream:
         return check(pq.read_table(stream, columns=schema.names), schema)
+
+
+def _numbered(names: Iterable[str], family: str, ending: str) -> dict[int, str]:
+    """Return the names of a family's files, by number."""
+    found = [re.fullmatch(rf"{re.escape(family)}-(\d+)\.{ending}", name) for name in names]
+    return {int(name[1]): name[0] for name in found if name}
 
 
 def _write(file: Location, content: bytes | pa.Buffer) -> None:

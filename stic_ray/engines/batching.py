@@ -11,6 +11,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+_NUM_BEFORE_GROWTH = 100
+"""Batches that fit until larger ones are tried again."""
+
 
 @dataclass(frozen=True)
 class BatchLimits:
@@ -30,6 +33,14 @@ class BatchLimits:
         if self.num_positions is None:
             return replace(self, num_rows=num_rows // 2)
         return replace(self, num_positions=num_rows // 2 * length)
+
+    def doubled(self, most: "BatchLimits") -> "BatchLimits":
+        """Return limits of twice as much, within `most`."""
+        positions = (self.num_positions, most.num_positions)
+        return BatchLimits(
+            min(2 * self.num_rows, most.num_rows),
+            None if None in positions else min(2 * (positions[0] or 0), positions[1] or 0),
+        )
 
 
 def plan_batches(lengths: Sequence[int], groups: Sequence[str], limits: BatchLimits) -> list[list[int]]:
@@ -54,15 +65,25 @@ def plan_batches(lengths: Sequence[int], groups: Sequence[str], limits: BatchLim
 
 
 class FittingBatches:
-    """Work in batches that fit: one that runs out of memory is halved, and the smaller size kept.
+    """Work in batches that fit: one that runs out of memory is halved, and the smaller size kept for a while.
 
-    Threads may share it.
+    Memory may have been short for a moment only, or in pieces. So after many batches that fit twice as much is tried
+    again, and each time that this fails, after twice as many. Threads may share it.
     """
 
-    def __init__(self, limits: BatchLimits, out_of_memory: tuple[type[Exception], ...] = (MemoryError,)) -> None:
-        """Begin with `limits`; `out_of_memory` are the errors by which an engine tells it."""
-        self.limits = limits
+    def __init__(
+        self,
+        limits: BatchLimits,
+        out_of_memory: tuple[type[Exception], ...] = (MemoryError,),
+        release: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Begin with `limits`; `out_of_memory` are an engine's errors, `release` gives unused memory back after one."""
+        self.limits = self._most = limits
         self._out_of_memory = out_of_memory
+        self._release = release
+        self._has_grown = False
+        self._num_fitting = 0
+        self._num_before_growth = _NUM_BEFORE_GROWTH
 
     def run(
         self,
@@ -84,13 +105,26 @@ class FittingBatches:
                 found = work(batch)
             except self._out_of_memory as error:
                 self._shrink(len(batch), max(lengths[row] for row in batch), error)
-                continue  # and so let go of the traceback, which holds what the batch had allocated
+                found = None
+            if found is None:  # here, as the traceback holds what the batch had allocated
+                self._release()
+                continue
+            self._fitted()
             results.update(zip(batch, found, strict=True))
             waiting = [row for row in waiting if row not in results]
         return results
 
+    def _fitted(self) -> None:
+        self._num_fitting += 1
+        if self.limits != self._most and self._num_fitting >= self._num_before_growth:
+            self._has_grown, self._num_fitting = True, 0
+            self.limits = self.limits.doubled(self._most)
+
     def _shrink(self, num_rows: int, length: int, error: Exception) -> None:
         if num_rows == 1:
             raise EngineError(f"out of memory with a single request of about {length} tokens: {error}") from error
+        if self._has_grown:  # what was tried again does not fit
+            self._num_before_growth *= 2
+        self._has_grown, self._num_fitting = False, 0
         self.limits = self.limits.halved(num_rows, length)
         logger.warning("out of memory with %d requests of %d tokens, going on with half of them", num_rows, length)

@@ -5,12 +5,12 @@ from pathlib import Path
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.engines.base import Engine, TokenCounter
 from stic_ray.engines.fake import FakeEngine, read_script
-from stic_ray.engines.watched import WatchedEngine
+from stic_ray.engines.guarded import GuardedEngine
 
 
-def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None = None) -> WatchedEngine:
+def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None = None) -> GuardedEngine:
     """Load the model of the run, or what a training stage made of it: an adapter, or a full model."""
-    return WatchedEngine(_load_engine(model, actors, checkpoint), actors.timeout_s)
+    return GuardedEngine(_load_engine(model, actors, checkpoint), actors.timeout_s)
 
 
 def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None) -> Engine:

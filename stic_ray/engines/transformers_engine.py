@@ -44,7 +44,7 @@ class TransformersEngine(ProcessorCounter):
         """Load the model, and the adapter onto it or, with `merge`, into it. Raises ModelError."""
         self.name = str(adapter) if adapter else model.path
         self.revision = fingerprint(model)
-        self.batches = FittingBatches(limits, OUT_OF_MEMORY)
+        self.batches = FittingBatches(limits, OUT_OF_MEMORY, torch.cuda.empty_cache)
         self.device = torch.device("cuda" if on_gpu else "cpu")
         super().__init__(model)
         dtype = choose_dtype(model, on_gpu=on_gpu)

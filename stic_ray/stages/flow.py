@@ -17,10 +17,10 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from stic_ray.core.config import ActorsConfig
-from stic_ray.core.errors import SticError
+from stic_ray.core.errors import StageError, SticError
 from stic_ray.core.placement import TASK_CPUS
 from stic_ray.core.publishing import ShardRecord, publish
-from stic_ray.engines.watched import Work
+from stic_ray.engines.guarded import Work
 from stic_ray.stages.progress import ActorMetrics
 from stic_ray.stages.quarantine import Quarantine, loading, nobody_has_loaded, notes_name
 from stic_ray.stages.shards import ShardJob, ShardTask, ShardWorker
@@ -178,7 +178,10 @@ class _Actor:
         quarantine = Quarantine(self.job.output, row["number"], self.max_retries)
         with quarantine.handling("unpacking"):
             shard = _unpack(row["shard"])
-        tables = self.windows.do(shard, quarantine)
+        try:
+            tables = self.windows.do(shard, quarantine)
+        except StageError as error:  # one bad GPU among many is a likely cause
+            raise StageError(f"{error} This was on node {ray.util.get_node_ip_address()}.") from error
         with quarantine.handling("packing"):
             result = _packed(tables, self.engine.take_work() if self.engine else Work())
         self.metrics.record(shard.num_rows, Work(**json.loads(result["work"])))

@@ -23,8 +23,8 @@ from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling, TokenCounter
+from stic_ray.engines.guarded import GuardedEngine
 from stic_ray.engines.opening import open_counter, open_engine
-from stic_ray.engines.watched import WatchedEngine
 from stic_ray.method.images import ImageLimits, decode_for_storage
 from stic_ray.method.infusion import Messages, description_prompt, infuse
 from stic_ray.method.prompts import PromptSet, load_prompts
@@ -77,7 +77,7 @@ class Infuser:
         """Load the model that `dpo` left in `checkpoint`, the base model, or none where nothing is described."""
         self.config = config
         self.prompts = prompts
-        self.engine: WatchedEngine | None = None
+        self.engine: GuardedEngine | None = None
         if config.infusion.describe:
             self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
         self.counter: TokenCounter = self.engine or open_counter(config.model)

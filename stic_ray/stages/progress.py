@@ -5,7 +5,7 @@ import time
 from collections import deque
 from typing import Any
 
-from stic_ray.engines.watched import Work
+from stic_ray.engines.guarded import Work
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from stic_ray.core.errors import EngineError, StageError, SticError
 from stic_ray.core.outcomes import Failed, Rejected
 from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY
 from stic_ray.core.schemas import Reason, table_of
-from stic_ray.engines.watched import WatchedEngine
+from stic_ray.engines.guarded import GuardedEngine
 from stic_ray.stages.quarantine import Quarantine
 from stic_ray.stages.tasks import type_name
 
@@ -46,7 +46,7 @@ class RowWorker(Protocol):
     """
 
     @property
-    def engine(self) -> WatchedEngine | None:
+    def engine(self) -> GuardedEngine | None:
         """The engine, if there is one."""
         ...
 
@@ -232,7 +232,7 @@ def _as_engine_error() -> Iterator[None]:
 class _Health:
     """Whether the engine still answers; only what it answered is a sign of life."""
 
-    def __init__(self, engine: WatchedEngine | None) -> None:
+    def __init__(self, engine: GuardedEngine | None) -> None:
         self._engine = engine
         self._num_failures = self._num_answered = self.num_rows_answered = 0
         self._broken: StageError | None = None

@@ -1,6 +1,8 @@
 """Which requests share a forward pass."""
 
+import itertools
 import random
+import weakref
 
 import pytest
 
@@ -78,3 +80,48 @@ def test_one_row_that_does_not_fit_is_an_error_of_its_own() -> None:
     batches = FittingBatches(BatchLimits(16, None))
     with pytest.raises(EngineError, match="out of memory with a single request of about 7 tokens: 1 do not fit"):
         batches.run([0, 1], [7, 7], ["", ""], lambda batch: answers_of(batch, 0, []))
+
+
+def test_memory_is_given_back_when_the_batch_that_did_not_fit_is_gone() -> None:
+    """Else what it had allocated would still be held, by the traceback of its error."""
+    held: list[weakref.ref[Allocated]] = []
+    released: list[bool] = []
+
+    def work(batch: list[int]) -> list[int]:
+        allocated = Allocated()
+        held.append(weakref.ref(allocated))
+        if len(batch) > 2:
+            raise MemoryError("does not fit")
+        return batch
+
+    batches = FittingBatches(BatchLimits(8, None), release=lambda: released.append(held[-1]() is None))
+    assert batches.run(range(8), [5] * 8, [""] * 8, work) == {row: row for row in range(8)}
+    assert released == [True, True]
+
+
+def test_larger_batches_are_tried_again_and_more_seldom_where_they_do_not_fit() -> None:
+    batches, tried, most = FittingBatches(BatchLimits(8, None)), [], 2
+
+    def work(batch: list[int]) -> list[str]:
+        return answers_of(batch, most, tried)
+
+    for _ in range(350):
+        batches.run(range(2), [5] * 2, [""] * 2, work)
+        batches.run(range(8), [5] * 8, [""] * 8, lambda batch: answers_of(batch, most, tried))
+    too_large = [place for place, size in enumerate(tried) if size > most]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(too_large)]
+    assert sorted(gaps)[-1] >= 400 and len(too_large) < 12, "100 batches, then 200, 400, ..."
+    most = 8
+    for _ in range(2000):
+        batches.run(range(8), [5] * 8, [""] * 8, work)
+    assert batches.limits == BatchLimits(8, None), "what was asked for, and no more"
+
+
+def test_limits_by_positions_grow_within_what_was_asked_for() -> None:
+    assert BatchLimits(16, 1200).doubled(BatchLimits(16, 4000)) == BatchLimits(16, 2400)
+    assert BatchLimits(16, 2400).doubled(BatchLimits(16, 4000)) == BatchLimits(16, 4000)
+    assert BatchLimits(2, None).doubled(BatchLimits(16, None)) == BatchLimits(4, None)
+
+
+class Allocated:
+    """Stands for a batch's tensors."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from stic_ray.engines.watched import Work
+from stic_ray.engines.guarded import Work
 from stic_ray.stages import progress
 from stic_ray.stages.progress import ActorMetrics, Progress
 

@@ -12,7 +12,7 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import RunDir, row_counts
 from stic_ray.core.steps import StepRun
-from stic_ray.stages import cluster, waiting
+from stic_ray.stages import cluster, placement_watch
 from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of, run_stages
 from tests.stages.test_training_batches import config_for, write_pairs
 
@@ -24,7 +24,7 @@ SOON_S = 12.0
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(waiting, "_TELL_AFTER_S", 0.5)
+    monkeypatch.setattr(placement_watch, "_LOG_AFTER_S", 0.5)
     caplog.set_level(logging.INFO)
     return caplog
 

@@ -11,15 +11,15 @@ from PIL import Image
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import EngineError
 from stic_ray.engines.base import Request, Sampling
+from stic_ray.engines.guarded import GuardedEngine, Work
 from stic_ray.engines.opening import open_engine
-from stic_ray.engines.watched import WatchedEngine, Work
 
 RED = Image.new("RGB", (30, 20), (255, 0, 0))
 REQUESTS = [Request("x", RED, seed) for seed in range(10)]
 SAMPLING = Sampling(5)
 
 
-def engine(folder: Path, script: str, timeout_s: float | None = None) -> WatchedEngine:
+def engine(folder: Path, script: str, timeout_s: float | None = None) -> GuardedEngine:
     (folder / "script.yaml").write_text(script)
     model = ModelConfig(engine="fake", path=str(folder / "script.yaml"))
     return open_engine(model, ActorsConfig(timeout_s=timeout_s))
@@ -44,7 +44,7 @@ def test_a_hanging_or_lost_engine_ends_its_process_and_no_other(script: str, las
     """The last one lives on for longer than the limit, after its call."""
     (tmp_path / "script.yaml").write_text(script)
     code = (
-        "import sys, time; from tests.engines.test_watched import *\n"
+        "import sys, time; from tests.engines.test_guarded import *\n"
         f"model = ModelConfig(engine='fake', path={str(tmp_path / 'script.yaml')!r})\n"
         "open_engine(model, ActorsConfig(timeout_s=1.0)).generate(REQUESTS, SAMPLING)\n"
         "time.sleep(1.2); sys.exit('survived')"

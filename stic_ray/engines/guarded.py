@@ -58,11 +58,11 @@ class Work:
         return self.num_requests / self.num_calls if self.num_calls else 0.0
 
 
-class WatchedEngine:
-    """An engine, watched."""
+class GuardedEngine:
+    """An engine, guarded."""
 
     def __init__(self, engine: Engine, timeout_s: float | None = None) -> None:
-        """Watch `engine`; a call longer than `timeout_s` ends the process."""
+        """Guard `engine`; a call longer than `timeout_s` ends the process."""
         self.name = engine.name
         self.revision = engine.revision
         self.count_text_tokens = engine.count_text_tokens

@@ -16,18 +16,18 @@ from stic_ray.stages.cluster import nodes, own_processes
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
-_TELL_AFTER_S, _TELL_EVERY_S = 5.0, 30.0
+_LOG_AFTER_S, _LOG_EVERY_S = 5.0, 30.0
 
 
 @contextmanager
-def watched(stage: str, need: Need, timeout_s: float) -> Iterator[None]:
+def watching(stage: str, need: Need, timeout_s: float) -> Iterator[None]:
     """Run a stage, and say every so often what it waits for while none of its processes has a place.
 
     Raises StageError after `timeout_s` seconds of waiting without a break. The stage is ended as by Ctrl-C, which
     reaches whatever it waits in, so this must be called in the main thread.
     """
     watch = _Watch(stage, need, timeout_s)
-    thread = threading.Thread(target=watch.run, name="waiting", daemon=True)
+    thread = threading.Thread(target=watch.run, name="placement watch", daemon=True)
     thread.start()
     try:
         yield
@@ -48,22 +48,22 @@ class _Watch:
 
     def run(self) -> None:
         """Look until the stage has ended."""
-        since_s = told_s = None
+        since_s = logged_s = None
         while not self.ended.wait(_LOOK_EVERY_S):
             now_s = time.monotonic()
             lack = self._lack()
             if lack is None:
-                if told_s is not None:
+                if logged_s is not None:
                     logger.info("%s: has a place now, goes on", self.stage)
-                since_s = told_s = None
+                since_s = logged_s = None
                 continue
             since_s = now_s if since_s is None else since_s
             waited_s = now_s - since_s
             if waited_s >= self.timeout_s:
                 self._give_up(lack)
                 return
-            if waited_s >= _TELL_AFTER_S and (told_s is None or now_s - told_s >= _TELL_EVERY_S):
-                told_s = now_s
+            if waited_s >= _LOG_AFTER_S and (logged_s is None or now_s - logged_s >= _LOG_EVERY_S):
+                logged_s = now_s
                 logger.info(
                     "%s: waits since %.0f s for %s: %s. The cluster has %s",
                     *(self.stage, waited_s, self.need, lack, format_machines(nodes())),
