@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _LOG_AFTER_S, _LOG_EVERY_S = 5.0, 30.0
+_TIMES_AS_LATE_WITH_ROOM = 6
+"""Where the machines are large enough, processes are most likely starting, which takes them some seconds."""
 
 
 @contextmanager
@@ -62,12 +64,18 @@ class _Watch:
             if waited_s >= self.timeout_s:
                 self._give_up(lack)
                 return
-            if waited_s >= _LOG_AFTER_S and (logged_s is None or now_s - logged_s >= _LOG_EVERY_S):
+            if waited_s >= self._quiet_s() and (logged_s is None or now_s - logged_s >= _LOG_EVERY_S):
                 logged_s = now_s
                 logger.info(
                     "%s: waits since %.0f s for %s: %s. The cluster has %s",
                     *(self.stage, waited_s, self.need, lack, format_machines(nodes())),
                 )
+
+    def _quiet_s(self) -> float:
+        """Return how long to say nothing: not as long where nothing that is there could ever hold the processes."""
+        wanted = self.need.num if self.need.what == "workers" else 1  # those start together
+        fits = num_places(self.need, nodes()) >= wanted
+        return _LOG_AFTER_S * (_TIMES_AS_LATE_WITH_ROOM if fits else 1)
 
     def _give_up(self, lack: str) -> None:
         section = "" if self.need.what == "tasks" else f" or ask for less in {self.need.what}.*"

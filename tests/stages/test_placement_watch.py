@@ -10,6 +10,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import StageError
+from stic_ray.core.placement import Need
 from stic_ray.core.rundir import RunDir, row_counts
 from stic_ray.core.steps import StepRun
 from stic_ray.stages import cluster, placement_watch
@@ -96,3 +97,14 @@ def test_training_finds_the_gpus_that_generation_held(
     held = config(tmp_path, pictures, num_actors=2, num_gpus=1)
     run = run_stages(held, tmp_path / "run", "pool", "preferences", "dpo")
     assert not left and (run / "dpo").manifest is not None
+
+
+@pytest.mark.parametrize(
+    ("what", "num", "gpus", "has_room"),
+    [("actors", 1, 2, True), ("actors", 9, 1, True), ("actors", 1, 3, False), ("workers", 2, 1, True)]
+    + [("workers", 3, 1, False)],
+)
+def test_processes_that_have_room_are_given_time_to_start(what: str, num: int, gpus: int, has_room: bool) -> None:
+    """Nothing is said meanwhile: it is no waiting, and happens at every start."""
+    watch = placement_watch._Watch("stage", Need(what, num, {"CPU": 1.0, "GPU": float(gpus)}), 60.0)
+    assert watch._quiet_s() == (6 if has_room else 1) * placement_watch._LOG_AFTER_S
