@@ -60,7 +60,7 @@ class SequenceBuilder:
         added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         self._added_ids = frozenset(self.tokenizer.added_tokens_decoder)
         self._marks = _any_of(_special_texts(processor))
-        self._added_at_end = re.compile(f"(?:{_any_of(added).pattern})$")
+        self._added = tuple(sorted(added, key=len, reverse=True))
         # SentencePiece puts a space in front of a text, and not in front of what follows another text.
         behind = self._ids("\nx")[len(self._ids("\n")) :]
         self._has_prefix = behind != self._ids("x")
@@ -178,10 +178,10 @@ class SequenceBuilder:
 
     def _ids_behind(self, before: str, text: str) -> list[int]:
         """Return the tokens of a text that stands behind another one."""
-        ending = self._added_at_end.search(before)
+        ending = next(filter(before.endswith, self._added), None) if before.endswith(self._added) else None
         if not before or (ending is None and not self._has_prefix):
             return self._ids(text)
-        anchor = ending.group() if ending else "\n"
+        anchor = ending or "\n"
         begin, whole = self._ids(anchor), self._ids(anchor + text)
         return whole[len(begin) :] if whole[: len(begin)] == begin else self._ids(text)
 
