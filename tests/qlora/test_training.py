@@ -1,5 +1,6 @@
 """QLoRA trains an adapter on a language model of 4 bits; the adapter is for the model as it was."""
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,13 @@ from stic_ray.stages.training.models import model_of
 from tests.stages.builders import check, conversations_in, pairs_in
 from tests.stages.groups import run_group
 from tests.stages.test_training_batches import config_for, write_pairs, write_rows
+from tests.stages.test_training_sharded import train_and_save
 
 
 def train(config: RunConfig, folder: Path, pairs: list[Path]) -> dict[str, Any]:
     trainer: Any = make_dpo_trainer(config, pairs_in(config, *pairs), folder)
     held = {name for name, p in model_of(trainer).named_parameters() if isinstance(p, Params4bit)}
-    trainer.train()
-    trainer.save_model(str(folder / "final"))
+    train_and_save(trainer, folder)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6), "policy and reference begin as one"
     return {"losses": [entry["loss"] for entry in logs], "held": sorted(held)}
@@ -48,7 +49,7 @@ def test_an_adapter_on_four_bits_learns_and_fits_the_model_as_it_was(tmp_path: P
     assert found["losses"][-1] < 0.7 * found["losses"][0]
 
     final = tmp_path / "one" / "final"
-    assert check_changed(final, config.model, None)["num_nonzero_lora_b"] == 28
+    assert check_changed(final, json.loads((tmp_path / "one" / "start.json").read_text()))["num_nonzero_lora_b"] == 28
     model: Any = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(tiny_llava), final)
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
 
@@ -56,9 +57,9 @@ def test_an_adapter_on_four_bits_learns_and_fits_the_model_as_it_was(tmp_path: P
         config, conversations_in(config, write_rows(tmp_path / "rows", [True, False])), tmp_path / "sft", final
     )
     assert any(isinstance(p, Params4bit) for p in model_of(sft).parameters())
-    sft.train()
-    sft.save_model(str(tmp_path / "sft" / "final"))
-    assert check_changed(tmp_path / "sft" / "final", config.model, final)["num_changed_tensors"] > 28
+    train_and_save(sft, tmp_path / "sft")
+    before = json.loads((tmp_path / "sft" / "start.json").read_text())
+    assert check_changed(tmp_path / "sft" / "final", before)["num_changed_tensors"] > 28
 
 
 def test_two_processes_of_zero_2_have_the_losses_of_one(tmp_path: Path, tiny_llava: Path) -> None:
