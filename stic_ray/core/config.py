@@ -72,7 +72,7 @@ class PoolConfig(Section):
     """Folder (searched recursively; images, Parquet and tar files in any mixture), one such file, a .txt list of paths
     or URIs, or a folder that `datasets` saved; local, s3:// or gs://."""
     image_column: str = "image"
-    """Column of Parquet and Arrow files: bytes, a path or URI, or a struct with `bytes` or `path`."""
+    """Column of Parquet and Arrow files: bytes, a path or URI, or a struct with `bytes` or `path`; or a list of one."""
     allow_outside: bool = False
     """Take images that addresses in tables name outside of the source, too: any path or bucket that can be read."""
     copy_compressed: bool = False

@@ -63,14 +63,18 @@ class Patience:
             reraise=True,
         )
         try:
+            try:
+                return attempt()
+            except OSError:
+                if self._is_over():
+                    raise
             result = tries(attempt)
         except OSError as error:
             raise Failed(f"'{file.uri}': {one_line(error)}") from error
-        if tries.statistics["attempt_number"] > 1:
-            self._since = None
+        self._since = None
         return result
 
-    def _is_over(self, state: RetryCallState) -> bool:
+    def _is_over(self, state: RetryCallState | None = None) -> bool:
         now = self._clock()
         self._since = now if self._since is None else self._since
         return now - self._since >= self._total_s
