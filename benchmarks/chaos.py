@@ -93,7 +93,7 @@ def finish(run: Path, settings: dict[str, Any]) -> float:
 
 
 def results(run: Path) -> dict[str, Any]:
-    """Return what must not differ: tables but for where pictures were read, metrics but for times, scores."""
+    """Return what must not differ: tables but for places of pictures and models, metrics but for times, scores."""
     found: dict[str, Any] = {}
     for step, families in TABLES.items():
         folder = RunDir.of(str(run)) / step
@@ -112,7 +112,7 @@ def results(run: Path) -> dict[str, Any]:
 def _without_path(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(row.get("image"), dict):
         row["image"].pop("path", None)
-    return {key: value for key, value in row.items() if key != "path"}
+    return {key: value for key, value in row.items() if key not in ("path", "model")}  # places in the run's own folder
 
 
 def main() -> None:
