@@ -12,9 +12,13 @@ Choice = str | int | float | None
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _CLOSED = r"""[\s"'()\[\]{}<>.:,;!]*"""
+_NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
+"""From the letters and signs of Chinese and Japanese text, which are as wide as their characters, to ASCII."""
 _ENGLISH_WORDS = "AI"
 """Letters that stand in English sentences, too."""
-_MARKUP = re.compile(r"[*`$\"“”]|__|\\(?:text|textbf|mathrm|mathbf)\b|(?<!\w)'(?=\w'(?!\w))|(?<=(?<!\w)\w)'(?!\w)")
+_MARKUP = re.compile(
+    r"</?\w\w+>|[*`$\"“”]|__|\\(?:text|textbf|mathrm|mathbf)\b|(?<!\w)'(?=\w'(?!\w))|(?<=(?<!\w)\w)'(?!\w)"
+)
 
 
 def read_choices(given: Any) -> list[Choice]:
@@ -90,7 +94,7 @@ def read_choice(response: str, choices: Sequence[str]) -> str:
     on a line of its own, the text of exactly one choice. "A red ball" is no choice of A.
     """
     letters = LETTERS[: len(choices)]
-    text = _MARKUP.sub("", response).strip()
+    text = _MARKUP.sub("", response.translate(_NARROW)).strip()
     boxed = re.findall(rf"\\(?:boxed|fbox)\s*\{{(?:\\\w+\s*\{{)?{_CLOSED}([{letters}]){_CLOSED}\}}", response)
     start = _start(text, letters)
     if boxed or start is not None:
@@ -114,7 +118,7 @@ def read_choice(response: str, choices: Sequence[str]) -> str:
 
 def _start(text: str, letters: str) -> str | None:
     """Return the letter that a response begins with, "" when another follows, None when it begins with none."""
-    start = re.match(rf"[(\[{{<]*([{letters}{letters.lower()}])(?:[)\]}}>.:,;!]+|\s*(?:\n|$)|\s+[-–—]\s)", text)
+    start = re.match(rf"[(\[{{<]*([{letters}{letters.lower()}])(?:[)\]}}>.:,;!。、]+|\s*(?:\n|$)|\s+[-–—]\s)", text)
     if start is None or re.match(r"\s*is(?:n't|\s+(?:not|wrong|incorrect|false))\b", text[start.end() :]):
         return None
     if len(set(re.findall(rf"^[(\[]?([{letters}])[)\].:]", text, re.MULTILINE))) > 1:  # the choices, said again

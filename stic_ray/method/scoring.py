@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -113,8 +114,8 @@ METRICS: dict[str, Metric] = {
 
 
 def normalise(text: str) -> str:
-    """Return a text in lower case, without punctuation, articles, and the commas of thousands."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.lower())
+    """Return a text in lower case and Unicode's NFC, without punctuation, articles, and the commas of thousands."""
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", unicodedata.normalize("NFC", text).lower())
     words = re.sub(r"[^\w\s.%-]|\.(?!\d)", " ", text).split()
     return " ".join(word for word in words if word not in _ARTICLES)
 

@@ -37,6 +37,8 @@ def test_multiple_choice(prediction: str, expected: float) -> None:
         ("B", ["A"], 0.0),
         ("1,000", ["1000"], 1.0),
         ("1,2", ["12"], 0.0),
+        ("cafe\u0301", ["caf\u00e9"], 1.0),
+        ("10²", ["102"], 0.0),
     ],
 )
 def test_exact_match(prediction: str, answers: list[str], expected: float) -> None:
