@@ -17,7 +17,7 @@ _NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
 _ENGLISH_WORDS = "AI"
 """Letters that stand in English sentences, too."""
 _MARKUP = re.compile(
-    r"</?\w\w+>|[*`$\"“”]|__|\\(?:text|textbf|mathrm|mathbf)\b|(?<!\w)'(?=\w'(?!\w))|(?<=(?<!\w)\w)'(?!\w)"
+    r"</\w+>|<\w\w+>|[*`$\"“”]|__|\\(?:text|textbf|mathrm|mathbf)\b|(?<!\w)'(?=\w'(?!\w))|(?<=(?<!\w)\w)'(?!\w)"
 )
 
 
