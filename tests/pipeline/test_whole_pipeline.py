@@ -4,7 +4,6 @@ One run in a subprocess, shared by the tests below: about a minute on two cores.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,8 +173,8 @@ def test_other_settings_for_a_finished_stage_are_refused(run: RunDir, command: l
 
 
 def test_a_checkpoint_can_be_scored_alone(run: RunDir, command: list[str], tmp_path: Path) -> None:
-    benchmark = tmp_path / "mine.jsonl"
-    image = os.path.join(_setting(command, "pool.source"), "000.jpg")
+    pictures = Path(_setting(command, "pool.source"))
+    benchmark, image = pictures.with_name("mine.jsonl"), f"{pictures.name}/000.jpg"
     benchmark.write_text(json.dumps({"image": image, "question": "Which?", "choices": ["a", "b"], "answer": "A"}))
     arguments = [
         "--recipe",
