@@ -29,7 +29,7 @@ from stic_ray.method.images import ImageLimits, decode_for_storage
 from stic_ray.method.infusion import Messages, description_prompt, infuse
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetched
-from stic_ray.stages.instructions import index_instructions, load_instructions, read_instructions
+from stic_ray.stages.instructions import image_folder, index_instructions, load_instructions, read_instructions
 from stic_ray.stages.shards import ShardJob, run_shards
 from stic_ray.stages.windows import Rows
 
@@ -45,7 +45,9 @@ def build_infusion(step: StepRun) -> dict[str, Any]:
         stage=step.name,
         output=output,
         families={"text": INFUSED, "rows": INFUSED},
-        load=partial(load_instructions, max_bytes=ImageLimits.of(config.pool).max_bytes),
+        load=partial(
+            load_instructions, max_bytes=ImageLimits.of(config.pool).max_bytes, root=image_folder(config.infusion)
+        ),
         make_worker=partial(Infuser, config, load_prompts(config.prompts), step.model()),
         max_failed_share=config.cluster.max_failed_share,
     )

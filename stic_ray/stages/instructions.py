@@ -45,7 +45,7 @@ def read_instructions(config: InfusionConfig) -> Iterator[dict[str, Any]]:
     if config.images and not Location.of(config.images).is_folder():
         raise SourceError(f"infusion.images='{config.images}' is no folder.")
     source, rows = read_rows(config.source, "infusion.source")
-    folder = Location.of(config.images) if config.images else source.folder
+    folder = image_folder(config)
     first = list(islice(rows, _NUM_ROWS_LOOKED_AT))
     values = [row.value for row in first if row.value is not None]
     if not values:
@@ -84,11 +84,16 @@ def index_instructions(config: RunConfig, output: RunDir) -> tuple[list[ShardTas
     return tasks, found["num_rows"]
 
 
-def load_instructions(task: ShardTask, max_bytes: int) -> pa.Table:
-    """Return the rows of a shard with their images of at most `max_bytes`."""
+def image_folder(config: InfusionConfig) -> Location:
+    """Return the folder that the paths of images are relative to."""
+    return Location.of(config.images) if config.images else Location.of(config.source).folder
+
+
+def load_instructions(task: ShardTask, max_bytes: int, root: Location | None = None) -> pa.Table:
+    """Return the rows of a shard with their images of at most `max_bytes`, below `root`."""
     folder = RunDir.of(task.payload["folder"])
     rows = read_shard(folder.location / shard_name(_FAMILY, task.number), _ROWS).to_pylist()
-    return load_records(rows, _ROWS, max_bytes)
+    return load_records(rows, _ROWS, max_bytes, root)
 
 
 def _instruction(row: Row, source: Location, folder: Location) -> dict[str, Any]:

@@ -34,7 +34,10 @@ class Patience:
         total_s: float = _PATIENCE_S,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        root: Location | None = None,
     ) -> None:
+        """Wait for `total_s` seconds; data that lies below `root` may name folders that were never there."""
+        self._root = root
         self._total_s, self._sleep, self._clock = total_s, sleep, clock
         self._since: float | None = None
 
@@ -49,7 +52,7 @@ class Patience:
                 except ValueError as error:  # a name that no file can have
                     raise unreadable(error) from error
                 except OSError as error:
-                    if not file_is_at_fault(file, error):
+                    if not file_is_at_fault(file, error, self._root):
                         raise
                     if is_again:
                         raise unreadable(error) from error
@@ -160,11 +163,18 @@ def too_large(num_bytes: int, max_bytes: int) -> Rejected:
     return Rejected(Reason.TOO_MANY_BYTES, f"{num_bytes} bytes; no image within the limits has over {max_bytes}")
 
 
-def file_is_at_fault(file: Location, error: OSError) -> bool:
-    """Whether an error lies in one file: it is no regular file, or is missing from a folder that holds others."""
+def file_is_at_fault(file: Location, error: OSError, root: Location | None = None) -> bool:
+    """Whether an error lies in one file: it is no regular file, or is missing from a folder that holds others.
+
+    Below a `root`, which data names paths in, a missing folder is as good as a missing file.
+    """
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         try:
-            return (file.at(os.path.realpath(file.path)) if file.is_local else file).folder.holds_files()
+            folder = (file.at(os.path.realpath(file.path)) if file.is_local else file).folder
+            top = "" if root is None else os.path.realpath(root.path) if root.is_local else root.path
+            while top and folder.path.startswith(f"{top}/") and not folder.exists():
+                folder = folder.folder
+            return folder.holds_files()
         except ValueError:  # no file can have such a name
             return True
     if not file.is_local:

@@ -1,6 +1,7 @@
 """Rows that the user brings: a JSON list, JSON Lines or Parquet, compressed or not, a few in memory at a time."""
 
 import json
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -82,15 +83,28 @@ def image_place(row: Mapping[str, Any], texts: tuple[str, ...], source: Location
     return {"path": folder.inside(address_of(image)).uri, "row": None, "column": None}
 
 
-def load_records(rows: Sequence[Mapping[str, Any]], schema: pa.Schema, max_bytes: int) -> pa.Table:
-    """Return rows that have `path`, `row` and `column` as a table, with their images of at most `max_bytes`."""
+def load_records(
+    rows: Sequence[Mapping[str, Any]], schema: pa.Schema, max_bytes: int, root: Location | None = None
+) -> pa.Table:
+    """Return rows that have `path`, `row` and `column` as a table, with their images of at most `max_bytes`.
+
+    Their paths are below `root`, or without one below the innermost folder that all of them share.
+    """
     images: list[Any] = [None] * len(rows)
+    patience = Patience(root=root or _shared_folder([row["path"] for row in rows if row["path"] is not None]))
     for column in {row["column"] for row in rows if row["path"] is not None}:
         places = [i for i, row in enumerate(rows) if row["path"] is not None and row["column"] == column]
-        found = fetch_indexed([rows[i] for i in places], column or "", max_bytes)
+        found = fetch_indexed([rows[i] for i in places], column or "", max_bytes, patience)
         for place, image in zip(places, found, strict=True):
             images[place] = image
     return with_images(pa.Table.from_pylist(list(rows), schema=schema), images)
+
+
+def _shared_folder(paths: Sequence[str]) -> Location | None:
+    folders = [Location.of(path).folder for path in paths]
+    if len({str(folder.filesystem.type_name) for folder in folders}) != 1:
+        return None
+    return folders[0].at(posixpath.commonpath([folder.path for folder in folders]))
 
 
 def row_id(value: Any) -> str | None:

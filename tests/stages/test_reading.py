@@ -49,6 +49,22 @@ def test_a_file_of_a_disk_that_is_away_has_failed_and_is_read_when_it_is_back(un
     assert read(folder / "0000.png", back) == PICTURES[0]
 
 
+def test_data_may_name_folders_that_were_never_there(tmp_path: Path) -> None:
+    """Below the folder that its paths are relative to; where that one is away, or empty, the storage is."""
+    folder = as_files(tmp_path / "disk", PICTURES)
+    named, below = folder / "parts" / "none" / "a.png", Patience(0.0, root=Location.of(str(folder)))
+    with pytest.raises(Failed):
+        read(named)
+    with pytest.raises(Rejected, match="unreadable_file"):
+        read(named, below)
+    (folder / "parts").mkdir()  # a disk that is not mounted, in the middle
+    with pytest.raises(Failed):
+        read(named, below)
+    folder.rename(tmp_path / "away")
+    with pytest.raises(Failed):
+        read(named, below)
+
+
 def test_a_link_into_a_disk_that_is_away_has_failed(tmp_path: Path) -> None:
     folder = as_files(tmp_path / "disk", PICTURES)
     (tmp_path / "links").mkdir()
