@@ -30,9 +30,19 @@ def read_yaml(path: Path, what: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"No {what} file at '{path}'.")
     try:
-        return yaml.safe_load(read_text(path))
+        return yaml.load(read_text(path), _EachKeyOnce)
     except yaml.YAMLError as error:
         raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"the key '{twice[0]}' stands there twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def read_text(path: Path) -> str:

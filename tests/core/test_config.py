@@ -343,3 +343,10 @@ def test_a_suggestion_is_made_only_when_something_is_near() -> None:
     assert nearest("sorce", ["source", "shard_size"]) == " Did you mean 'source'?"
     assert nearest("xyz", ["source", "shard_size"]) == ""
     assert issubclass(ConfigError, UserError), "a mistake of the user's, told without a traceback"
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 1\ndpo: {beta: 0.1}\ndpo:\n  alpha: 0.1\n")
+    with pytest.raises(ConfigError, match="the key 'dpo' stands there twice"):
+        load_config(file)
