@@ -207,13 +207,8 @@ class RunConfig(Section):
                 "model.engine=vllm applies adapters to the language model alone, and these tuning settings train "
                 f"{' and '.join(sorted(tuning.trained))}; use model.engine=transformers or tuning.method=full"
             )
-        ignored = {"merge_adapter": "false", "batch_tokens": "null"}
-        found = [f"actors.{name}={neutral}" for name, neutral in ignored.items() if getattr(self.actors, name)]
-        if self.model.engine == "vllm" and found:
-            raise ValueError(
-                "model.engine=vllm applies adapters unmerged and plans its batches itself, and would ignore such "
-                f"settings: set {' and '.join(found)}"
-            )
+        if self.model.engine == "vllm" and self.actors.merge_adapter:
+            raise ValueError("model.engine=vllm applies adapters unmerged; leave out actors.merge_adapter=true")
         return self
 
     def flat(self) -> dict[str, Any]:

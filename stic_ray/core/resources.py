@@ -54,7 +54,8 @@ class ActorsConfig(Section):
     """Requests per forward pass, halved by an actor that runs out of memory; and images per window, the part of a
     shard that is decoded at a time."""
     batch_tokens: Count | None = None
-    """Tokens per forward pass: requests times the longest of them, image, padding and the answer's limit included."""
+    """Tokens per forward pass: requests times the longest of them, image, padding and the answer's limit included.
+    The vllm engine plans its batches itself and has no use for it."""
     merge_adapter: bool = False
     """Merge adapters into the weights before generating: faster, but in bfloat16 small updates are rounded away."""
     windows_in_flight: Count = 2

@@ -14,7 +14,8 @@ from stic_ray.core.errors import SourceError
 from stic_ray.core.json_stream import json_values
 from stic_ray.core.outcomes import Failed, Rejected
 from stic_ray.core.storage import Location
-from stic_ray.method.media import address_of, named_image
+from stic_ray.method.images import is_image
+from stic_ray.method.media import IMAGE_FIELDS, address_of, named_image
 from stic_ray.stages.columns import image_value
 from stic_ray.stages.fetch import fetch_indexed, with_images
 from stic_ray.stages.reading import Patience, Stream, one_line
@@ -140,9 +141,12 @@ def _parquet_rows(file: pa.NativeFile) -> Iterator[Row]:
     parquet = pq.ParquetFile(file)
     heavy = [field.name for field in parquet.schema_arrow if _holds_bytes(field.type)]
     light = [name for name in parquet.schema_arrow.names if name not in heavy]
+    # A picture under another name is one that a row names, as a path with such an ending is.
+    pictures = [name for name in heavy if name not in IMAGE_FIELDS and _holds_pictures(parquet, name)]
+    named = {name: f"{name} (a picture)" if name in pictures else name for name in heavy}
     number = 0
     for group in range(parquet.num_row_groups):
-        images = {name: _images(parquet, group, name, number) for name in heavy}
+        images = {named[name]: _images(parquet, group, name, number) for name in heavy}
         end = number + parquet.metadata.row_group(group).num_rows
         try:
             for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=light):
@@ -186,6 +190,17 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
     return "binary" in str(kind)
+
+
+def _holds_pictures(parquet: pq.ParquetFile, column: str) -> bool:
+    """Say by the first rows whether the bytes of a column are encoded pictures."""
+    try:
+        batch = next(parquet.iter_batches(batch_size=_IMAGE_BATCH_ROWS, columns=[column]), None)
+        values = [] if batch is None else batch[column].to_pylist()
+    except Exception:  # a damaged row group is named where its rows are read
+        return False
+    found = [image_value(each) for value in values for each in (value if isinstance(value, list) else [value])]
+    return any(isinstance(each, bytes) and is_image(each[:16]) for each in found)
 
 
 def _images(parquet: pq.ParquetFile, group: int, column: str, first: int) -> Iterator[Any]:

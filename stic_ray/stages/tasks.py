@@ -47,7 +47,8 @@ def _take_one(running: dict[Any, int], results: dict[int, Any]) -> None:
     import ray
 
     [ready], _ = ray.wait(list(running), num_returns=1)
-    results[running.pop(ready)] = ray.get(ready)
+    number = running.pop(ready)  # before it may raise: Ray 2.60 aborts when a task that has ended is cancelled
+    results[number] = ray.get(ready)
 
 
 def explain(stage: str, error: BaseException, doing: str = "") -> UserError | StageError:

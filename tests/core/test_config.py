@@ -322,14 +322,7 @@ def test_the_nearest_settings_that_work_are_told(
             ["tuning.projector_learning_rate=1", "model.engine=vllm"],
             "model.engine=vllm applies .* language_model and proj",
         ),
-        (
-            ["actors.batch_tokens=65536", "model.engine=vllm"],
-            "would ignore .* set actors.batch_tokens=null",
-        ),
-        (
-            ["actors.merge_adapter=true", "model.engine=vllm"],
-            "would ignore .* set actors.merge_adapter=false",
-        ),
+        (["actors.merge_adapter=true", "model.engine=vllm"], "leave out actors.merge_adapter=true"),
         (["tuning.freeze=[vision_tower]", "model.engine=vllm"], "model.engine=vllm applies .* language_model and proj"),
     ],
 )

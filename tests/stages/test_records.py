@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from stic_ray.core.errors import SourceError
+from stic_ray.core.outcomes import Rejected
 from stic_ray.stages.records import InTable, image_place, load_records, plain_text, read_rows, row_id
 
 ROWS = [{"id": str(number), "image": f"{number}.jpg", "text": "x"} for number in range(3)]
@@ -122,6 +123,19 @@ def test_bytes_of_a_table_stay_there_until_they_are_asked_for(kind: str, tmp_pat
     assert all(place["path"] is None for place in places[2:])
     schema = pa.schema([("path", pa.string()), ("column", pa.string()), ("row", pa.int64())])
     assert load_records(places, schema, 10**6)["encoded"].to_pylist() == [RED, BLUE, None][: len(column)]
+
+
+@pytest.mark.parametrize("kind", ["binary", "struct", "dictionary", "large"])
+def test_pictures_under_another_name_are_named_and_other_bytes_are_not(kind: str, tmp_path: Path) -> None:
+    """A row must not be asked without the picture that it holds; an embedding is none."""
+    _, column = COLUMNS[kind]
+    table = pa.table({"id": ["a", "b", "c"], "thumb": column, "vector": [b"\0\1\2\3"] * 3})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    source, rows = read_rows(str(tmp_path / "rows.parquet"), "infusion.source")
+    values = [row.value or {} for row in rows]
+    with pytest.raises(Rejected, match="no_image: .*thumb"):
+        image_place(values[0], ("id",), source, source.folder)
+    assert image_place(values[2], ("id",), source, source.folder)["path"] is None
 
 
 def test_addresses_in_a_struct_are_taken_where_there_are_no_bytes(tmp_path: Path) -> None:
