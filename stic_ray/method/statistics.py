@@ -1,8 +1,8 @@
 """Means of scores with intervals that know which questions share an image, and how far seeds are apart."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,15 @@ SCORES, DIFFERENCES = (0.0, 1.0), (-1.0, 1.0)
 """Between what a score, and the difference of two, can lie."""
 
 
-class Question(NamedTuple):
-    """What was asked, and about which image: answers about one image are right or wrong together."""
+@dataclass(frozen=True, order=True)
+class Question:
+    """What was asked, and about which image: answers about one image are right or wrong together.
+
+    Runs may have a copy of the image each: a question is the same by its id.
+    """
 
     id: str
-    image: str | None = None
+    image: str | None = field(default=None, compare=False)
 
 
 Scores = Mapping[Question, float]

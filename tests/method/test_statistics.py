@@ -144,3 +144,11 @@ def test_differences_are_of_the_questions_that_both_answered() -> None:
 def test_columns_hold_what_is_known() -> None:
     assert columns(Score(0.5, 0.25, math.inf), "score", "") == {"score": 0.5, "low": 0.25, "high": None}
     assert columns(None, "f1", "f1_") == {"f1": None, "f1_low": None, "f1_high": None}
+
+
+def test_a_question_is_the_same_in_runs_that_have_a_copy_of_its_image_each() -> None:
+    base = {Question(str(i), f"/runs/a/{i // 2}.jpg"): 0.0 for i in range(8)}
+    tuned = {Question(str(i), f"/runs/b/{i // 2}.jpg"): float(i % 2) for i in range(8)}
+    assert list(differences(tuned, base).values()) == [tuned[Question(str(i))] for i in range(8)]
+    both = score_of([base, tuned], EvaluationConfig(num_resamples=100))
+    assert both is not None and both.mean == 0.25
