@@ -11,6 +11,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import StageError
 from stic_ray.core.placement import Need
+from stic_ray.core.resources import ClusterConfig
 from stic_ray.core.rundir import RunDir, row_counts
 from stic_ray.core.steps import StepRun
 from stic_ray.stages import cluster, placement_watch
@@ -95,6 +96,7 @@ def test_training_finds_the_gpus_that_generation_held(
         "stic_ray.preparation.check_before_work", lambda *_, **__: set()
     )  # the fake engine trains nothing
     held = config(tmp_path, pictures, num_actors=2, num_gpus=1)
+    held = held.model_copy(update={"cluster": ClusterConfig()})  # starting may take long beside other tests
     run = run_stages(held, tmp_path / "run", "pool", "preferences", "dpo")
     assert not left and (run / "dpo").manifest is not None
 

@@ -25,7 +25,8 @@ from tests.stages.test_training import losses
 from tests.stages.test_training_batches import config_for, write_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-NUM_STEPS = 18
+NUM_STEPS = 30
+"""So many that a second worker can be killed between a checkpoint of its own and the end."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"num_steps": NUM_STEPS, "learning_rate": 0.002, "schedule": "linear"},
     "tuning": {"lora_dropout": 0.0},
@@ -53,13 +54,14 @@ def checkpoints(run: RunDir) -> list[str]:
     return [entry["checkpoint_dir_name"] for entry in json.loads(text)["checkpoint_results"]]
 
 
-def a_worker() -> psutil.Process | None:
-    """A training worker of our Ray, when one can be seen: its title is that of the call that it answers, or its own."""
+def workers() -> list[psutil.Process]:
+    """The training workers of our Ray that can be seen: a title is that of the call that is answered, or one's own."""
+    found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.cmdline()[:1] == ["ray::RayTrainWorker"]:
-                return process
-    return None
+                found.append(process)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -84,15 +86,18 @@ def test_a_node_downloads_the_parts_of_its_own_workers(zero_stage: int, needed: 
 
 
 def kill_workers(run: RunDir, times: int, killed: list[int]) -> None:
-    """Kill one of the workers whenever there is a checkpoint that was not there the last time."""
-    known: set[str] = set()
+    """Kill a worker once it has left a checkpoint, and again one of those that are started in their place."""
+    gone: set[int] = set()
     for _ in range(times):
-        while not set(checkpoints(run)) - known or (victim := a_worker()) is None:
-            time.sleep(0.25)
-        known = set(checkpoints(run))
-        os.kill(victim.pid, signal.SIGKILL)
-        killed.append(victim.pid)
-        psutil.wait_procs([victim], timeout=30)
+        while not (alive := [worker for worker in workers() if worker.pid not in gone]):
+            time.sleep(0.1)
+        known = set(checkpoints(run))  # those of workers before them may have come late
+        while not set(checkpoints(run)) - known:
+            time.sleep(0.05)
+        gone |= {worker.pid for worker in workers()} | {alive[0].pid}
+        os.kill(alive[0].pid, signal.SIGKILL)
+        killed.append(alive[0].pid)
+        psutil.wait_procs([alive[0]], timeout=30)
 
 
 @pytest.mark.timeout(900)
