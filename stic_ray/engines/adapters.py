@@ -15,6 +15,7 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import ModelError
 from stic_ray.core.storage import Location
 from stic_ray.core.training import Part
+from stic_ray.engines.hub import in_one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PART_NAMES: dict[Part, tuple[str, ...]] = {
@@ -52,9 +53,7 @@ def check_adapter_fits(adapter: Path, skeleton: PreTrainedModel) -> None:
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         found = read_adapter(adapter)
     except Exception as error:  # of PEFT, safetensors or JSON, whatever the files hold
-        raise ModelError(
-            f"The adapter '{adapter}' cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        raise ModelError(f"The adapter '{adapter}' cannot be loaded: {in_one_line(error)}") from error
     names = sorted(found.keys() ^ expected.keys())
     names += [name for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape]
     if names:

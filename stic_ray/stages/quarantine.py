@@ -27,7 +27,7 @@ from typing import Any
 
 from stic_ray.core.errors import StageError, UserError
 from stic_ray.core.rundir import ATTEMPTS_FAMILY, RunDir
-from stic_ray.stages.tasks import type_name
+from stic_ray.stages.tasks import type_and_message
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def loading(output: RunDir, actor: str, num_tries: int) -> Iterator[None]:
         (output.location / name).delete()
         raise
     except Exception as error:
-        message = f"{type_name(error)}: {' '.join(str(error).split())}"
+        message = type_and_message(error)
         logger.warning("an actor could not load the model, it is started again: %s", message)
         output.write_json(name, {"num_times": num_times + 1, "error": message})
         os._exit(1)

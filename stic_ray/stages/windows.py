@@ -24,7 +24,7 @@ from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY
 from stic_ray.core.schemas import Reason, table_of
 from stic_ray.engines.guarded import GuardedEngine
 from stic_ray.stages.quarantine import Quarantine
-from stic_ray.stages.tasks import type_name
+from stic_ray.stages.tasks import type_and_message
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class Windows:
         except Exception as error:
             number = row.given.get("row")
             where = f"'{row.given.get('path')}'" + ("" if number is None else f", row {number}")
-            message = f"{type_name(error)}: {' '.join(str(error).split())} ({where})"
+            message = f"{type_and_message(error)} ({where})"
             row.output = self._ended(row, REJECTED_FAMILY, reason=Reason.UNEXPECTED_ERROR, message=message)
 
     def _ended(self, row: _Row, family: str, **why: str) -> Rows:
@@ -226,7 +226,7 @@ def _as_engine_error() -> Iterator[None]:
     except SticError:
         raise
     except Exception as error:
-        raise EngineError(f"{type_name(error)}: {' '.join(str(error).split())}") from error
+        raise EngineError(type_and_message(error)) from error
 
 
 class _Health:
