@@ -12,7 +12,7 @@ import yaml
 
 from stic_ray.core.config import RunConfig, is_toy
 from stic_ray.core.console import configure
-from stic_ray.core.errors import ConfigError, SourceError, SticError
+from stic_ray.core.errors import ConfigError, SourceError, SticError, one_line
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import Recipe, Step, Steps, check_given
@@ -180,7 +180,7 @@ def main(job: Callable[[str | None], None], description: str | None) -> NoReturn
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:  # a full or read-only disk, a path without permission
-        print(f"error: {' '.join(str(error).split())}. What was finished stays; mend this and rerun.", file=sys.stderr)
+        print(f"error: {one_line(error)}. What was finished stays; mend this and rerun.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

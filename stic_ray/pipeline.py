@@ -13,7 +13,7 @@ import yaml
 
 from stic_ray.core import history, lease
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest
+from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest, type_and_message
 from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import MANIFEST, STARTED, RunDir, digest
 from stic_ray.core.steps import (
@@ -131,7 +131,7 @@ def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> 
         with cluster.released(), placement_watch.watching(step.name, need, config.cluster.resource_timeout_s):
             accounts = step.stage.run(prepared)
     except BaseException as error:
-        history.end_attempt(output, f"{type(error).__name__}: {error}"[:500])
+        history.end_attempt(output, type_and_message(error))
         raise
     history.end_attempt(output, history.FINISHED, accounts["num_rows_in"])
     took = history.totals(history.read_attempts(output))

@@ -8,11 +8,19 @@ SticError
 │   └── RunError       a run directory that does not fit the command
 ├── StageError     a stage that could not finish; what it had finished stays, and a rerun goes on from there
 ├── EngineError    an engine that gave no answer; the images it was asked about are tried one by one
-└── EngineLost     an engine that can never answer again; its process is ended, and another takes its place
+├── EngineLost     an engine that can never answer again; its process is ended, and another takes its place
+├── Rejected       a row that cannot be used: a property of the data, and final
+└── Failed         a row that could not be done now, as while a storage is away: the same command tries it again
 """
 
+import builtins
 import difflib
 from collections.abc import Iterable
+
+from stic_ray.core.schemas import Reason
+
+_MAX_CHARACTERS = 500
+"""What an error says is cut there: compilers, parsers and clouds write pages."""
 
 
 class SticError(Exception):
@@ -20,7 +28,7 @@ class SticError(Exception):
 
 
 class UserError(SticError, ValueError):
-    """A mistake of the user's, told in one line: the value, what is allowed, what to do."""
+    """A mistake of the user's, in one line: the value, what is allowed, what to do."""
 
 
 class ConfigError(UserError):
@@ -49,6 +57,44 @@ class EngineError(SticError, RuntimeError):
 
 class EngineLost(SticError, RuntimeError):
     """An engine is beyond repair in this process, as after a CUDA error."""
+
+
+class Rejected(SticError):
+    """A row that cannot be used, for a reason that lies in the row itself."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(f"{reason}: {message}")
+        self.reason = reason
+        self.message = message
+
+    def __reduce__(self) -> tuple[type, tuple[Reason, str]]:
+        return type(self), (self.reason, self.message)
+
+
+class Failed(SticError):
+    """A row that could not be done now, for a reason that lies outside of it; a rerun tries it again."""
+
+    @property
+    def message(self) -> str:
+        """What went wrong, in one line."""
+        return one_line(self)
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return what an error says in one line of limited length; the name of its type where it says nothing."""
+    return " ".join(str(error).split())[:_MAX_CHARACTERS] or type_name(error)
+
+
+def type_and_message(error: BaseException) -> str:
+    """Return an error in one line: "ValueError: what it says"."""
+    return f"{type_name(error)}: {one_line(error)}"
+
+
+def type_name(error: BaseException | str) -> str:
+    """Return the name of an error's type as tracebacks have it: "ValueError", "struct.error"; ours without modules."""
+    kind = type(error)
+    is_plain = kind.__module__ == builtins.__name__ or kind.__module__ == __name__
+    return kind.__qualname__ if is_plain else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def nearest(value: str, allowed: Iterable[str]) -> str:

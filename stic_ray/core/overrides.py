@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import ConfigError, nearest
+from stic_ray.core.errors import ConfigError, nearest, one_line
 from stic_ray.core.section import holds_words
 
 
@@ -32,7 +32,7 @@ def read_yaml(path: Path, what: str) -> Any:
     try:
         return yaml.load(read_text(path), _EachKeyOnce)
     except yaml.YAMLError as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"'{path}' is not valid YAML: {one_line(error)}") from error
 
 
 class _EachKeyOnce(yaml.SafeLoader):

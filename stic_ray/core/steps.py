@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from stic_ray.core.config import MISSING, RunConfig
-from stic_ray.core.errors import ConfigError, RunError, nearest
+from stic_ray.core.errors import ConfigError, RunError, nearest, one_line
 from stic_ray.core.overrides import apply_values
 from stic_ray.core.placement import Need
 from stic_ray.core.rundir import RunDir, digest
@@ -225,7 +225,7 @@ def read_record(run: RunDir) -> Record:
     try:
         found = yaml.safe_load(location.read())
     except yaml.YAMLError as error:
-        raise RunError(f"'{location.uri}' is not valid YAML: {' '.join(str(error).split())}") from error
+        raise RunError(f"'{location.uri}' is not valid YAML: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise RunError(f"'{location.uri}' must hold a mapping, found {type(found).__name__}.")
     config, steps = found.pop("config", None) or {}, found.pop("steps", None) or []

@@ -19,8 +19,7 @@ import pyarrow as pa
 from filelock import FileLock
 from pyarrow import fs
 
-from stic_ray.core.errors import SourceError
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected, SourceError
 from stic_ray.core.schemas import Reason
 
 _STORES_WITHOUT_RENAME = ("s3", "gcs", "abfs")

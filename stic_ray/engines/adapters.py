@@ -12,10 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.core.errors import ModelError
+from stic_ray.core.errors import ModelError, type_and_message
 from stic_ray.core.storage import Location
 from stic_ray.core.training import Part
-from stic_ray.engines.hub import in_one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PART_NAMES: dict[Part, tuple[str, ...]] = {
@@ -53,7 +52,7 @@ def check_adapter_fits(adapter: Path, skeleton: PreTrainedModel) -> None:
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         found = read_adapter(adapter)
     except Exception as error:  # of PEFT, safetensors or JSON, whatever the files hold
-        raise ModelError(f"The adapter '{adapter}' cannot be loaded: {in_one_line(error)}") from error
+        raise ModelError(f"The adapter '{adapter}' cannot be loaded: {type_and_message(error)}") from error
     names = sorted(found.keys() ^ expected.keys())
     names += [name for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape]
     if names:

@@ -21,10 +21,10 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.core.errors import ModelError
+from stic_ray.core.errors import ModelError, type_and_message
 from stic_ray.engines.adapters import adapter_of, check_adapter_fits
 from stic_ray.engines.fingerprints import SETTINGS
-from stic_ray.engines.hub import explained, hub_arguments, in_one_line
+from stic_ray.engines.hub import explained, hub_arguments
 from stic_ray.engines.loading import (
     load_base,
     load_processor,
@@ -121,7 +121,7 @@ def _check_files(folder: Path) -> None:
             try:
                 Tokenizer.from_file(str(file))
             except Exception as error:  # its own type
-                raise ModelError(f"'{file}' is no tokenizer: {in_one_line(error)}") from error
+                raise ModelError(f"'{file}' is no tokenizer: {type_and_message(error)}") from error
 
 
 def _check_shards(folder: Path) -> None:
@@ -153,7 +153,7 @@ def _names_in(file: Path) -> set[str]:
         with safe_open(file, "pt") as weights:  # compares the header with the file's size
             return set(weights.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"'{file}' is damaged, or not whole: {in_one_line(error)}") from error
+        raise ModelError(f"'{file}' is damaged, or not whole: {type_and_message(error)}") from error
 
 
 def _check_picture(processor: Any, config: Any, model: ModelConfig) -> None:
@@ -176,7 +176,7 @@ def _check_picture(processor: Any, config: Any, model: ModelConfig) -> None:
     except Exception as error:  # whatever a processor does without what it lacks
         absent = [name for name, value in vars(processor).items() if value is None]
         raise ModelError(
-            f"model.path='{model.path}': its processor fails on a blank picture ({in_one_line(error)})"
+            f"model.path='{model.path}': its processor fails on a blank picture ({type_and_message(error)})"
             + (f"; processor_config.json lacks {', '.join(absent)}." if absent else ".")
         ) from error
     if not (batch["input_ids"] == builder.image_token_id).any() or not batch["is_answer"].any():

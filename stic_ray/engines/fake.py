@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from stic_ray.core.errors import EngineLost, ModelError
+from stic_ray.core.errors import EngineLost, ModelError, one_line
 from stic_ray.core.overrides import read_text
 from stic_ray.core.rundir import digest
 from stic_ray.engines.base import Answer, Request, Sampling
@@ -70,7 +70,7 @@ def read_script(path: str) -> Script:
     except OSError as error:
         raise ModelError(f"The fake engine needs a YAML script at model.path='{path}': {error.strerror}.") from error
     except (yaml.YAMLError, ValidationError) as error:
-        raise ModelError(f"The script '{path}' is wrong: {' '.join(str(error).split())}") from error
+        raise ModelError(f"The script '{path}' is wrong: {one_line(error)}") from error
 
 
 class FakeEngine:

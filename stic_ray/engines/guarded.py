@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from stic_ray.core.errors import EngineError, EngineLost, UserError
+from stic_ray.core.errors import EngineError, EngineLost, UserError, type_and_message
 from stic_ray.engines.base import Answer, AnsweredPair, Engine, Request, Sampling, Scorer
 
 logger = logging.getLogger(__name__)
@@ -157,4 +157,4 @@ def _named_errors() -> Iterator[None]:
         logger.error("ending this process, its engine is lost: %s", error)
         os._exit(1)
     except Exception as error:
-        raise EngineError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise EngineError(type_and_message(error)) from error

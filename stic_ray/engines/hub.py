@@ -12,8 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.core.errors import ModelError, SticError
-from stic_ray.core.outcomes import Failed
+from stic_ray.core.errors import Failed, ModelError, SticError, type_and_message
 
 
 def hub_arguments(model: ModelConfig) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def explained(model: ModelConfig, what: str | None = None) -> Iterator[None]:
     except (SticError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # tokenizers raise Exception itself
-        reason = in_one_line(error)
+        reason = type_and_message(error)
         if "torchvision" in reason.lower():
             raise ModelError(
                 f"model.path='{model.path}' needs torchvision: install the extra stic-ray[torchvision]."
@@ -52,11 +51,6 @@ def explained(model: ModelConfig, what: str | None = None) -> Iterator[None]:
         if is_hub_away(error):
             raise Failed(f"{what} cannot be loaded now, the Hub does not answer: {reason}") from error
         raise ModelError(f"{what} cannot be loaded: {reason}") from error
-
-
-def in_one_line(error: BaseException) -> str:
-    """Return the type of an error and the beginning of what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def is_hub_away(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.core.errors import ModelError
+from stic_ray.core.errors import ModelError, one_line
 from stic_ray.core.training import Part
 from stic_ray.engines.adapters import PART_NAMES, check_adapter_active, check_adapter_files, merge_adapter
 from stic_ray.engines.hub import explained, hub_arguments
@@ -189,7 +189,7 @@ def make_savable(model: PreTrainedModel) -> None:
         logger.info(
             "generation_config.json of '%s' cannot be saved as it is, and checkpoints get its special tokens alone: %s",
             model.name_or_path,
-            " ".join(str(error).split())[:200],
+            one_line(error),
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jinja2
 from transformers import GenerationConfig, ProcessorMixin
 
-from stic_ray.core.errors import ModelError
+from stic_ray.core.errors import ModelError, one_line
 from stic_ray.engines.base import Answer
 from stic_ray.method.media import without_placeholder
 
@@ -36,7 +36,7 @@ def render(
             processor.apply_chat_template(structured, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
     except (jinja2.TemplateError, TypeError) as error:
-        raise ModelError(f"The chat template refuses the conversation: {' '.join(str(error).split())}") from error
+        raise ModelError(f"The chat template refuses the conversation: {one_line(error)}") from error
 
 
 def remove_placeholders(processor: ProcessorMixin, text: str) -> str:

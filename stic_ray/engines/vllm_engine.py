@@ -27,12 +27,12 @@ from PIL import Image
 from transformers import AutoConfig
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
-from stic_ray.core.errors import EngineError, EngineLost, ModelError, SticError
+from stic_ray.core.errors import EngineError, EngineLost, ModelError, SticError, one_line, type_and_message
 from stic_ray.engines.adapters import parts_of_adapter
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.counting import ProcessorCounter
 from stic_ray.engines.fingerprints import fingerprint
-from stic_ray.engines.hub import hub_arguments, in_one_line
+from stic_ray.engines.hub import hub_arguments
 from stic_ray.engines.loading import choose_dtype, read_generation_config
 from stic_ray.engines.rendering import end_token_ids, read_answer
 from stic_ray.engines.sequences import SequenceBuilder
@@ -93,7 +93,8 @@ def import_vllm() -> SimpleNamespace:
         found = {name: getattr(importlib.import_module(module), name) for name, module in _NAMES.items()}
     except (ImportError, AttributeError) as error:
         release = importlib.metadata.version("vllm")
-        raise ModelError(f"vLLM {release} is not one that stic-ray[vllm] installs: {in_one_line(error)}") from error
+        problem = f"vLLM {release} is not one that stic-ray[vllm] installs"
+        raise ModelError(f"{problem}: {type_and_message(error)}") from error
     known = importlib.util.find_spec("vllm.exceptions") and importlib.import_module("vllm.exceptions")
     return SimpleNamespace(**found, VLLMError=getattr(known, "VLLMError", ValueError))  # older releases: ValueError
 
@@ -189,7 +190,7 @@ class VllmEngine(ProcessorCounter):
         except vllm.EngineDeadError as error:
             raise EngineLost("vLLM's processes have died; their last messages are in the actor's log.") from error
         except (vllm.VLLMError, ValueError) as error:
-            raise EngineError(f"vLLM gave no answer: {' '.join(str(error).split())}") from error
+            raise EngineError(f"vLLM gave no answer: {one_line(error)}") from error
         if outputs[-1].outputs[0].finish_reason not in ("stop", "length"):
             raise EngineError(f"vLLM gave up a request: {outputs[-1].outputs[0].finish_reason}")
         return outputs[-1]
@@ -291,4 +292,4 @@ def _explained(model: ModelConfig, adapter: Path | None) -> Iterator[None]:
     except SticError:
         raise
     except Exception as error:  # of vLLM's processes, whatever went wrong in them
-        raise ModelError(f"vLLM cannot load {what}: {in_one_line(error)}") from error
+        raise ModelError(f"vLLM cannot load {what}: {type_and_message(error)}") from error

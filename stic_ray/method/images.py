@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stic_ray.core.config import PoolConfig
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected, type_and_message
 from stic_ray.core.schemas import Reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -151,7 +151,7 @@ def _opened(encoded: bytes, limits: ImageLimits | None) -> Iterator[Image.Image]
     except Image.DecompressionBombError as error:
         raise Rejected(Reason.TOO_MANY_PIXELS, str(error)) from None
     except Exception as error:
-        raise Rejected(Reason.UNDECODABLE_IMAGE, f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise Rejected(Reason.UNDECODABLE_IMAGE, type_and_message(error)) from None
 
 
 def _check_limits(width: int, height: int, limits: ImageLimits) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stic_ray.core.config import InfusionConfig
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected
 from stic_ray.core.randomness import random_for
 from stic_ray.core.schemas import Reason
 from stic_ray.method.media import check_placeholders, without_placeholder

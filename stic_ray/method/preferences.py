@@ -7,7 +7,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from stic_ray.core.config import PreferencesConfig
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected
 from stic_ray.core.randomness import random_for
 from stic_ray.core.schemas import Reason
 from stic_ray.method.corruption import Corruption, corrupt, draw_corruption, pixel_change

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from stic_ray.core.errors import ConfigError, nearest
+from stic_ray.core.errors import ConfigError, nearest, one_line
 from stic_ray.core.overrides import read_text
 from stic_ray.method.media import without_placeholder
 
@@ -65,7 +65,7 @@ def load_prompts(path: str | None) -> PromptSet:
     except OSError as error:
         raise ConfigError(f"Cannot read the prompt set '{path}': {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"The prompt set '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"The prompt set '{path}' is not valid YAML: {one_line(error)}") from error
     except ValidationError as error:
         details = "; ".join(_explain(dict(detail)) for detail in error.errors())
         raise ConfigError(f"The prompt set '{path}' is wrong: {details}") from error

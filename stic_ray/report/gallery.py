@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected
 from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import PAIRS, check
 from stic_ray.core.storage import Location

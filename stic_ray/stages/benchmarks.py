@@ -8,9 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from stic_ray.core.errors import SourceError, nearest
+from stic_ray.core.errors import Rejected, SourceError, nearest, one_line, type_and_message
 from stic_ray.core.json_stream import literal
-from stic_ray.core.outcomes import Rejected
 from stic_ray.core.storage import Location
 from stic_ray.method.choices import LETTERS, Choice, letter_of, read_choices, shown
 from stic_ray.method.media import check_placeholders, is_absent, is_null, without_placeholder
@@ -76,8 +75,8 @@ def _question(row: Row, source: Location) -> dict[str, Any]:
     except Rejected as why:
         problem = why.message
     except Exception as error:  # whatever a stranger's row makes Python raise
-        problem = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-    raise SourceError(f"evaluation.benchmarks: '{source.uri}', {row.place}: {' '.join(problem.split())}")
+        problem = str(error) if type(error) is ValueError else type_and_message(error)
+    raise SourceError(f"evaluation.benchmarks: '{source.uri}', {row.place}: {one_line(problem)}")
 
 
 def _checked(row: Mapping[str, Any], source: Location) -> dict[str, Any]:

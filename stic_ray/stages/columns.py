@@ -6,8 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stic_ray.core.errors import SourceError, nearest
-from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.errors import Failed, Rejected, SourceError, nearest
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
 from stic_ray.stages.reading import Stream

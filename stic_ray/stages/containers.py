@@ -18,13 +18,12 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stic_ray.core.errors import SourceError
-from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.errors import Failed, Rejected, SourceError, one_line
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
 from stic_ray.method.images import is_image
 from stic_ray.stages.columns import Verbatim, arrow_batches, check_column, image_value, uncompressed_chunk
-from stic_ray.stages.reading import Patience, Stream, check_size, one_line, read_file, too_large, unreadable
+from stic_ray.stages.reading import Patience, Stream, check_size, read_file, too_large, unreadable
 
 Kind = Literal["image", "parquet", "tar", "arrow", "list"]
 

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, RunConfig
-from stic_ray.core.errors import ModelError, SourceError
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import ModelError, Rejected, SourceError
 from stic_ray.core.placement import Need, actors_need
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.schemas import INFUSED, Reason

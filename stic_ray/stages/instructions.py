@@ -10,9 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from stic_ray.core.config import InfusionConfig, RunConfig
-from stic_ray.core.errors import SourceError, nearest
+from stic_ray.core.errors import Rejected, SourceError, nearest, type_and_message
 from stic_ray.core.json_stream import literal
-from stic_ray.core.outcomes import Rejected
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import RunDir, read_shard, shard_name
 from stic_ray.core.schemas import MESSAGES, Reason
@@ -110,7 +109,7 @@ def _instruction(row: Row, source: Location, folder: Location) -> dict[str, Any]
     except Rejected as why:
         found |= {"reason": why.reason, "problem": f"{row.place}: {why.message}"}
     except Exception as error:  # whatever a stranger's row makes Python raise is a property of that row
-        found |= {"reason": Reason.UNREADABLE_ROW, "problem": f"{row.place}: {type(error).__name__}: {error!s:.200}"}
+        found |= {"reason": Reason.UNREADABLE_ROW, "problem": f"{row.place}: {type_and_message(error)}"}
     return found
 
 

@@ -22,7 +22,7 @@ from ray.core.generated import gcs_service_pb2
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from stic_ray.core.console import configure_worker, show
-from stic_ray.core.errors import ConfigError
+from stic_ray.core.errors import ConfigError, one_line
 from stic_ray.core.placement import Node
 
 _ANSWER_S = 15.0
@@ -57,7 +57,7 @@ def cluster_address() -> str | None:
     try:
         return services.canonicalize_bootstrap_address(address) if address else None
     except (ValueError, OSError) as error:
-        raise _not_joined(address, " ".join(str(error).split())) from error
+        raise _not_joined(address, one_line(error)) from error
 
 
 def ask_cluster(address: str) -> list[Node]:
@@ -80,7 +80,7 @@ def join(address: str, env_vars: dict[str, str]) -> None:
     try:
         _init(env_vars, address=address)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise _not_joined(address, " ".join(str(error).split())[:400]) from error
+        raise _not_joined(address, one_line(error)) from error
 
 
 def start_here(env_vars: dict[str, str], num_cpus: int) -> None:
@@ -137,7 +137,7 @@ def _nodes(address: str) -> list[Any]:
             request = _MESSAGES.GetAllNodeInfoRequest(state_filter="ALIVE")
             answer = NodeInfoGcsServiceStub(channel).GetAllNodeInfo(request, timeout=_ANSWER_S)
     except ray.exceptions.AuthenticationError as error:
-        raise _not_joined(address, " ".join(str(error).split())[:400]) from error
+        raise _not_joined(address, one_line(error)) from error
     except grpc.RpcError as error:
         assert isinstance(error, grpc.Call)
         reason = _REFUSED.get(error.code(), f"it does not answer as a Ray cluster does ({error.details()})")

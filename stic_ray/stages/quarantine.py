@@ -25,9 +25,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from stic_ray.core.errors import StageError, UserError
+from stic_ray.core.errors import StageError, UserError, type_and_message
 from stic_ray.core.rundir import ATTEMPTS_FAMILY, RunDir
-from stic_ray.stages.tasks import type_and_message
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Reading the files of a source: again while the storage is away, then rejected or failed (core/outcomes.py)."""
+"""Reading the files of a source: again while the storage is away, then rejected or failed (core/errors.py)."""
 
 import errno
 import io
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.errors import Failed, Rejected, one_line
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
 from stic_ray.method.images import is_image, other_format
@@ -185,8 +185,3 @@ def file_is_at_fault(file: Location, error: OSError, root: Location | None = Non
 def unreadable(error: Exception) -> Rejected:
     """Return the rejection of a file that cannot be read."""
     return Rejected(Reason.UNREADABLE_FILE, one_line(error))
-
-
-def one_line(error: Exception) -> str:
-    """Return an error as one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -10,15 +10,14 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stic_ray.core.errors import SourceError
+from stic_ray.core.errors import Failed, Rejected, SourceError, one_line, type_and_message
 from stic_ray.core.json_stream import json_values
-from stic_ray.core.outcomes import Failed, Rejected
 from stic_ray.core.storage import Location
 from stic_ray.method.images import is_image
 from stic_ray.method.media import IMAGE_FIELDS, address_of, named_image
 from stic_ray.stages.columns import image_value
 from stic_ray.stages.fetch import fetch_indexed, with_images
-from stic_ray.stages.reading import Patience, Stream, one_line
+from stic_ray.stages.reading import Patience, Stream
 
 _BATCH_ROWS = 256
 _IMAGE_BATCH_ROWS = 16
@@ -134,7 +133,7 @@ def _guarded(source: Location, name: str) -> Iterator[Row]:
                 problem = "an object without fields" if value == {} else f"no object, but {json.dumps(value)[:80]}"
             yield Row(number, line, None if problem else value, problem)
     except Exception as error:  # the storage, or what a damaged file makes its reader raise
-        raise SourceError(f"{name} cannot be read: {type(error).__name__}: {one_line(error)}") from error
+        raise SourceError(f"{name} cannot be read: {type_and_message(error)}") from error
 
 
 def _parquet_rows(file: pa.NativeFile) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from stic_ray.core.config import PoolConfig
-from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.errors import Failed, Rejected
 from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, RunDir, read_shard, shard_name
 from stic_ray.core.schemas import FAILED, REJECTED, table_of
 from stic_ray.core.storage import Location

@@ -13,8 +13,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from stic_ray.core.errors import SourceError
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected, SourceError
 from stic_ray.core.storage import Location
 from stic_ray.stages.containers import kind_of
 

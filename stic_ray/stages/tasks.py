@@ -3,14 +3,13 @@
 `map_tasks` is for small work: a function over items, each a Ray task that leaves files and returns little.
 """
 
-import builtins
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from stic_ray.core import errors
-from stic_ray.core.errors import StageError, UserError
+from stic_ray.core.errors import StageError, UserError, type_name
 
 _IN_FLIGHT = 256
 
@@ -69,18 +68,7 @@ def explain(stage: str, error: BaseException, doing: str = "") -> UserError | St
         return StageError(f"{stage} could not read or write: {message}. Mend this and run the same command again.")
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames and doing else ""
-    return StageError(f"{stage} stopped{where}: {_type_name(error)}: {message}{place}")
-
-
-def _type_name(error: BaseException) -> str:
-    """Return the name of an error's type as Python's tracebacks have it: "ValueError", "struct.error"."""
-    kind = type(error)
-    return kind.__qualname__ if kind.__module__ == builtins.__name__ else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def type_and_message(error: BaseException) -> str:
-    """Return an error in one line: "ValueError: what it says"."""
-    return f"{_type_name(error)}: {' '.join(str(error).split())}"
+    return StageError(f"{stage} stopped{where}: {type_name(error)}: {message}{place}")
 
 
 def packed_error(error: UserError | StageError) -> str:

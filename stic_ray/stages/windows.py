@@ -3,7 +3,7 @@
 A window is a run of rows whose pictures are decoded together. Windows are answered in order, those of the shard that
 came first before those of the next, so that an actor that dies leaves little more than one shard undone.
 
-Here, and only here, it is decided how a row ends: written, rejected or failed (core/outcomes.py). What goes wrong with
+Here, and only here, it is decided how a row ends: written, rejected or failed (core/errors.py). What goes wrong with
 a window is narrowed down to its rows (stages/quarantine.py).
 """
 
@@ -18,13 +18,11 @@ from typing import Any, Protocol, runtime_checkable
 import pyarrow as pa
 
 from stic_ray.core.config import ActorsConfig
-from stic_ray.core.errors import EngineError, StageError, SticError
-from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.errors import EngineError, Failed, Rejected, StageError, SticError, type_and_message
 from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY
 from stic_ray.core.schemas import Reason, table_of
 from stic_ray.engines.guarded import GuardedEngine
 from stic_ray.stages.quarantine import Quarantine
-from stic_ray.stages.tasks import type_and_message
 
 logger = logging.getLogger(__name__)
 

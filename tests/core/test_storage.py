@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from stic_ray.core.errors import SourceError
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected, SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 

@@ -6,8 +6,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.core.errors import ModelError
-from stic_ray.core.outcomes import Failed
+from stic_ray.core.errors import Failed, ModelError
 from stic_ray.engines.hub import explained
 
 

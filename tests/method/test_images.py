@@ -17,7 +17,7 @@ from datasets import Features
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected
 from stic_ray.core.schemas import PAIRS, Reason
 from stic_ray.method.images import (
     ImageFacts,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from stic_ray.core.config import InfusionConfig
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected
 from stic_ray.core.schemas import Reason
 from stic_ray.method.infusion import description_prompt, infuse, read_conversation
 from stic_ray.method.prompts import load_prompts

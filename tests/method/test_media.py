@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected
 from stic_ray.core.schemas import Reason
 from stic_ray.method.media import address_of, named_image, without_placeholder
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stic_ray.core.config import PreferencesConfig
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected
 from stic_ray.core.schemas import PAIRS, Reason, table_of
 from stic_ray.method.corruption import pixel_change
 from stic_ray.method.preferences import (

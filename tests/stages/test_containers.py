@@ -7,8 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from stic_ray.core.errors import SourceError
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected, SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.method.images import image_id
 from stic_ray.stages.containers import Found, Reading, images_in

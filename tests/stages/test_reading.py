@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.errors import Failed, Rejected
 from stic_ray.core.storage import Location
 from stic_ray.method.images import image_id
 from stic_ray.stages.containers import Found, Reading, images_in

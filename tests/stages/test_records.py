@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from stic_ray.core.errors import SourceError
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import Rejected, SourceError
 from stic_ray.stages.records import InTable, image_place, load_records, plain_text, read_rows, row_id
 
 ROWS = [{"id": str(number), "image": f"{number}.jpg", "text": "x"} for number in range(3)]

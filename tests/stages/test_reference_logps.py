@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import ConfigError
-from stic_ray.core.outcomes import Rejected
+from stic_ray.core.errors import ConfigError, Rejected
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.core.storage import Location

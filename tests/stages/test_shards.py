@@ -11,8 +11,7 @@ import pyarrow as pa
 import pytest
 
 from stic_ray.core.config import ActorsConfig
-from stic_ray.core.errors import SourceError, StageError
-from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.errors import Failed, Rejected, SourceError, StageError
 from stic_ray.core.publishing import published
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import FAILED, Reason

@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stic_ray.core.errors import SourceError
-from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.errors import Failed, Rejected, SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 from stic_ray.stages.containers import Found, Reading, images_in

@@ -8,8 +8,7 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 
-from stic_ray.core.errors import ModelError, SourceError, StageError
-from stic_ray.core.outcomes import Failed
+from stic_ray.core.errors import Failed, ModelError, SourceError, StageError
 from stic_ray.stages.training.failures import Restarts, WorkerFailure, explain
 
 LOST = RayActorError()

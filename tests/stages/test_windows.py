@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
-from stic_ray.core.errors import EngineError, ModelError, StageError
-from stic_ray.core.outcomes import Failed, Rejected
+from stic_ray.core.errors import EngineError, Failed, ModelError, Rejected, StageError
 from stic_ray.core.publishing import all_families
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import Reason

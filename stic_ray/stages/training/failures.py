@@ -17,8 +17,7 @@ import torch
 from ray.train import ControllerError, UserCallback
 from torch.distributed import DistError
 
-from stic_ray.core.errors import StageError, SticError, UserError
-from stic_ray.core.outcomes import Failed
+from stic_ray.core.errors import Failed, StageError, SticError, UserError, one_line, type_name
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class WorkerFailure(SticError):
         of_user = type(error)(line) if isinstance(error, UserError) else None
         if isinstance(error, _OUT_OF_MEMORY):
             line = f"{line}. {_LESS_MEMORY}."
-        line = line if isinstance(error, SticError) else f"{type(error).__name__}: {line}"
+        line = line if isinstance(error, SticError) else f"{type_name(error)}: {line}"
         return cls(of_user, line, step, _outcome_of(error))
 
     def __str__(self) -> str:
@@ -55,7 +54,7 @@ def _message_of(error: BaseException) -> str:
     text = str(error).strip()
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2] or text
-    return " ".join(text.split())[:500] or "no message"
+    return one_line(text or "no message")
 
 
 def _outcome_of(error: BaseException) -> Outcome:

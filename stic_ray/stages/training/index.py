@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import SourceError
-from stic_ray.core.outcomes import Failed
+from stic_ray.core.errors import Failed, SourceError, one_line, type_and_message
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.storage import Location
 from stic_ray.engines.fingerprints import fingerprint
@@ -177,7 +176,7 @@ def _hold_out(groups: list[RowGroup], id_column: str, number: int) -> tuple[list
 
 def damaged(uri: str, reason: str) -> SourceError:
     """Return the error of a file that can be read but not be understood."""
-    return SourceError(f"'{uri}' is damaged ({' '.join(reason.split())[:300]}). Delete it, {_AGAIN}.")
+    return SourceError(f"'{uri}' is damaged ({one_line(reason)}). Delete it, {_AGAIN}.")
 
 
 _AGAIN = "delete the manifest.json beside it, and run the stage that wrote it again: only what is missing is made"
@@ -193,5 +192,5 @@ def _explain(uri: str, error: Exception) -> SourceError | Failed:
             while stream.read(1 << 24):
                 pass
     except OSError as outer:
-        return Failed(f"'{uri}' cannot be read now ({type(outer).__name__}: {' '.join(str(outer).split())[:300]}).")
+        return Failed(f"'{uri}' cannot be read now ({type_and_message(outer)}).")
     return damaged(uri, str(error))
