@@ -8,7 +8,7 @@ from typing import Any
 
 from stic_ray.core import history, lease
 from stic_ray.core.errors import RunError
-from stic_ray.core.rundir import RECORD_FAMILY, STARTED, RunDir
+from stic_ray.core.rundir import NOTES_FAMILY, RECORD_FAMILY, STARTED, RunDir
 from stic_ray.core.steps import CONFIG, read_record
 from stic_ray.report.formats import duration, number
 
@@ -61,7 +61,7 @@ def _shards(output: RunDir) -> str:
     """Say how many shards are finished, of how many where that is known."""
     names = [re.match(r"(.+)-\d{6,}\.(?:parquet|json)$", file.base_name) for file in output.location.files()]
     counts = Counter(name[1] for name in names if name)
-    num_open = counts["attempts"]
+    num_open = counts[NOTES_FAMILY]
     num_done = sum(times for name, times in counts.items() if name.partition("-")[0] == RECORD_FAMILY)
     total = sum((output.read_json(STARTED) or {}).get("num_shards", {}).values())
     shards = f"{num_done} of {total} shards" if total else f"{num_done} shards"

@@ -48,7 +48,7 @@ def test_shards_that_are_there_are_counted(tmp_path: Path) -> None:
     for number, tables in ((0, {"pairs": rows}), (2, {})):
         publish(stage, "", number, tables, {"pairs": rows.schema})
     stage.write_shard("pairs", 3, rows, rows.schema)  # without a record: cut off
-    stage.write_json("attempts-000001.json", {})
+    stage.write_json("notes-000001.json", {})
     assert "begun       2 of 8 shards, 1 at work or cut off; last file" in line(run, "preferences")
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from stic_ray.core.rundir import (
-    ATTEMPTS_FAMILY,
+    NOTES_FAMILY,
     FAILED_FAMILY,
     NUM_READERS,
     REJECTED_FAMILY,
@@ -119,7 +119,7 @@ def delete_leftovers(output: RunDir, part: str, families: Iterable[str], done: I
     for file in output.location.files():
         unfinished = re.fullmatch(rf"(?:{names})-(\d+)\.parquet", file.base_name)
         if (unfinished and int(unfinished[1]) not in kept) or re.fullmatch(
-            rf"\..+\.tmp|{ATTEMPTS_FAMILY}-.+\.json", file.base_name
+            rf"\..+\.tmp|{NOTES_FAMILY}-.+\.json", file.base_name
         ):
             output.location.at(file.path).delete()
 

@@ -33,7 +33,7 @@ REJECTED_FAMILY = "rejected"
 FAILED_FAMILY = "failed"
 RECORD_FAMILY = "shard"
 """Of the records that say that a shard is done (core/publishing.py)."""
-ATTEMPTS_FAMILY = "attempts"
+NOTES_FAMILY = "notes"
 """Of small files that are there only while a shard is being made."""
 
 NUM_READERS = 32

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stic_ray.core.errors import StageError, UserError, type_and_message
-from stic_ray.core.rundir import ATTEMPTS_FAMILY, RunDir
+from stic_ray.core.rundir import NOTES_FAMILY, RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class Quarantine:
 
 def notes_name(number: int) -> str:
     """Return the file name of the notes on a shard."""
-    return f"{ATTEMPTS_FAMILY}-{number:06d}.json"
+    return f"{NOTES_FAMILY}-{number:06d}.json"
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def loading(output: RunDir, actor: str, num_tries: int) -> Iterator[None]:
     A mistake of the user's is raised as it came. Any other error ends the process, so that the next try, a while later,
     has a new one. Raises StageError after `num_tries` deaths or errors, and where others have loaded, after many more.
     """
-    name = f"{ATTEMPTS_FAMILY}-{actor}.json"
+    name = f"{NOTES_FAMILY}-{actor}.json"
     tried = output.read_json(name) or {"num_times": 0, "error": None}
     num_times = tried["num_times"]
     if num_times >= num_tries and (num_times >= _MAX_TRIES_BESIDE_OTHERS or not _has_loaded(output).exists()):
@@ -148,4 +148,4 @@ def nobody_has_loaded(output: RunDir) -> None:
 
 
 def _has_loaded(output: RunDir) -> Any:
-    return output.location / f"{ATTEMPTS_FAMILY}-loaded.json"
+    return output.location / f"{NOTES_FAMILY}-loaded.json"

@@ -182,7 +182,7 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) ->
     stage.write_json("started.json", {})
     stage.write_shard("rows", 1, FIRST["rows"], ROWS)
     stage.write_shard("index", 1, FIRST["rows"], ROWS)
-    for leftover in (".rows-000001.parquet.0a1b.tmp", "attempts-000001.json", "attempts-0fe1.json"):
+    for leftover in (".rows-000001.parquet.0a1b.tmp", "notes-000001.json", "notes-0fe1.json"):
         stage.write_text(leftover, "{}")
     delete_leftovers(stage, "", FAMILIES, {0})
     assert names(stage) == ["index-000001.parquet", "rows-000000.parquet", "shard-000000.json", "started.json"]

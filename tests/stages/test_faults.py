@@ -55,7 +55,7 @@ def test_images_that_kill_hang_or_break_the_engine_are_rejected_and_all_others_a
     for size in ("31x33", "35x33", "39x33"):
         assert rejected[size]["message"].startswith("1 actors died, or hung until actors.timeout_s")
     left = {path.suffix for path in (tmp_path / "run" / "preferences").iterdir()}
-    assert left == {".parquet", ".json", ".jsonl"} and not list((tmp_path / "run" / "preferences").glob("attempts-*"))
+    assert left == {".parquet", ".json", ".jsonl"} and not list((tmp_path / "run" / "preferences").glob("notes-*"))
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -116,7 +116,7 @@ def test_damaged_files_and_what_killed_writers_left_are_cleaned_up(tmp_path: Pat
     second.write_bytes(b"")
     (folder / third.name.replace("pairs", "rejected")).write_bytes(b"garbage, beside a whole file of pairs")
     (folder / ".pairs-000001.parquet.0123.tmp").write_bytes(b"half a shard")
-    (folder / "attempts-000001.json").write_text('{"working_on": ["0-4"], "deaths": {}}')
+    (folder / "notes-000001.json").write_text('{"working_on": ["0-4"], "deaths": {}}')
     written = {path: path.stat().st_mtime_ns for path in (first, second, third, whole)}
 
     assert pairs_of(run_stages(config, tmp_path / "run", "preferences")).equals(before)

@@ -238,7 +238,7 @@ def test_a_shard_that_kills_outside_of_generation_stops_the_stage_and_a_rerun_tr
 
 def tries(folder: Path, num_times: int, error: str | None = None) -> None:
     """Leave what an actor leaves that failed to load so often."""
-    (folder / "attempts-abc.json").write_text(json.dumps({"num_times": num_times, "error": error}))
+    (folder / "notes-abc.json").write_text(json.dumps({"num_times": num_times, "error": error}))
 
 
 def test_an_actor_that_dies_while_loading_is_tried_so_many_times(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_an_actor_that_dies_while_loading_is_tried_so_many_times(tmp_path: Path)
     for mistake in (ModelError, StageError):
         with pytest.raises(mistake), loading(output, "abc", 3):
             raise mistake("is not tried again")
-        assert not (tmp_path / "attempts-abc.json").exists()
+        assert not (tmp_path / "notes-abc.json").exists()
 
 
 def test_where_others_have_loaded_an_actor_is_tried_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_an_error_while_loading_ends_the_process_and_is_remembered(tmp_path: Pat
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    note = json.loads((tmp_path / "attempts-abc.json").read_text())
+    note = json.loads((tmp_path / "notes-abc.json").read_text())
     assert note == {"num_times": 1, "error": "ConnectionError: 429 Too Many Requests"}
 
 
