@@ -14,7 +14,7 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Request, Sampling
 from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
-from stic_ray.toyworld.model import WEIGHTS
+from stic_ray.toyworld import WEIGHTS
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 
 PROMISE = 6.0

@@ -20,7 +20,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.loading import load_processor
-from stic_ray.toyworld.model import WEIGHTS
+from stic_ray.toyworld import WEIGHTS
 
 _PROCESSOR: Any = {
     "patch_size": 14,

@@ -30,7 +30,7 @@ from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.method.images import encode_png
 from stic_ray.stages.training.data import num_lanes, read_pairs
 from stic_ray.stages.training.index import index_pairs
-from stic_ray.toyworld.model import WEIGHTS
+from stic_ray.toyworld import WEIGHTS
 
 PROMISE = 1.1
 """Most that memory may grow by from the small to the large number of pairs."""

@@ -36,7 +36,7 @@ from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import picture_for_rejected, plan_pair
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages import cluster, preferences
-from stic_ray.toyworld.model import WEIGHTS
+from stic_ray.toyworld import WEIGHTS
 
 PROMISE = 0.95
 SIDE_PX = 128

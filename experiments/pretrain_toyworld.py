@@ -33,7 +33,8 @@ from experiments.toyworld_model import (
     make_tokenizer,
 )
 from stic_ray.engines.weight_names import use_hub_names
-from stic_ray.toyworld.model import PROMPTS, WEIGHTS
+from stic_ray.toyworld import WEIGHTS
+from stic_ray.toyworld.language import PROMPTS
 from stic_ray.toyworld.scenes import COLOURS, NUM_CELLS, SHAPES, Scene, draw_scene, sample_scene
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,17 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from stic_ray.toyworld.language import PLACES, QUESTION_KINDS, Question, ask, name_of, presence_text, with_article
-from stic_ray.toyworld.model import PROMPTS, brief
+from stic_ray.toyworld.language import (
+    PLACES,
+    PROMPTS,
+    QUESTION_KINDS,
+    Question,
+    ask,
+    brief,
+    name_of,
+    presence_text,
+    with_article,
+)
 from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, NUM_CELLS, Kind, Scene, random_for
 
 

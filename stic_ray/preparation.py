@@ -12,7 +12,7 @@ from stic_ray.core.steps import Step, StepRun, prepare_step
 from stic_ray.core.storage import Location
 from stic_ray.engines.opening import check_engine
 from stic_ray.method.prompts import load_prompts
-from stic_ray.toyworld.sources import make_toyworld, resolve_toyworld
+from stic_ray.toyworld.assets import make_toyworld, resolve_toyworld
 
 
 def prepare(steps: Sequence[Step], config: RunConfig, run: RunDir) -> list[StepRun]:

@@ -46,7 +46,7 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_llava() -> Path:
     """The model of the toy world, which is shipped with the package: not to be changed."""
-    from stic_ray.toyworld.model import WEIGHTS
+    from stic_ray.toyworld import WEIGHTS
 
     return WEIGHTS
 

@@ -10,9 +10,9 @@ from stic_ray.core.overrides import apply_values
 from stic_ray.core.rundir import RunDir
 from stic_ray.preparation import resolve
 from stic_ray.recipes import demo
-from stic_ray.toyworld.assets import BENCHMARKS
-from stic_ray.toyworld.model import PROMPTS_FILE, WEIGHTS
-from stic_ray.toyworld.sources import make_toyworld
+from stic_ray.toyworld import WEIGHTS
+from stic_ray.toyworld.assets import BENCHMARKS, make_toyworld
+from stic_ray.toyworld.language import PROMPTS_FILE
 
 SMALL = {"toyworld.num_pictures": 3, "toyworld.num_instructions": 2, "toyworld.num_scenes": 2}
 

@@ -1,21 +1,36 @@
-"""Estimates step by step: `estimate_run`. The arithmetic is in costs.py, the amounts are the stages' own.
+"""Estimates step by step: `estimate_run`. How much there is to do comes from known.py and the stages' own `work`.
 
-Measured rates, of the run itself or of a pilot, come before modelled ones. Settings are `estimate.*`.
+Measured rates, of the run itself or of a pilot, come before modelled ones. Settings are `estimate.*`. The model:
+reading a prompt is bound by arithmetic, 2 operations per parameter and token. Writing an answer is bound by memory:
+every step reads the weights once for the whole batch, and each request's cached tokens. Training is bound by
+arithmetic: 2 operations per parameter and token forward, 2 for the gradients of activations, 2 for those of weights.
 """
 
 import math
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.devices import find_device
 from stic_ray.core.errors import RunError
+from stic_ray.core.placement import Need
 from stic_ray.core.rundir import ESTIMATE, RunDir
-from stic_ray.core.steps import Stage, Step, Steps
-from stic_ray.core.workload import Sizes, Work
-from stic_ray.estimate.costs import Speed, generation_s
-from stic_ray.estimate.rates import Measured, measure
-from stic_ray.estimate.sizes import sizes_of
+from stic_ray.core.steps import Step, Steps
+from stic_ray.core.workload import ModelSize, Sizes, Work
+from stic_ray.estimate.known import Measured, measure, sizes_of
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one process reaches."""
+
+    flops: float
+    """Operations per second."""
+    bandwidth: float
+    """Bytes per second between chip and memory."""
+    step_floor_s: float = 0.0
+    """Seconds that a step of generation takes at least, whatever the device: the engine's own work."""
+
 
 _CPU = Speed(flops=40e9, bandwidth=8e9)
 """One core."""
@@ -85,105 +100,104 @@ def _of_step(
 ) -> StageEstimate:
     """Return what a finished step took, or what one will take."""
     config, stage = step.configured(config), step.stage
-    num_gpus, price = _gpus_of(stage, config), _price_of(stage, config)
+    need, given = stage.need(config), config.estimate
+    num_processes = config.actors.num_actors if need.what == "actors" else need.num
+    price = given.training_price_per_gpu_hour if need.what == "workers" else None
+    found = StageEstimate(
+        step.name,
+        "done",
+        num_gpus=num_processes * need.each.get("GPU", 0.0),
+        price_per_gpu_hour=given.price_per_gpu_hour if price is None else price,
+    )
     if manifest := own.manifests.get(step.name):
-        seconds, num_rows = manifest["seconds"], manifest["num_rows_in"]
-        return StageEstimate(step.name, "done", num_rows, None, num_gpus, seconds, None, price)
+        return replace(found, num_images=manifest["num_rows_in"], wall_s=manifest["seconds"])
     if sizes is None:
-        return StageEstimate(step.name, "set estimate.num_parameters", num_gpus=num_gpus, price_per_gpu_hour=price)
+        return replace(found, basis="set estimate.num_parameters")
     work = stage.work(config, sizes)
     if work is None:
-        missing = f"set estimate.{stage.amount}" if stage.amount else "not known"
-        return StageEstimate(step.name, missing, num_gpus=num_gpus, price_per_gpu_hour=price)
+        return replace(found, basis=f"set estimate.{stage.amount}" if stage.amount else "not known")
     row_s, basis = _row_s(step, config, steps, sizes, work, pilot)
-    wall_s = _start_s(step, config, sizes) + _rows_of_busiest(stage, work, config) * row_s
-    tokens = work.num_rows * (work.row_tokens + sum(n * (reads + writes) for n, reads, writes in work.requests))
-    return StageEstimate(step.name, basis, work.num_rows, tokens, num_gpus, wall_s, work.storage_bytes, price)
+    num_models = 0 if need.what == "tasks" else len(step.inputs) + 1 if stage.reads is None else 1
+    start_s = _START_S + num_models * sizes.model.weight_bytes / _LOADING_BYTES_PER_S
+    return replace(
+        found,
+        basis=basis,
+        num_images=work.num_rows,
+        num_tokens=work.num_rows * (work.row_tokens + sum(n * (reads + writes) for n, reads, writes in work.requests)),
+        wall_s=start_s + _rows_of_busiest(need, work, config) * row_s,
+        storage_bytes=work.storage_bytes,
+    )
 
 
 def _row_s(step: Step, config: RunConfig, steps: Steps, sizes: Sizes, work: Work, pilot: Measured) -> tuple[float, str]:
     """Return the seconds of one process per row, and where they come from."""
-    modelled_s = _modelled_row_s(step.stage, config, sizes, work)
+    need = step.stage.need(config)
+    modelled_s = _modelled_row_s(need, config, sizes, work)
     if measured_s := pilot.process_s_per_row(step.stage.name):
         return measured_s, "measured"
-    for other in steps:  # of the same kind of processes: what the model gets wrong of one, it gets wrong of the other
-        if _what(other.stage, config) != _what(step.stage, config) or not (work.requests or work.row_flops):
-            continue
-        other_work, measured_s = other.stage.work(config, sizes), pilot.process_s_per_row(other.stage.name)
-        other_s = _modelled_row_s(other.stage, config, sizes, other_work) if other_work else 0.0
-        if other_s and measured_s:
-            return modelled_s * measured_s / other_s, f"as {other.name} was"
+    for other in steps if work.requests or work.row_flops else ():
+        # Of the same kind of processes: what the model gets wrong of one, it gets wrong of the other.
+        other_need, other_work = other.stage.need(config), other.stage.work(config, sizes)
+        if other_need.what == need.what and other_work:
+            other_s = _modelled_row_s(other_need, config, sizes, other_work)
+            measured_s = pilot.process_s_per_row(other.stage.name)
+            if other_s and measured_s:
+                return modelled_s * measured_s / other_s, f"as {other.name} was"
     return modelled_s, "model"
 
 
-def _what(stage: Stage, config: RunConfig) -> str:
-    """Return the kind of processes that a stage starts."""
-    return stage.need(config).what
-
-
-def _modelled_row_s(stage: Stage, config: RunConfig, sizes: Sizes, work: Work) -> float:
+def _modelled_row_s(need: Need, config: RunConfig, sizes: Sizes, work: Work) -> float:
     """Return the modelled seconds of one process per row."""
-    if _what(stage, config) == "tasks":
+    if need.what == "tasks":
         return _SCAN_CPU_S
-    speed = _speed_of(stage, config, sizes)
-    batch = _batch_of(config, sizes)
+    speed, actors = _speed_of(need, config, sizes), config.actors
+    batch_size = float(actors.batch_size)
+    if actors.batch_tokens and config.model.engine != "vllm":
+        longest = sizes.num_prompt_tokens + config.preferences.max_new_tokens
+        batch_size = max(1.0, min(batch_size, actors.batch_tokens // longest))
     answering_s = sum(
-        number * generation_s(sizes.model, speed, num_prompt_tokens=reads, num_answer_tokens=writes, batch_size=batch)
+        number
+        * generation_s(sizes.model, speed, num_prompt_tokens=reads, num_answer_tokens=writes, batch_size=batch_size)
         for number, reads, writes in work.requests
     )
     return answering_s + work.row_flops / speed.flops
 
 
-def _speed_of(stage: Stage, config: RunConfig, sizes: Sizes) -> Speed:
+def generation_s(
+    model: ModelSize, speed: Speed, *, num_prompt_tokens: float, num_answer_tokens: float, batch_size: float
+) -> float:
+    """Return the seconds of one process per request, when it has `batch_size` requests at a time.
+
+    `num_prompt_tokens` are those that are computed, image included: a shared prefix counts once.
+    """
+    reading_s = 2 * model.num_parameters * num_prompt_tokens / speed.flops
+    context_tokens = num_prompt_tokens + num_answer_tokens / 2
+    step_bytes = model.weight_bytes + batch_size * context_tokens * model.cache_bytes_per_token
+    step_s = max(step_bytes / speed.bandwidth, speed.step_floor_s)
+    return reading_s + num_answer_tokens * step_s / batch_size
+
+
+def _speed_of(need: Need, config: RunConfig, sizes: Sizes) -> Speed:
     """Return what one actor or worker reaches: its share of GPUs, or its cores."""
-    processes = config.workers if _what(stage, config) == "workers" else config.actors
     floor_s = _STEP_FLOOR_S * sizes.model.num_parameters if config.model.engine == "transformers" else 0.0
-    if not processes.num_gpus:
-        cores = max(processes.num_cpus, 1.0)
+    num_gpus, given = need.each.get("GPU", 0.0), config.estimate
+    if not num_gpus:
+        cores = max(need.each["CPU"], 1.0)
         return Speed(cores * _CPU.flops, cores * _CPU.bandwidth, floor_s)
-    device, given = find_device(config.estimate.device), config.estimate
+    device = find_device(given.device)
     assert device, "the configuration checks it"
     return Speed(
-        processes.num_gpus * device.peak_flops * given.compute_share,
-        processes.num_gpus * device.memory_bandwidth_gb_s * 1e9 * given.bandwidth_share,
+        num_gpus * device.peak_flops * given.compute_share,
+        num_gpus * device.memory_bandwidth_gb_s * 1e9 * given.bandwidth_share,
         floor_s,
     )
 
 
-def _batch_of(config: RunConfig, sizes: Sizes) -> float:
-    """Return the requests that an actor computes at once."""
-    actors = config.actors
-    if not actors.batch_tokens or config.model.engine == "vllm":
-        return actors.batch_size
-    longest = sizes.num_prompt_tokens + config.preferences.max_new_tokens
-    return max(1.0, min(actors.batch_size, actors.batch_tokens // longest))
-
-
-def _rows_of_busiest(stage: Stage, work: Work, config: RunConfig) -> float:
+def _rows_of_busiest(need: Need, work: Work, config: RunConfig) -> float:
     """Return the rows of the process with the most: whole shards for an actor, an equal part for a worker."""
-    what = _what(stage, config)
-    if what == "workers":
-        return work.num_rows / config.workers.num_workers
-    if what == "tasks":
+    if need.what == "workers":
+        return work.num_rows / need.num
+    if need.what == "tasks":
         return work.num_rows / max(1.0, config.actors.num_actors * config.actors.num_cpus)
     shard_size = config.pool.shard_size
     return min(work.num_rows, math.ceil(math.ceil(work.num_rows / shard_size) / config.actors.num_actors) * shard_size)
-
-
-def _start_s(step: Step, config: RunConfig, sizes: Sizes) -> float:
-    """Return the seconds until the processes work: they start, and load every model that the step asks."""
-    num_models = len(step.inputs) + 1 if step.stage.reads is None else 1
-    num_models = num_models if _what(step.stage, config) != "tasks" else 0
-    return _START_S + num_models * sizes.model.weight_bytes / _LOADING_BYTES_PER_S
-
-
-def _gpus_of(stage: Stage, config: RunConfig) -> float:
-    need = stage.need(config)
-    num = config.workers.num_workers if need.what == "workers" else config.actors.num_actors
-    return num * need.each.get("GPU", 0.0)
-
-
-def _price_of(stage: Stage, config: RunConfig) -> float | None:
-    given = config.estimate
-    own = given.training_price_per_gpu_hour if _what(stage, config) == "workers" else None
-    return given.price_per_gpu_hour if own is None else own

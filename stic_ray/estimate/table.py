@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.devices import find_device
-from stic_ray.estimate.model_size import model_size
+from stic_ray.estimate.known import model_size
 from stic_ray.estimate.steps import StageEstimate
 from stic_ray.report.formats import UNKNOWN, duration
 
@@ -16,24 +16,22 @@ def table(estimates: Sequence[StageEstimate], config: RunConfig) -> list[str]:
     """Return a line per stage and their sum; what is not known is a dash."""
     price = config.estimate.price_per_gpu_hour
     money = f"{price:g} per GPU-hour" if price is not None else "no price: set estimate.price_per_gpu_hour"
-    lines = [
+    known = [each for each in estimates if each.wall_s is not None]
+    total = _COLUMNS.format(
+        "sum" if len(known) == len(estimates) else "sum of known",
+        "",
+        _amount(sum(each.num_tokens or 0 for each in known)),
+        _cents(sum(each.gpu_hours or 0 for each in known)),
+        _cents(sum(each.money or 0 for each in known) if price is not None else None),
+        _amount(sum(each.storage_bytes or 0 for each in known), "B"),
+        duration(sum(each.wall_s or 0 for each in known)),
+        "",
+    )
+    return [
         f"estimate with {config.estimate.device}, {money}; settings are estimate.*, the model is in docs/operations.md",
         _COLUMNS.format("stage", "images", "tokens", "GPU-hours", "money", "storage", "wall time", "from"),
-    ]
-    lines += [_line(each) for each in estimates]
-    known = [each for each in estimates if each.wall_s is not None]
-    return [
-        *lines,
-        _COLUMNS.format(
-            "sum" if len(known) == len(estimates) else "sum of known",
-            "",
-            _short(sum(each.num_tokens or 0 for each in known)),
-            f"{sum(each.gpu_hours or 0 for each in known):.2f}",
-            f"{sum(each.money or 0 for each in known):.2f}" if price is not None else UNKNOWN,
-            _bytes(sum(each.storage_bytes or 0 for each in known)),
-            duration(sum(each.wall_s or 0 for each in known)),
-            "",
-        ).rstrip(),
+        *map(_line, estimates),
+        total.rstrip(),
         *_too_small(config),
     ]
 
@@ -41,18 +39,18 @@ def table(estimates: Sequence[StageEstimate], config: RunConfig) -> list[str]:
 def _line(each: StageEstimate) -> str:
     return _COLUMNS.format(
         each.stage,
-        _short(each.num_images),
-        _short(each.num_tokens),
-        UNKNOWN if each.gpu_hours is None else f"{each.gpu_hours:.2f}",
-        UNKNOWN if each.money is None else f"{each.money:.2f}",
-        _bytes(each.storage_bytes),
+        _amount(each.num_images),
+        _amount(each.num_tokens),
+        _cents(each.gpu_hours),
+        _cents(each.money),
+        _amount(each.storage_bytes, "B"),
         duration(each.wall_s),
         each.basis,
     )
 
 
 def _too_small(config: RunConfig) -> list[str]:
-    """Say when the weights alone do not fit the GPUs that an actor or a worker holds."""
+    """Return a line where the weights alone do not fit the GPUs that an actor or a worker holds."""
     model, device = model_size(config), find_device(config.estimate.device)
     assert device, "the configuration checks it"
     lines = []
@@ -66,21 +64,15 @@ def _too_small(config: RunConfig) -> list[str]:
     return lines
 
 
-def _short(number: float | None) -> str:
-    """Return a count in three digits: 6,000 is "6.00k"."""
-    if number is None:
-        return UNKNOWN
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= size:
-            scaled = number / (1e3 if letter == "k" else size)
-            return f"{scaled:.3g}{letter}"
-    return f"{number:.0f}"
+def _cents(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.2f}"
 
 
-def _bytes(number: float | None) -> str:
-    if number is None:
+def _amount(value: float | None, unit: str = "") -> str:
+    """Return an amount in three digits: 12,300 is "12.3k", and in bytes "12.3 kB"; a count below 10,000 in full."""
+    if value is None:
         return UNKNOWN
-    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e3:.3g} kB"
+    if value < 1e4 and not unit:
+        return f"{value:.0f}"
+    size, letter = next((each for each in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if value >= each[0]), (1e3, "k"))
+    return f"{value / size:.3g}{f' {letter}{unit}' if unit else letter}"

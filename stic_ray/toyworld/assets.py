@@ -1,7 +1,7 @@
-"""The toy world as files: unlabeled pictures, instruction data and benchmarks.
+"""The toy world as files (pictures, instruction data, benchmarks), and as what a configuration calls `toyworld`.
 
-Every function writes a whole folder or none, does nothing where the folder exists, and gives the same bytes for the
-same arguments. Scenes of different uses come from index ranges that cannot meet.
+Every function that writes a folder writes the whole folder or none, does nothing where the folder exists, and gives
+the same bytes for the same arguments. Scenes of different uses come from index ranges that cannot meet.
 """
 
 import io
@@ -9,28 +9,36 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from itertools import count, islice
+from functools import partial, wraps
+from itertools import chain, count, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stic_ray.core.config import TOYWORLD, RunConfig, is_toy
+from stic_ray.core.errors import ConfigError, SourceError, nearest
+from stic_ray.core.overrides import apply_values
+from stic_ray.core.rundir import RunDir
+from stic_ray.toyworld import WEIGHTS
 from stic_ray.toyworld.language import (
     DISTRACTORS,
+    PROMPTS,
+    PROMPTS_FILE,
     QUESTION_KINDS,
     Distractor,
+    Question,
     QuestionKind,
     absent_kind,
     ask,
     ask_presence,
+    brief,
     name_of,
 )
-from stic_ray.toyworld.model import PROMPTS, brief
 from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, WILD_NOISE, Scene, draw_scene, random_for, sample_scene
 
 # Pretraining takes its scenes from 0 on.
@@ -44,94 +52,84 @@ BENCHMARKS: tuple[str, ...] = ("toy_describe", "toy_step_by_step", "toy_question
 )
 """The benchmarks by name; the file is the name with `.jsonl`."""
 
-_DESCRIPTION_METRICS = ["object_f1", "hallucinated_share", "any_hallucination"]
-_VOCABULARY = [name_of(kind) for kind in KIND_WEIGHTS]
 _BENCHMARK_SEED = 0  # the same questions whatever the seed of the run, or seeds could not be compared
 _JPEG_QUALITY = 90
 _PER_TASK = 2000  # pictures that a process draws at a time; one Parquet file each
 
 
+_Given = ParamSpec("_Given")
+
+
+def _whole_folder(fill: Callable[Concatenate[Path, _Given], None]) -> Callable[Concatenate[Path, _Given], None]:
+    """Have a function fill a folder of another name, which becomes the one asked for at the end."""
+
+    @wraps(fill)
+    def write(directory: Path, *args: _Given.args, **settings: _Given.kwargs) -> None:
+        if directory.exists():
+            return
+        unfinished = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+        unfinished.mkdir(parents=True)
+        try:
+            fill(unfinished, *args, **settings)
+            os.replace(unfinished, directory)
+        except OSError:
+            if not directory.exists():  # if it does, another process was faster, with the same files
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    return write
+
+
+@_whole_folder
 def write_pool(
     directory: Path, *, seed: int, num_pictures: int, form: Literal["jpeg", "parquet"] = "jpeg", num_processes: int = 1
 ) -> None:
     """Write unlabeled pictures as JPEG files, 1,000 to a folder, or as Parquet files with a column `image`."""
     _check_number("num_pictures", num_pictures)
     draw = _draw_files if form == "jpeg" else _draw_table
-    with _whole(directory) as unfinished:
-        if unfinished is None:
-            return
-        starts = range(0, num_pictures, _PER_TASK)
-        tasks = [(unfinished, seed, start, min(_PER_TASK, num_pictures - start)) for start in starts]
-        if num_processes == 1 or len(tasks) <= 1:
-            for task in tasks:
-                draw(*task)
-            return
-        with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as processes:
-            list(processes.map(draw, *zip(*tasks, strict=True)))
+    starts = range(0, num_pictures, _PER_TASK)
+    tasks = [(directory, seed, start, min(_PER_TASK, num_pictures - start)) for start in starts]
+    if num_processes == 1 or len(tasks) <= 1:
+        for task in tasks:
+            draw(*task)
+        return
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as processes:
+        list(processes.map(draw, *zip(*tasks, strict=True)))
 
 
+@_whole_folder
 def write_instructions(directory: Path, *, seed: int, num_rows: int) -> None:
     """Write `instructions.json` in LLaVA's format, one to three questions a row, beside its `images/`."""
     _check_number("num_rows", num_rows)
-    with _whole(directory) as unfinished:
-        if unfinished is None:
-            return
-        rows = []
-        for number in range(num_rows):
-            scene = sample_scene(seed, INSTRUCTIONS_FIRST_INDEX + number)
-            _save(scene, unfinished / "images" / _file_name(number))
-            rows.append(
-                {
-                    "id": f"toy_instruction_{number:06d}",
-                    "image": f"images/{_file_name(number)}",
-                    "conversations": _conversation(scene),
-                }
-            )
-        (unfinished / "instructions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    rows = []
+    for number in range(num_rows):
+        scene, image = sample_scene(seed, INSTRUCTIONS_FIRST_INDEX + number), f"images/{_file_name(number)}"
+        _save(scene, directory / image)
+        rows.append({"id": f"toy_instruction_{number:06d}", "image": image, "conversations": _conversation(scene)})
+    (directory / "instructions.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
+@_whole_folder
 def write_benchmarks(directory: Path, *, num_scenes: int, split: Literal["test", "tuning"]) -> None:
     """Write every benchmark with `num_scenes` questions each (docs/evaluation.md), beside their `images/`."""
     _check_number("num_scenes", num_scenes)
-    with _whole(directory) as unfinished:
-        if unfinished is None:
-            return
-        first = BENCHMARKS_FIRST_INDEX[split]
-        every = [sample_scene(_BENCHMARK_SEED, first + number) for number in range(num_scenes)]
-        endless = (sample_scene(_BENCHMARK_SEED, first + number) for number in count())
-        tempting = list(islice((scene for scene in endless if _has_absent_companion(scene)), num_scenes))
-        rows = {
-            "toy_describe": [_describe_row(scene, PROMPTS["plain"], number) for number, scene in enumerate(every)],
-            "toy_step_by_step": [_describe_row(s, PROMPTS["step_by_step"], number) for number, s in enumerate(every)],
-            "toy_questions": [_question_row(scene, number) for number, scene in enumerate(every)],
-        }
-        for distractor in DISTRACTORS:
-            scenes = tempting if distractor == "adversarial" else every
-            rows[f"toy_pope_{distractor}"] = [_pope_row(s, distractor, n) for n, s in enumerate(scenes)]
-        for scene in {scene.index: scene for scene in [*every, *tempting]}.values():
-            _save(scene, unfinished / _image_of(scene))
-        for name in BENCHMARKS:
-            text = "".join(json.dumps(row) + "\n" for row in rows[name])
-            (unfinished / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _whole(directory: Path) -> Iterator[Path | None]:
-    """Give a folder to fill, which becomes `directory` at the end; None where that is there already."""
-    if directory.exists():
-        yield None
-        return
-    unfinished = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        try:
-            os.replace(unfinished, directory)
-        except OSError:
-            if not directory.exists():  # if it does, another process was faster, with the same files
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    all_scenes = (sample_scene(_BENCHMARK_SEED, index) for index in count(BENCHMARKS_FIRST_INDEX[split]))
+    every = list(islice(all_scenes, num_scenes))
+    tempting = list(islice(filter(_has_absent_companion, chain(every, all_scenes)), num_scenes))
+    rows = {
+        "toy_describe": [_describe_row(scene, PROMPTS["plain"], number) for number, scene in enumerate(every)],
+        "toy_step_by_step": [_describe_row(s, PROMPTS["step_by_step"], number) for number, s in enumerate(every)],
+        "toy_questions": [_question_row(scene, number) for number, scene in enumerate(every)],
+    }
+    for distractor in DISTRACTORS:
+        scenes = tempting if distractor == "adversarial" else every
+        rows[f"toy_pope_{distractor}"] = [_pope_row(s, distractor, n) for n, s in enumerate(scenes)]
+    for scene in {scene.index: scene for scene in [*every, *tempting]}.values():
+        _save(scene, directory / _image_of(scene))
+    for name in BENCHMARKS:
+        text = "".join(json.dumps(row) + "\n" for row in rows[name])
+        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def _check_number(name: str, number: int) -> None:
@@ -177,30 +175,32 @@ def _conversation(scene: Scene) -> list[dict[str, str]]:
 
 
 def _describe_row(scene: Scene, requests: Sequence[str], number: int) -> dict[str, Any]:
-    names = [name_of(item.kind) for item in scene.objects]
     return {
         **_place(scene, number),
         "question": requests[number % len(requests)],
-        "answers": names,
-        "vocabulary": _VOCABULARY,
-        "metric": _DESCRIPTION_METRICS,
+        "answers": [name_of(item.kind) for item in scene.objects],
+        "vocabulary": [name_of(kind) for kind in KIND_WEIGHTS],
+        "metric": ["object_f1", "hallucinated_share", "any_hallucination"],
     }
 
 
 def _question_row(scene: Scene, number: int) -> dict[str, Any]:
     asked: list[QuestionKind] = [kind for kind in QUESTION_KINDS if kind != "is_there"]  # POPE asks that
     question = ask(scene, asked[number % len(asked)], random_for(scene.seed, scene.index, "question"))
-    row = {"question": question.text, "answers": list(question.answers), "metric": "exact_match"}
-    return {**_place(scene, number), **row}
+    return _asked(question, scene, number, "exact_match")
 
 
 def _pope_row(scene: Scene, distractor: Distractor, number: int) -> dict[str, Any]:
-    """In turn about what is there and what is not, so that saying always the same is worth one half."""
+    """Ask in turn about what is there and what is not, so that always saying the same is worth one half."""
     generator = random_for(scene.seed, scene.index, f"pope {distractor}")
     present = generator.choice(scene.objects).kind
     question = ask_presence(present if number % 2 else absent_kind(scene, distractor, generator), scene)
-    row = {"question": question.text, "answers": list(question.answers), "metric": "yes_no"}
-    return {**_place(scene, number), **row}
+    return _asked(question, scene, number, "yes_no")
+
+
+def _asked(question: Question, scene: Scene, number: int, metric: str) -> dict[str, Any]:
+    answers = list(question.answers)
+    return {**_place(scene, number), "question": question.text, "answers": answers, "metric": metric}
 
 
 def _has_absent_companion(scene: Scene) -> bool:
@@ -217,3 +217,58 @@ def _image_of(scene: Scene) -> str:
 
 def _file_name(number: int) -> str:
     return f"{number:06d}.jpg"
+
+
+def resolve_toyworld(config: RunConfig, run: RunDir) -> RunConfig:
+    """Return the configuration with the places of the toy world's files instead of its name.
+
+    Raises ConfigError for a benchmark that the toy world does not have.
+    """
+    places = {field: f"{run.uri}/{TOYWORLD}/{name}" for field, (name, _) in _folders(config).items()}
+    changes: dict[str, Any] = {}
+    if config.model.path == TOYWORLD:
+        changes = {"model.path": str(WEIGHTS), "prompts": config.prompts or str(PROMPTS_FILE)}
+    if is_toy(config.pool.source):
+        changes["pool.source"] = places["pool.source"]
+    if is_toy(config.infusion.source):
+        changes["infusion.source"] = f"{places['infusion.source']}/instructions.json"
+    benchmarks = [_benchmark_files(given, places["evaluation.benchmarks"]) for given in config.evaluation.benchmarks]
+    return apply_values(config, {**changes, "evaluation.benchmarks": [*chain(*benchmarks)]})
+
+
+def make_toyworld(fields: Collection[str], config: RunConfig, run: RunDir) -> None:
+    """Make what these fields of the configuration take from the toy world: pictures, instruction data, benchmarks.
+
+    Raises SourceError when it would have to be made in a run directory that is not local.
+    """
+    for field, (name, write) in _folders(config).items():
+        if field in fields and any(map(is_toy, config.sources(field))):
+            if not run.location.is_local:
+                raise SourceError(f"The toy world's files need a local --run, not '{run.uri}'; set {field} instead.")
+            write(Path(run.uri) / TOYWORLD / name)
+
+
+def _folders(config: RunConfig) -> dict[str, tuple[str, Callable[[Path], None]]]:
+    """Return by field the name of its folder, which says what it is made with, and the function that makes it."""
+    toy, seed, num_processes = config.toyworld, config.seed, os.cpu_count() or 1
+    num_pictures, num_rows, num_scenes = toy.num_pictures, toy.num_instructions, toy.num_scenes
+    pool = partial(write_pool, seed=seed, num_pictures=num_pictures, num_processes=num_processes)
+    instructions = partial(write_instructions, seed=seed, num_rows=num_rows)
+    benchmarks = partial(write_benchmarks, num_scenes=num_scenes, split=toy.split)
+    return {
+        "pool.source": (f"pictures-seed{seed}-{num_pictures}", pool),
+        "infusion.source": (f"instructions-seed{seed}-{num_rows}", instructions),
+        "evaluation.benchmarks": (f"benchmarks-{toy.split}-{num_scenes}", benchmarks),
+    }
+
+
+def _benchmark_files(given: str, folder: str) -> list[str]:
+    """Return the files that a benchmark of the configuration stands for."""
+    if not is_toy(given):
+        return [given]
+    name = given.partition(":")[2]
+    if name and name not in BENCHMARKS:
+        raise ConfigError(
+            f"evaluation.benchmarks: no '{given}'.{nearest(name, BENCHMARKS)} Valid: {', '.join(BENCHMARKS)}."
+        )
+    return [f"{folder}/{each}.jsonl" for each in BENCHMARKS if name in ("", each)]

@@ -1,8 +1,11 @@
-"""Questions about a scene, and their true answers."""
+"""Questions about a scene with their true answers, and the toy world's prompt set."""
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
+
+import yaml
 
 from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, Kind, Scene
 
@@ -10,6 +13,9 @@ QuestionKind = Literal["colour", "count", "where", "is_there"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 Distractor = Literal["random", "popular", "adversarial"]
 DISTRACTORS: tuple[Distractor, ...] = get_args(Distractor)
+
+PROMPTS_FILE = Path(__file__).with_name("prompts.yaml")
+PROMPTS = yaml.safe_load(PROMPTS_FILE.read_text(encoding="utf-8"))
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 PLACES = tuple(
@@ -31,6 +37,11 @@ class Question:
 def name_of(kind: Kind) -> str:
     """Return what an object of the kind is called, such as "red circle"."""
     return " ".join(kind)
+
+
+def brief(question: str) -> str:
+    """Return a question in the form that asks for a short answer."""
+    return PROMPTS["answer_briefly"].replace("{question}", question)
 
 
 def ask(scene: Scene, kind: QuestionKind, generator: random.Random) -> Question:

@@ -9,7 +9,7 @@ import pytest
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
-from stic_ray.toyworld.model import WEIGHTS
+from stic_ray.toyworld import WEIGHTS
 from tests import tiny_models
 
 Checkpoints = Callable[[str], Path]

@@ -22,7 +22,7 @@ from stic_ray.engines.counting import ProcessorCounter
 from stic_ray.engines.rendering import split_answers
 from stic_ray.engines.sequences import image_token_id
 from stic_ray.engines.transformers_engine import SeededNoise, TransformersEngine
-from stic_ray.toyworld.model import PROMPTS
+from stic_ray.toyworld.language import PROMPTS
 from tests.engines.conftest import Checkpoints, Engines
 from tests.engines.families import EMBEDDED, IMAGE_TOKENS, WITH_BOS, mixed_requests, scene
 from tests.engines.test_adapters import make_adapter

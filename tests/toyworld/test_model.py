@@ -14,8 +14,8 @@ from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
 from stic_ray.method.objects import named_objects
 from stic_ray.method.prompts import load_prompts
-from stic_ray.toyworld.language import NUMBERS, name_of
-from stic_ray.toyworld.model import PROMPTS, PROMPTS_FILE, WEIGHTS, brief
+from stic_ray.toyworld import WEIGHTS
+from stic_ray.toyworld.language import NUMBERS, PROMPTS, PROMPTS_FILE, brief, name_of
 from stic_ray.toyworld.scenes import KIND_WEIGHTS, draw_scene, sample_scene
 
 VOCABULARY = [name_of(kind) for kind in KIND_WEIGHTS]

@@ -1,0 +1,199 @@
+"""What is known of a run before it is made: the size of its model, what finished steps measured, and its amounts."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stic_ray.core.config import TOYWORLD, RunConfig, is_toy
+from stic_ray.core.rundir import RunDir, read_shard
+from stic_ray.core.schemas import INDEX, PAIRS
+from stic_ray.core.steps import Steps, read_record
+from stic_ray.core.workload import BYTES_PER_WEIGHT, ModelSize, Sizes
+from stic_ray.toyworld import WEIGHTS
+from stic_ray.toyworld.assets import BENCHMARKS
+
+_IMAGE_TOKENS = {
+    # Of a photograph of 640 x 480 px.
+    r"llava-?(v?1\.6|next)": 2340,  # 24 x 24 whole, 48 x 36 in tiles with a token at the end of each row
+    r"qwen2(\.5)?-vl": 23 * 17,  # squares of 28 px
+}
+_OTHER_IMAGE_TOKENS = 576
+"""LLaVA's 24 x 24."""
+_CACHE_BYTES_PER_PARAMETER = 131_072 / 7.25e9
+"""Mistral-7B's, where the model's own layers are not known."""
+_TOY_IMAGE_BYTES = 1_300
+_STEADY_S = 10.0
+"""The second half of the shards says how fast a step is without its start, if it lasted so long at least."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run directory says of speed and sizes; nothing where no step is finished."""
+
+    manifests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of the finished steps."""
+    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """result.json of finished trainings."""
+    image_bytes: float | None = None
+    num_image_tokens: float | None = None
+    num_answer_tokens: float | None = None
+
+    def process_s_per_row(self, stage: str) -> float | None:
+        """Return the seconds of one process per row in a finished step of a stage, its start left out where known.
+
+        Of a step that was interrupted, what its last attempt did, with the processes that this one had.
+        """
+        name = next((name for name, manifest in self.manifests.items() if manifest.get("stage") == stage), None)
+        if name is None:
+            return None
+        manifest = self.manifests[name]
+        num_processes = manifest.get("made_with", {}).get("processes", {}).get("num")
+        if not num_processes:
+            return None
+        if name in self.results:
+            return _training_s_per_row(manifest, self.results[name], num_processes)
+        figures = manifest.get("throughput") or {}
+        steady = figures.get("steady") or {}
+        chosen = steady if steady.get("seconds", 0.0) >= _STEADY_S else figures
+        return num_processes / chosen["rows_per_s"] if chosen.get("rows_per_s") else None
+
+
+def _training_s_per_row(manifest: Mapping[str, Any], result: Mapping[str, Any], num_processes: int) -> float | None:
+    """Divide the seconds since the last restart by the rows of the steps since then."""
+    num_steps = manifest.get("num_steps", 0) - result.get("resumed_from_step", 0)
+    settings = manifest.get("config", {})
+    global_batch = next((value for key, value in settings.items() if key.endswith(".global_batch")), 0)
+    num_rows = num_steps * global_batch
+    return num_processes * result["seconds"] / num_rows if num_rows and "seconds" in result else None
+
+
+def measure(run: RunDir | None) -> Measured:
+    """Read what a run directory says. Raises OSError when its files cannot be read."""
+    if run is None or not run.location.is_folder():
+        return Measured()
+    names = [step["name"] for step in read_record(run).steps]
+    manifests = {name: manifest for name in names if (manifest := (run / name).manifest)}
+    index = _means(run, manifests, "index", INDEX, ("num_bytes",))
+    pairs = _means(run, manifests, "pairs", PAIRS, ("num_image_tokens", "num_chosen_tokens"))
+    return Measured(
+        manifests=manifests,
+        results={name: result for name in manifests if (result := (run / name).read_json("result.json"))},
+        image_bytes=index.get("num_bytes"),
+        num_image_tokens=pairs.get("num_image_tokens"),
+        num_answer_tokens=pairs.get("num_chosen_tokens"),
+    )
+
+
+def _means(
+    run: RunDir, names: Iterable[str], family: str, schema: pa.Schema, columns: tuple[str, ...]
+) -> dict[str, float]:
+    """Return the means of some columns over the first shard of a family, a random sample of the images."""
+    shard = next((shards[0] for name in names if (shards := (run / name).shards(family))), None)
+    if shard is None:
+        return {}
+    table = read_shard(shard, pa.schema([schema.field(name) for name in columns]))
+    return {name: sum(table[name].to_pylist()) / table.num_rows for name in columns if table.num_rows}
+
+
+def model_size(config: RunConfig) -> ModelSize | None:
+    """Return the size of the run's model, from its files where they are here, else from its name; loads no weight.
+
+    None where nothing says how many parameters it has.
+    """
+    given, path = config.estimate, config.model.path
+    folder = WEIGHTS if path == TOYWORLD else Path(path).expanduser()
+    file = folder / "config.json"
+    described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    num_parameters = given.num_parameters or _stored_parameters(folder) or _named_parameters(path)
+    if num_parameters is None:
+        return None
+    named = (tokens for pattern, tokens in _IMAGE_TOKENS.items() if re.search(pattern, path.lower()))
+    return ModelSize(
+        num_parameters,
+        given.num_image_tokens or _image_tokens(described) or next(named, _OTHER_IMAGE_TOKENS),
+        _cache_bytes(described) or num_parameters * _CACHE_BYTES_PER_PARAMETER,
+    )
+
+
+def _stored_parameters(folder: Path) -> int | None:
+    """Add up the shapes in the headers of the safetensors files: 8 bytes with the length of a JSON text, then it."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total or None
+
+
+def _named_parameters(path: str) -> float | None:
+    """Return 7e9 for "llava-hf/llava-v1.6-mistral-7b-hf"."""
+    found = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)b(?![a-z0-9])", path.rstrip("/").rsplit("/", 1)[-1].lower())
+    return float(found[1]) * 1e9 if found else None
+
+
+def _image_tokens(described: dict[str, Any]) -> int | None:
+    vision = described.get("vision_config", {})
+    if described.get("model_type") != "llava" or not {"image_size", "patch_size"} <= vision.keys():
+        return None
+    return (vision["image_size"] // vision["patch_size"]) ** 2
+
+
+def _cache_bytes(described: dict[str, Any]) -> int | None:
+    text = described.get("text_config", {})
+    if not {"num_hidden_layers", "hidden_size", "num_attention_heads"} <= text.keys():
+        return None
+    num_heads = text["num_attention_heads"]
+    head_dim = text.get("head_dim") or text["hidden_size"] // num_heads
+    return cache_bytes_per_token(text["num_hidden_layers"], text.get("num_key_value_heads") or num_heads, head_dim)
+
+
+def cache_bytes_per_token(num_layers: int, num_key_value_heads: int, head_dim: int) -> int:
+    """Return the bytes that keys and values of one token take; Mistral-7B: 32 layers x 8 x 128 x 2 x 2 = 131,072."""
+    return num_layers * num_key_value_heads * head_dim * 2 * BYTES_PER_WEIGHT
+
+
+def sizes_of(config: RunConfig, steps: Steps, own: Measured, pilot: Measured) -> Sizes | None:
+    """Return the sizes of a run's parts, or None when nothing says how large the model is."""
+    model, given = model_size(config), config.estimate
+    if model is None:
+        return None
+    image_tokens = given.num_image_tokens or own.num_image_tokens or pilot.num_image_tokens or model.num_image_tokens
+    image_bytes = _TOY_IMAGE_BYTES if is_toy(config.pool.source) else given.image_bytes
+    toy_instructions = config.toyworld.num_instructions if is_toy(config.infusion.source) else None
+    finished_instructions = _finished("num_instructions", steps, own)
+    return Sizes(
+        replace(model, num_image_tokens=round(image_tokens)),
+        _num_images(config, _finished("num_images", steps, own)),
+        config.infusion.num_rows or finished_instructions or toy_instructions or given.num_instructions,
+        _num_toy_questions(config) or given.num_questions,
+        image_tokens + given.num_prompt_tokens,
+        own.num_answer_tokens or pilot.num_answer_tokens or given.num_answer_tokens,
+        own.image_bytes or pilot.image_bytes or image_bytes,
+    )
+
+
+def _finished(amount: str, steps: Steps, own: Measured) -> float | None:
+    """Return an amount from the manifest of the finished step that counts it."""
+    found = [step for step in steps if step.stage.amount == amount and step.name in own.manifests]
+    counts = [own.manifests[step.name].get(step.stage.amount_in_manifest or "") for step in found]
+    return next((count for count in counts if count is not None), None)
+
+
+def _num_images(config: RunConfig, finished: float | None) -> float | None:
+    there = finished or (config.toyworld.num_pictures if is_toy(config.pool.source) else config.estimate.num_images)
+    asked = config.preferences.num_images
+    return min(there, asked) if there and asked else there or asked
+
+
+def _num_toy_questions(config: RunConfig) -> int | None:
+    """Return the questions of the toy world's benchmarks, or None where there are others."""
+    names = config.evaluation.benchmarks
+    if not all(map(is_toy, names)):
+        return None
+    return sum(1 if ":" in name else len(BENCHMARKS) for name in names) * config.toyworld.num_scenes
