@@ -87,7 +87,7 @@ def time_bare_call(config: RunConfig, requests: Sequence[Request]) -> dict[str, 
     vllm = importlib.import_module("vllm")
 
     began_s = time.perf_counter()
-    llm = vllm.LLM(**vllm_engine.engine_arguments(config.model, config.actors, None, Path(os.devnull)))
+    llm = vllm.LLM(**vllm_engine.engine_arguments(config.model, config.actors, Path(os.devnull)))
     builder = SequenceBuilder(load_processor(config.model))
     drawn = {"temperature": config.preferences.temperature, "top_p": config.preferences.top_p}
     params = [

@@ -36,6 +36,19 @@ def adapter_of(model: ModelConfig) -> Path | None:
     return adapter
 
 
+def model_at(model: ModelConfig, checkpoint: Path | None) -> ModelConfig:
+    """Return the model of the run, or what a training left in `checkpoint`: an adapter, or a full model.
+
+    An adapter of either is a local folder.
+    """
+    if checkpoint is None:
+        adapter = adapter_of(model)
+        return model.model_copy(update={"adapter": str(adapter) if adapter else None})
+    if is_adapter(checkpoint):  # went on from the adapter that the run starts from, and holds it
+        return model.model_copy(update={"adapter": str(checkpoint)})
+    return model.model_copy(update={"path": str(checkpoint), "revision": None, "adapter": None})
+
+
 def check_adapter_files(adapter: Path) -> None:
     """Raise ModelError unless a folder holds an adapter with weights in safetensors, the only kind that is read."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (adapter / name).is_file()]

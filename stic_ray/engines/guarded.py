@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from stic_ray.core.errors import EngineError, EngineLost, UserError, type_and_message
+from stic_ray.core.errors import EngineError, EngineLost, SticError, type_and_message
 from stic_ray.engines.base import Answer, AnsweredPair, Engine, Request, Sampling, Scorer
 
 logger = logging.getLogger(__name__)
@@ -78,13 +78,13 @@ class GuardedEngine:
         self._since_s = self._busy_since_s = math.inf
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
-        """Answer every request, in order. Raises UserError as it came, and EngineError for what else went wrong.
+        """Answer every request, in order. Raises EngineError for an error that is not one of ours.
 
         Where the engine is lost or takes too long the process ends: whoever started it notices, and starts another.
         """
         if not requests:
             return []
-        with self._call(len(requests)), _named_errors():
+        with self._call(len(requests)):
             answers = self._engine.generate(requests, sampling)
             with self._lock:
                 num_tokens = sum(answer.num_tokens for answer in answers)
@@ -97,7 +97,7 @@ class GuardedEngine:
         if not pairs:
             return []
         assert isinstance(self._engine, Scorer), f"{type(self._engine).__name__} cannot score; checked before work"
-        with self._call(2 * len(pairs)), _named_errors():
+        with self._call(2 * len(pairs)):
             return self._engine.score_pairs(pairs)
 
     def take_work(self) -> Work:
@@ -121,7 +121,11 @@ class GuardedEngine:
             self._running[thread] = began_s
             self._set_alarm()
         try:
-            yield
+            with as_engine_error():
+                yield
+        except EngineLost as error:
+            logger.error("ending this process, its engine is lost: %s", error)
+            os._exit(1)
         finally:
             with self._lock:
                 ended_s = time.monotonic()
@@ -147,14 +151,11 @@ class GuardedEngine:
 
 
 @contextmanager
-def _named_errors() -> Iterator[None]:
-    """Leave UserError as it came, raise EngineError for what else goes wrong, end the process of a lost engine."""
+def as_engine_error() -> Iterator[None]:
+    """Raise EngineError for an error that is not one of ours."""
     try:
         yield
-    except (UserError, EngineError):
+    except SticError:
         raise
-    except EngineLost as error:
-        logger.error("ending this process, its engine is lost: %s", error)
-        os._exit(1)
     except Exception as error:
         raise EngineError(type_and_message(error)) from error

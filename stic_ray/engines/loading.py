@@ -94,18 +94,18 @@ def load_model(
     model: ModelConfig,
     *,
     dtype: torch.dtype,
-    adapter: Path | None = None,
     trainable: bool = False,
     merge: bool = False,
     device: torch.device | None = None,
     quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Load the weights (safetensors only) to `device`, with an adapter on top when one is given.
+    """Load the weights (safetensors only) to `device`, with the model's adapter, a local folder, on top.
 
     The adapter is checked to be active and equal to its file. It is applied, not merged, unless `merge` asks for it:
     each layer is merged in float32 and only then rounded to `dtype`, in which small updates may vanish. Raises
     ModelError, and Failed where the Hub cannot be reached.
     """
+    adapter = Path(model.adapter) if model.adapter else None
     merge = merge and adapter is not None
     # Weights that are stored in another format are rounded once, behind the merge.
     read_as = torch.float32 if merge and stored_dtype(model) != dtype else dtype

@@ -16,37 +16,26 @@ def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | Non
 def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None) -> Engine:
     if model.engine == "fake":
         return FakeEngine(model.path, actors.batch_size)
-    from stic_ray.engines.adapters import adapter_of, is_adapter  # the fake engine starts without torch
+    from stic_ray.engines.adapters import model_at  # the fake engine starts without torch
     from stic_ray.engines.fingerprints import pin
 
-    if checkpoint is None:
-        adapter = adapter_of(model)
-    elif is_adapter(checkpoint):  # went on from the adapter that the run starts from, and holds it
-        model, adapter = model.model_copy(update={"adapter": str(checkpoint)}), checkpoint
-    else:
-        model, adapter = model.model_copy(update={"path": str(checkpoint), "revision": None, "adapter": None}), None
-    model = pin(model)  # all files of one commit
+    model = pin(model_at(model, checkpoint))  # all files of one commit
     if model.engine == "vllm":
         from stic_ray.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(model, actors, adapter=adapter)
+        return VllmEngine(model, actors)
     from stic_ray.engines.batching import BatchLimits
     from stic_ray.engines.transformers_engine import TransformersEngine
 
-    return TransformersEngine(
-        model,
-        limits=BatchLimits(actors.batch_size, actors.batch_tokens),
-        on_gpu=actors.num_gpus > 0,
-        adapter=adapter,
-        merge=actors.merge_adapter,
-    )
+    limits = BatchLimits(actors.batch_size, actors.batch_tokens)
+    return TransformersEngine(model, limits=limits, on_gpu=actors.num_gpus > 0, merge=actors.merge_adapter)
 
 
 def open_counter(model: ModelConfig) -> TokenCounter:
     """Load what counts the tokens of the model of the run, without its weights."""
     if model.engine == "fake":
         return FakeEngine(model.path, 1)
-    from stic_ray.engines.counting import ProcessorCounter
+    from stic_ray.engines.sequences import ProcessorCounter
 
     return ProcessorCounter(model)
 
@@ -60,9 +49,7 @@ def check_engine(model: ModelConfig) -> None:
 
     check_model(model)
     if model.engine == "vllm":
-        from stic_ray.engines.adapters import adapter_of
         from stic_ray.engines.vllm_engine import check_adapter_fits, check_vllm
 
         check_vllm(model)
-        if (adapter := adapter_of(model)) is not None:
-            check_adapter_fits(adapter)
+        check_adapter_fits(model)

@@ -4,7 +4,6 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,10 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import EngineLost, ModelError
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, FittingBatches
-from stic_ray.engines.counting import ProcessorCounter
 from stic_ray.engines.fingerprints import fingerprint
 from stic_ray.engines.loading import choose_dtype, load_model, read_generation_config
 from stic_ray.engines.rendering import end_token_ids, read_answer
-from stic_ray.engines.sequences import Batch, TokenSequence
+from stic_ray.engines.sequences import Batch, ProcessorCounter, TokenSequence
 from stic_ray.engines.shared_prefix import make_batch, reason_against, score
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -38,17 +36,15 @@ _GPU_FAILURE = re.compile(
 class TransformersEngine(ProcessorCounter):
     """A model in this process. Threads may share it: one batch is prepared while the model is busy with another."""
 
-    def __init__(
-        self, model: ModelConfig, *, limits: BatchLimits, on_gpu: bool, adapter: Path | None = None, merge: bool = False
-    ) -> None:
-        """Load the model, and the adapter onto it or, with `merge`, into it. Raises ModelError."""
-        self.name = str(adapter) if adapter else model.path
+    def __init__(self, model: ModelConfig, *, limits: BatchLimits, on_gpu: bool, merge: bool = False) -> None:
+        """Load the model, and its adapter, a local folder, onto it or, with `merge`, into it. Raises ModelError."""
+        self.name = model.adapter or model.path
         self.revision = fingerprint(model)
         self.batches = FittingBatches(limits, OUT_OF_MEMORY, torch.cuda.empty_cache)
         self.device = torch.device("cuda" if on_gpu else "cpu")
         super().__init__(model)
         dtype = choose_dtype(model, on_gpu=on_gpu)
-        self.model: Any = load_model(model, dtype=dtype, adapter=adapter, merge=merge, device=self.device).eval()
+        self.model: Any = load_model(model, dtype=dtype, merge=merge, device=self.device).eval()
         self.end_ids = end_token_ids(self.processor, read_generation_config(model))
         self._ignore_generation_config()
         self._busy = threading.Lock()

@@ -28,14 +28,13 @@ from transformers import AutoConfig
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import EngineError, EngineLost, ModelError, SticError, one_line, type_and_message
-from stic_ray.engines.adapters import parts_of_adapter
+from stic_ray.engines.adapters import CONFIG, adapter_of, parts_of_adapter
 from stic_ray.engines.base import Answer, Request, Sampling
-from stic_ray.engines.counting import ProcessorCounter
 from stic_ray.engines.fingerprints import fingerprint
 from stic_ray.engines.hub import hub_arguments
 from stic_ray.engines.loading import choose_dtype, read_generation_config
 from stic_ray.engines.rendering import end_token_ids, read_answer
-from stic_ray.engines.sequences import SequenceBuilder
+from stic_ray.engines.sequences import ProcessorCounter, SequenceBuilder
 from stic_ray.engines.weight_names import has_hub_names, link_with_hub_names
 
 Result = TypeVar("Result")
@@ -99,9 +98,10 @@ def import_vllm() -> SimpleNamespace:
     return SimpleNamespace(**found, VLLMError=getattr(known, "VLLMError", ValueError))  # older releases: ValueError
 
 
-def check_adapter_fits(adapter: Path) -> None:
-    """Raise ModelError when an adapter changes more than the language model, which is all that vLLM's LoRA serves."""
-    others = parts_of_adapter(adapter) - {"language_model"}
+def check_adapter_fits(model: ModelConfig) -> None:
+    """Raise ModelError when the adapter changes more than the language model, which is all that vLLM's LoRA serves."""
+    adapter = adapter_of(model)
+    others = parts_of_adapter(adapter) - {"language_model"} if adapter else None
     if others:
         raise ModelError(
             f"The adapter '{adapter}' changes the {' and the '.join(sorted(others))}, and vLLM applies adapters to the "
@@ -112,14 +112,13 @@ def check_adapter_fits(adapter: Path) -> None:
 class VllmEngine(ProcessorCounter):
     """A model in vLLM's processes. Threads may share it."""
 
-    def __init__(self, model: ModelConfig, actors: ActorsConfig, *, adapter: Path | None = None) -> None:
-        """Load the model, and the adapter onto it. Raises ModelError."""
+    def __init__(self, model: ModelConfig, actors: ActorsConfig) -> None:
+        """Load the model, and its adapter, a local folder, onto it. Raises ModelError."""
         check_vllm(model)
         self._vllm = import_vllm()
-        if adapter is not None:
-            check_adapter_fits(adapter)
+        check_adapter_fits(model)
         super().__init__(model)
-        self.name = str(adapter) if adapter else model.path
+        self.name = model.adapter or model.path
         self.revision = fingerprint(model)
         self.end_ids = end_token_ids(self.processor, read_generation_config(model))
         self._numbers = itertools.count()
@@ -127,13 +126,13 @@ class VllmEngine(ProcessorCounter):
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         others = set(multiprocessing.active_children())
-        with _explained(model, adapter), tempfile.TemporaryDirectory(prefix="stic_ray_vllm_") as scratch:
-            self._llm: Any = self._wait(_start(self._vllm, engine_arguments(model, actors, adapter, Path(scratch))))
+        with _explained(model), tempfile.TemporaryDirectory(prefix="stic_ray_vllm_") as scratch:
+            self._llm: Any = self._wait(_start(self._vllm, engine_arguments(model, actors, Path(scratch))))
             self.process_ids = [child.pid for child in multiprocessing.active_children() if child not in others]
             self._watchdog = end_with_us(self.process_ids)
             self.generate([Request("What is this?", Image.new("RGB", (64, 64)))], Sampling(1))  # loads what is left
-            if adapter is not None:
-                self._wait(self._add_adapter(adapter))
+            if model.adapter:
+                self._wait(self._add_adapter(model.adapter))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request, together with those of other threads.
@@ -195,11 +194,11 @@ class VllmEngine(ProcessorCounter):
             raise EngineError(f"vLLM gave up a request: {outputs[-1].outputs[0].finish_reason}")
         return outputs[-1]
 
-    async def _add_adapter(self, adapter: Path) -> None:
+    async def _add_adapter(self, adapter: str) -> None:
         """Apply the adapter to all requests. Raises ModelError when the model then says what it said without."""
         probe = make_prompt(self.builder, Request("Describe in detail what can be seen, and where.", image=None))
         before = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
-        self._adapter = self._vllm.LoRARequest("adapter", 1, str(adapter))
+        self._adapter = self._vllm.LoRARequest("adapter", 1, adapter)
         after = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
         if before.prompt_logprobs == after.prompt_logprobs:
             raise ModelError(f"The adapter '{adapter}' changes nothing.")
@@ -229,7 +228,7 @@ def make_prompt(builder: SequenceBuilder, request: Request) -> dict[str, Any]:
     return prompt if request.image is None else prompt | {"multi_modal_data": {"image": request.image}}
 
 
-def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | None, scratch: Path) -> dict[str, Any]:
+def engine_arguments(model: ModelConfig, actors: ActorsConfig, scratch: Path) -> dict[str, Any]:
     """Return what vLLM is started with.
 
     A checkpoint without the Hub's names of weights is linked into `scratch` with them. Raises ModelError.
@@ -260,11 +259,11 @@ def engine_arguments(model: ModelConfig, actors: ActorsConfig, adapter: Path | N
         "enable_prefix_caching": True,
         "disable_log_stats": True,
     }
-    if adapter is not None:
-        rank = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    if model.adapter:
+        rank = json.loads((Path(model.adapter) / CONFIG).read_text(encoding="utf-8"))["r"]
         room = next((size for size in LORA_RANKS if size >= rank), None)
         if room is None:
-            raise ModelError(f"The adapter '{adapter}' has rank {rank}, vLLM takes up to {LORA_RANKS[-1]}.")
+            raise ModelError(f"The adapter '{model.adapter}' has rank {rank}, vLLM takes up to {LORA_RANKS[-1]}.")
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
     return arguments
 
@@ -284,9 +283,9 @@ def end_with_us(process_ids: Sequence[int | None]) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def _explained(model: ModelConfig, adapter: Path | None) -> Iterator[None]:
+def _explained(model: ModelConfig) -> Iterator[None]:
     """Turn what vLLM raises while it starts into one line."""
-    what = f"model.path='{model.path}'" + (f" with the adapter '{adapter}'" if adapter else "")
+    what = f"model.path='{model.path}'" + (f" with the adapter '{model.adapter}'" if model.adapter else "")
     try:
         yield
     except SticError:

@@ -21,7 +21,7 @@ from stic_ray.core.config import ActorsConfig
 from stic_ray.core.errors import EngineError, Failed, Rejected, StageError, SticError, type_and_message
 from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY
 from stic_ray.core.schemas import Reason, table_of
-from stic_ray.engines.guarded import GuardedEngine
+from stic_ray.engines.guarded import GuardedEngine, as_engine_error
 from stic_ray.stages.quarantine import Quarantine
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Windows:
         ready = [row for row in rows if row.output is None]
         if not ready:
             return rows
-        with _as_engine_error():
+        with as_engine_error():
             try:
                 answers = self._worker.answer([row.prepared for row in ready])
                 self._health.num_rows_answered += len(ready)
@@ -166,7 +166,7 @@ class Windows:
                     raise answer
                 row.output = self._worker.finish(row.prepared, answer)
         if isinstance(self._worker, Completing):
-            with _as_engine_error():
+            with as_engine_error():
                 finished = [row for row in ready if row.output and not _ENDED & row.output.keys()]
                 self._worker.complete([(row.prepared, row.output or {}) for row in finished])
         return rows
@@ -214,17 +214,6 @@ _ENDED = {REJECTED_FAMILY, FAILED_FAMILY}
 def _storable(text: str) -> str:
     """Return a text without the halves of characters that no file can hold."""
     return text.encode("utf-8", "replace").decode()
-
-
-@contextmanager
-def _as_engine_error() -> Iterator[None]:
-    """Raise EngineError for an error that is not one of ours, so that it is narrowed down as an engine's is."""
-    try:
-        yield
-    except SticError:
-        raise
-    except Exception as error:
-        raise EngineError(type_and_message(error)) from error
 
 
 class _Health:

@@ -48,7 +48,8 @@ def answers(base: Path, checkpoint: Path | None, *, merge: bool = False) -> list
 
 
 def adapted(base: Path, adapter: Path, *, trainable: bool = False) -> PeftModel:
-    model = load_model(ModelConfig(path=str(base)), dtype=torch.float32, adapter=adapter, trainable=trainable)
+    config = ModelConfig(path=str(base), adapter=str(adapter))
+    model = load_model(config, dtype=torch.float32, trainable=trainable)
     assert isinstance(model, PeftModel)
     return model
 
@@ -67,9 +68,9 @@ def test_an_adapter_changes_what_is_said_as_its_merged_model_does(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merge_is_rounded_once(dtype: torch.dtype, checkpoint: Checkpoints, adapter: Path) -> None:
-    model = ModelConfig(path=str(checkpoint("toyworld")))
+    model = ModelConfig(path=str(checkpoint("toyworld")), adapter=str(adapter))
     expected: Any = adapted(checkpoint("toyworld"), adapter).merge_and_unload().to(dtype)
-    merged: Any = load_model(model, dtype=dtype, adapter=adapter, merge=True)
+    merged: Any = load_model(model, dtype=dtype, merge=True)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     for name, value in expected.state_dict().items():
         assert torch.equal(merged.state_dict()[name], value)

@@ -18,9 +18,8 @@ from stic_ray.core.errors import EngineError
 from stic_ray.core.randomness import seed_for
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.batching import BatchLimits
-from stic_ray.engines.counting import ProcessorCounter
 from stic_ray.engines.rendering import split_answers
-from stic_ray.engines.sequences import image_token_id
+from stic_ray.engines.sequences import ProcessorCounter, image_token_id
 from stic_ray.engines.transformers_engine import SeededNoise, TransformersEngine
 from stic_ray.toyworld.language import PROMPTS
 from tests.engines.conftest import Checkpoints, Engines
@@ -99,10 +98,10 @@ def test_answers_are_drawn_from_the_model_alone(
     odd = Path(shutil.copytree(checkpoint("toyworld"), tmp_path / "odd"))
     content = json.loads((odd / where).read_text(encoding="utf-8"))
     (odd / where).write_text(json.dumps(content | ODD_GENERATION), encoding="utf-8")
-    adapter = make_adapter(checkpoint("toyworld"), tmp_path / "adapter") if with_adapter else None
+    adapter = str(make_adapter(checkpoint("toyworld"), tmp_path / "adapter")) if with_adapter else None
     said, expected = (
         TransformersEngine(
-            ModelConfig(path=str(path)), limits=BatchLimits(8, None), on_gpu=False, adapter=adapter
+            ModelConfig(path=str(path), adapter=adapter), limits=BatchLimits(8, None), on_gpu=False
         ).generate(mixed_requests(), sampling)
         for path in (odd, checkpoint("toyworld"))
     )

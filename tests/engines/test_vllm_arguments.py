@@ -17,7 +17,8 @@ from tests.engines.conftest import Checkpoints
 
 
 def arguments(path: Path, scratch: Path, adapter: Path | None = None, **actors: Any) -> dict[str, Any]:
-    return engine_arguments(ModelConfig(path=str(path)), ActorsConfig(**actors), adapter, scratch)
+    model = ModelConfig(path=str(path), adapter=str(adapter) if adapter else None)
+    return engine_arguments(model, ActorsConfig(**actors), scratch)
 
 
 def test_whole_gpus_share_a_model(tiny_llava: Path, tmp_path: Path) -> None:

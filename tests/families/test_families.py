@@ -14,9 +14,8 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import AnsweredPair, Request, Sampling
 from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.checking import check_model
-from stic_ray.engines.counting import ProcessorCounter
 from stic_ray.engines.rendering import Message, split_answers
-from stic_ray.engines.sequences import SequenceBuilder
+from stic_ray.engines.sequences import ProcessorCounter, SequenceBuilder
 from stic_ray.engines.shared_prefix import reason_against
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
 from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer

@@ -110,7 +110,8 @@ def test_what_dpo_saved_loads(method: str, tmp_path: Path, tiny_llava: Path) -> 
 @contextmanager
 def open_vllm(path: Path, adapter: Path | None = None) -> Iterator[VllmEngine]:
     """An engine for the length of a block."""
-    engine = VllmEngine(ModelConfig(path=str(path), engine="vllm"), ACTORS, adapter=adapter)
+    model = ModelConfig(path=str(path), engine="vllm", adapter=str(adapter) if adapter else None)
+    engine = VllmEngine(model, ACTORS)
     try:
         yield engine
     finally:

@@ -12,9 +12,9 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import Failed, SourceError, one_line, type_and_message
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.storage import Location
+from stic_ray.engines.adapters import model_at
 from stic_ray.engines.fingerprints import fingerprint
 from stic_ray.stages.training.batches import REFERENCE_LOGPS
-from stic_ray.stages.training.models import model_at
 
 ONE_IN = 16
 """At most about one row in so many is held out."""

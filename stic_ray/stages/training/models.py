@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, set_seed
 from stic_ray.core.config import ModelConfig, RunConfig, TuningConfig
 from stic_ray.core.errors import ConfigError, ModelError
 from stic_ray.core.training import Part
-from stic_ray.engines.adapters import adapter_of, is_adapter
+from stic_ray.engines.adapters import model_at
 from stic_ray.engines.loading import choose_dtype, load_model, load_processor, make_skeleton, parts_of
 
 REFERENCE = "ref"
@@ -36,16 +36,6 @@ def check_tuning(model: ModelConfig, tuning: TuningConfig) -> None:
         )
 
 
-def model_at(model: ModelConfig, checkpoint: Path | None) -> ModelConfig:
-    """Return the model of the run, or what a training left in `checkpoint`: an adapter, or a full model."""
-    if checkpoint is None:
-        adapter = adapter_of(model)
-        return model.model_copy(update={"adapter": str(adapter) if adapter else None})
-    if is_adapter(checkpoint):  # went on from the adapter that the run starts from, and holds it
-        return model.model_copy(update={"adapter": str(checkpoint)})
-    return model.model_copy(update={"path": str(checkpoint), "revision": None, "adapter": None})
-
-
 @dataclass(frozen=True)
 class Start:
     """The model that a training starts from, and how its weights are held."""
@@ -58,9 +48,7 @@ class Start:
 
     def load(self) -> PreTrainedModel | PeftModel:
         """Load the weights; an adapter that is there can be trained on. Raises ModelError."""
-        adapter = Path(self.model.adapter) if self.model.adapter else None
-        how: dict[str, Any] = {"dtype": self.dtype, "quantization": self.quantization}
-        return load_model(self.model, adapter=adapter, trainable=adapter is not None, **how)
+        return load_model(self.model, dtype=self.dtype, quantization=self.quantization, trainable=True)
 
 
 def prepare_start(config: RunConfig, checkpoint: Path | None, folder: Path) -> Start:
@@ -72,7 +60,7 @@ def prepare_start(config: RunConfig, checkpoint: Path | None, folder: Path) -> S
     model, tuning = model_at(config.model, checkpoint), config.tuning
     dtype = choose_dtype(model, on_gpu=config.workers.num_gpus > 0)
     if model.adapter and tuning.method == "full":
-        merged = cast(PreTrainedModel, load_model(model, dtype=dtype, adapter=Path(model.adapter), merge=True))
+        merged = cast(PreTrainedModel, load_model(model, dtype=dtype, merge=True))
         load_processor(model).save_pretrained(folder / "merged")
         merged.config.save_pretrained(folder / "merged")
         # transformers' own would write on a single worker, and each may be on a machine of its own.
