@@ -10,17 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
 
 MIN_SIZES = 4
 """Three parameters need one point more."""
 EXPONENTS = (0.02, 4.0)
 """Slower growth cannot be told from a logarithm, faster growth not from a step."""
 
-_NUM_EXPONENTS = 160
-_FLAT = 1e-9
-
 Floats = NDArray[np.float64]
+
+_NUM_EXPONENTS = 160
+_GRID: Floats = np.geomspace(*EXPONENTS, _NUM_EXPONENTS)
+_STEP = float(_GRID[1] / _GRID[0])
+_FLAT = 1e-9
 
 
 class FitError(ValueError):
@@ -64,47 +65,29 @@ class Curve:
 def fit_curve(sizes: Sequence[int], scores: Sequence[float], ceiling: float) -> Curve:
     """Return the least-squares curve through (size, score) with limit <= ceiling.
 
-    Raises FitError for too few sizes, scores that are not numbers, and a search that does not converge.
+    Raises FitError for too few sizes, and scores that are not numbers.
     """
     if len(sizes) < MIN_SIZES:
         raise FitError(f"a curve needs at least {MIN_SIZES} sizes with scores, there are {len(sizes)}")
-    given = np.asarray(scores, dtype=np.float64)
+    given = np.asarray([scores], dtype=np.float64)
     if not np.isfinite(given).all():
         raise FitError("a score is not a number")
-    start = fit_curves(sizes, given[None, :], ceiling)[0]
-    if start.drop <= _FLAT:
-        return start  # flat, or falling: the best curve that may not fall is a constant
-    low, high = [-np.inf, 0.0, EXPONENTS[0]], [ceiling + _FLAT, np.inf, EXPONENTS[1]]
-    x = np.asarray(sizes) / start.pivot
-
-    def residuals(values: Floats) -> Floats:
-        return values[0] - values[1] * x ** -values[2] - given
-
-    try:
-        inside = np.clip([start.limit, start.drop, start.exponent], low, high)
-        found = optimize.least_squares(residuals, inside, bounds=(low, high), x_scale=[0.01, 0.01, 0.1])
-    except (ValueError, RuntimeError, np.linalg.LinAlgError) as error:
-        raise FitError(f"the search for a curve failed: {error}") from error
-    if not found.success or not np.isfinite(found.x).all():
-        raise FitError(f"the search for a curve did not converge: {found.message}")
-    limit, drop, exponent = (float(value) for value in found.x)
-    return Curve(min(limit, ceiling), drop, exponent, start.pivot)
+    around = fit_curves(sizes, given, ceiling)[0].exponent * np.geomspace(1 / _STEP, _STEP, _NUM_EXPONENTS)
+    return fit_curves(sizes, given, ceiling, np.clip(around, *EXPONENTS))[0]
 
 
-def fit_curves(sizes: Sequence[int], scores: Floats, ceiling: float) -> list[Curve]:
-    """Return the best curve on a grid of exponents for each row of `scores`: fast, for resamples."""
+def fit_curves(sizes: Sequence[int], scores: Floats, ceiling: float, exponents: Floats = _GRID) -> list[Curve]:
+    """Return the best curve with one of the exponents for each row of `scores`."""
     x = np.asarray(sizes, dtype=np.float64)
     pivot = float(np.exp(np.log(x).mean()))
-    exponents = np.geomspace(*EXPONENTS, _NUM_EXPONENTS)
-    powers = (x[None, :] / pivot) ** -exponents[:, None]  # exponents x sizes
     best_error = np.full(len(scores), np.inf)
     best = np.zeros((len(scores), 3))
-    for exponent, power in zip(exponents, powers, strict=True):
+    for exponent in exponents:
+        power = (x / pivot) ** -exponent
         for limit, drop in _lines(power, scores, ceiling):
-            allowed = (drop >= 0) & (limit <= ceiling)
             error = ((limit[:, None] - drop[:, None] * power - scores) ** 2).sum(axis=1)
             # A flat curve fits with every exponent: the first one stays.
-            better = allowed & (error < best_error - 1e-15)
+            better = (drop >= 0) & (limit <= ceiling) & (error < best_error - 1e-15)
             best_error = np.where(better, error, best_error)
             best[better] = np.stack([limit, drop, np.full_like(limit, exponent)], axis=1)[better]
     return [Curve(float(limit), float(drop), float(exponent), pivot) for limit, drop, exponent in best]

@@ -1,12 +1,15 @@
-"""Reading the answer out of a response, and scoring it."""
+"""Reading the answer out of a response, and scoring it.
+
+Objects that a response names are compared with those that are there (CHAIR, Rohrbach et al. 2018). A vocabulary lists
+what counts as an object: an entry is its name, with synonyms behind "|" ("couch|sofa").
+"""
 
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-
-from stic_ray.method.objects import any_hallucination, hallucinated_share, named_objects, object_f1
+from dataclasses import dataclass
+from functools import lru_cache
 
 _ARTICLES = ("a", "an", "the")
 _UP_TO_TEN = "zero one two three four five six seven eight nine ten"
@@ -75,40 +78,70 @@ def yes_no(prediction: str, answers: Sequence[str]) -> float:
     return float(read_yes_no(prediction) in {read_yes_no(answer) for answer in answers} - {""})
 
 
+def phrases_of(entry: str) -> list[str]:
+    """Return the phrases of a vocabulary's entry, the object's name first."""
+    return [phrase.strip() for phrase in entry.split("|")]
+
+
+def named_objects(response: str, vocabulary: Sequence[str]) -> list[str]:
+    """Return the names of the objects that a response mentions, each once, in the order of their mention.
+
+    A mention is a phrase of the vocabulary in singular or plural as whole words. Of two phrases at one place the
+    longer holds, so that a "hot dog" is no dog where the vocabulary knows both. "There is no dog" mentions one.
+    """
+    mention, names = _finder(tuple(vocabulary))
+    found = (names[_spaced(match[0])] for match in mention.finditer(response.casefold()))
+    return list(dict.fromkeys(found))
+
+
+def object_f1(response: str, answers: Sequence[str], vocabulary: Sequence[str]) -> float:
+    """F1 between the objects named and those that are there; 1 where there are none and none is named."""
+    named, present = set(named_objects(response, vocabulary)), set(answers)
+    return 2 * len(named & present) / (len(named) + len(present)) if named or present else 1.0
+
+
+def hallucinated_share(response: str, answers: Sequence[str], vocabulary: Sequence[str]) -> float:
+    """Share of the named objects that are not there (CHAIR_i of one description); 0 where none is named."""
+    named = set(named_objects(response, vocabulary))
+    return len(named - set(answers)) / len(named) if named else 0.0
+
+
+def any_hallucination(response: str, answers: Sequence[str], vocabulary: Sequence[str]) -> float:
+    """1 when at least one named object is not there (CHAIR_s)."""
+    return float(hallucinated_share(response, answers, vocabulary) > 0)
+
+
 @dataclass(frozen=True)
 class Metric:
     """How a response is scored, and how the question is asked."""
 
-    score: Callable[[str, Sequence[str], Sequence[str]], float]
-    """0 to 1, of (prediction, answers, vocabulary)."""
-    read: Callable[[str, Sequence[str]], str] = lambda response, vocabulary: response
-    """Reads the prediction out of (response, vocabulary)."""
-    higher_is_better: bool = True
+    function: Callable[..., float]
+    """0 to 1, of prediction and answers, and of the vocabulary when it is open."""
     is_open: bool = False
     """Asks for a text, in which the objects of a vocabulary are looked for."""
+    higher_is_better: bool = True
 
+    def read(self, response: str, vocabulary: Sequence[str]) -> str:
+        """Return the prediction that a response holds."""
+        if self.is_open:
+            return ", ".join(named_objects(response, vocabulary))
+        return read_yes_no(response) if self.function is yes_no else response
 
-def _closed(score: Callable[[str, Sequence[str]], float]) -> Metric:
-    return Metric(lambda prediction, answers, _: score(prediction, answers))
-
-
-def _of_objects(score: Callable[[str, Sequence[str], Sequence[str]], float], *, higher_is_better: bool) -> Metric:
-    def read(response: str, vocabulary: Sequence[str]) -> str:
-        return ", ".join(named_objects(response, vocabulary))
-
-    return Metric(score, read, higher_is_better, is_open=True)
+    def score(self, prediction: str, answers: Sequence[str], vocabulary: Sequence[str]) -> float:
+        """Return the score of a prediction, 0 to 1."""
+        return self.function(prediction, answers, vocabulary) if self.is_open else self.function(prediction, answers)
 
 
 METRICS: dict[str, Metric] = {
-    "multiple_choice": _closed(multiple_choice),
-    "exact_match": _closed(exact_match),
-    "contains": _closed(contains),
-    "vqa_accuracy": _closed(vqa_accuracy),
-    "relaxed_number": _closed(relaxed_number),
-    "yes_no": replace(_closed(yes_no), read=lambda response, _: read_yes_no(response)),
-    "object_f1": _of_objects(object_f1, higher_is_better=True),
-    "hallucinated_share": _of_objects(hallucinated_share, higher_is_better=False),
-    "any_hallucination": _of_objects(any_hallucination, higher_is_better=False),
+    "multiple_choice": Metric(multiple_choice),
+    "exact_match": Metric(exact_match),
+    "contains": Metric(contains),
+    "vqa_accuracy": Metric(vqa_accuracy),
+    "relaxed_number": Metric(relaxed_number),
+    "yes_no": Metric(yes_no),
+    "object_f1": Metric(object_f1, is_open=True),
+    "hallucinated_share": Metric(hallucinated_share, is_open=True, higher_is_better=False),
+    "any_hallucination": Metric(any_hallucination, is_open=True, higher_is_better=False),
 }
 """The metrics that a benchmark row may name."""
 
@@ -141,3 +174,25 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
+
+
+@lru_cache(maxsize=64)
+def _finder(vocabulary: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
+    """Return an expression for every form of every phrase, and the object's name by form."""
+    entries = [(phrases_of(entry)[0], [_spaced(each.casefold()) for each in phrases_of(entry)]) for entry in vocabulary]
+    names = {phrase: name for name, phrases in entries for phrase in phrases}
+    for name, phrases in entries:
+        for plural in (plural for phrase in phrases for plural in _plurals(phrase)):
+            names.setdefault(plural, name)  # what the vocabulary itself says goes before a plural that we make
+    # No groups, for speed. A hyphen may stand for a space, but "dog-friendly" and "sheep-dog" name no dog.
+    forms = (re.escape(form).replace(r"\ ", r"[\s-]+") for form in sorted(names, key=len, reverse=True))
+    return re.compile(rf"(?<!\w)(?<!\w-)(?:{'|'.join(forms)})(?!\w|-\w)"), names
+
+
+def _spaced(phrase: str) -> str:
+    return " ".join(re.split(r"[\s-]+", phrase))
+
+
+def _plurals(phrase: str) -> list[str]:
+    # Not "es" behind everything: "cares" is no plural of "car".
+    return [f"{phrase}s", f"{phrase}es"] if phrase.endswith(("s", "x", "z", "ch", "sh", "o")) else [f"{phrase}s"]

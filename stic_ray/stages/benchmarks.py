@@ -13,8 +13,7 @@ from stic_ray.core.json_stream import literal
 from stic_ray.core.storage import Location
 from stic_ray.method.choices import LETTERS, Choice, letter_of, read_choices, shown
 from stic_ray.method.media import check_placeholders, is_absent, is_null, without_placeholder
-from stic_ray.method.objects import phrases_of
-from stic_ray.method.scoring import METRICS, read_yes_no
+from stic_ray.method.scoring import METRICS, phrases_of, read_yes_no
 from stic_ray.stages.records import Row, image_place, load_records, plain_text, read_rows, row_id
 from stic_ray.stages.shards import ShardTask
 

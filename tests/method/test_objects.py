@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-from stic_ray.method.objects import any_hallucination, hallucinated_share, named_objects, object_f1
-from stic_ray.method.scoring import METRICS
+from stic_ray.method.scoring import METRICS, any_hallucination, hallucinated_share, named_objects, object_f1
 
 WORLD = (
     "dog|puppy|puppies",

@@ -12,8 +12,8 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Request, Sampling
 from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.transformers_engine import TransformersEngine
-from stic_ray.method.objects import named_objects
 from stic_ray.method.prompts import load_prompts
+from stic_ray.method.scoring import named_objects
 from stic_ray.toyworld import WEIGHTS
 from stic_ray.toyworld.language import NUMBERS, PROMPTS, PROMPTS_FILE, brief, name_of
 from stic_ray.toyworld.scenes import KIND_WEIGHTS, draw_scene, sample_scene
