@@ -18,8 +18,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from stic_ray.core.rundir import (
-    NOTES_FAMILY,
     FAILED_FAMILY,
+    NOTES_FAMILY,
     NUM_READERS,
     REJECTED_FAMILY,
     RunDir,
