@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two files at a time. A test that hangs ends its process, and with it the run, which then names the test.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 VENV_VLLM ?= .venv-vllm
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
 EXTRA_QLORA ?= .qlora
@@ -18,10 +20,10 @@ demo: $(INSTALLED)  ## run the whole pipeline on a toy world: minutes on 2 CPU c
 	$(BIN)/python jobs/full_pipeline.py
 
 test: $(INSTALLED)  ## run the tests: fast ones first, then those that start Ray
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: test  ## and then those that take minutes each: kills, ZeRO stages, object stores, autoscaling, jobs
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m slow
+	$(PYTEST) -m slow
 
 test-vllm: $(INSTALLED_VLLM)  ## test the vllm engine on vLLM's CPU build, in an environment of its own
 	$(VENV_VLLM)/bin/python -m pytest tests/vllm

@@ -24,7 +24,7 @@ from stic_ray.engines.guarded import Work
 from stic_ray.stages.progress import ActorMetrics
 from stic_ray.stages.quarantine import Quarantine, loading, nobody_has_loaded, notes_name
 from stic_ray.stages.shards import ShardJob, ShardTask, ShardWorker
-from stic_ray.stages.tasks import explain, packed_error, unpacked_error
+from stic_ray.stages.tasks import end_with_parent, explain, packed_error, unpacked_error
 from stic_ray.stages.windows import RowWorker, Tables, Windows
 
 _SHARDS_PER_ACTOR = 2
@@ -159,6 +159,7 @@ class _Actor:
     """Owns the worker of an actor; called for several rows of Ray Data at a time."""
 
     def __init__(self, job: ShardJob, actors: ActorsConfig) -> None:
+        end_with_parent()
         self.job, self.max_retries = job, actors.max_retries
         self.error = ""
         try:

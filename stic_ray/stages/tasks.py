@@ -3,6 +3,9 @@
 `map_tasks` is for small work: a function over items, each a Ray task that leaves files and returns little.
 """
 
+import os
+import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +72,22 @@ def explain(stage: str, error: BaseException, doing: str = "") -> UserError | St
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames and doing else ""
     return StageError(f"{stage} stopped{where}: {type_name(error)}: {message}{place}")
+
+
+def end_with_parent() -> None:
+    """End this process within a second of the one that started it, whatever its threads wait for.
+
+    Ray's workers end with their raylet, but Python first waits for the threads of pools: one that hangs in an engine,
+    or hands a checkpoint to a controller that is gone, would keep the process and its GPU for ever.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
 def packed_error(error: UserError | StageError) -> str:

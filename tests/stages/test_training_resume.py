@@ -100,6 +100,7 @@ def kill_workers(run: RunDir, times: int, killed: list[int]) -> None:
         psutil.wait_procs([alive[0]], timeout=30)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_training_that_is_killed_ends_as_one_that_is_not(
     bucket: str, tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import CHECKPOINT
 from stic_ray.core.storage import Location
+from stic_ray.stages.tasks import end_with_parent
 from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
 from stic_ray.stages.training.checkpoints import CheckpointReporter, FirstSave, check_changed, last_checkpoint, save
 from stic_ray.stages.training.failures import WorkerFailure
@@ -42,6 +43,7 @@ def train_worker(
 
     Raises WorkerFailure.
     """
+    end_with_parent()
     run = RunDir.of(output)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     folder = Path(tempfile.mkdtemp(prefix=f"stic_ray_{name}_"))
