@@ -15,7 +15,7 @@ from stic_ray.core import history, lease
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest, type_and_message
 from stic_ray.core.provenance import git_commit, package_versions
-from stic_ray.core.rundir import MANIFEST, STARTED, RunDir, digest
+from stic_ray.core.rundir import MANIFEST, ROWS_NOW, STARTED, RunDir, digest
 from stic_ray.core.steps import (
     BASE,
     CHECKPOINT,
@@ -133,7 +133,7 @@ def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> 
     except BaseException as error:
         history.end_attempt(output, type_and_message(error))
         raise
-    history.end_attempt(output, history.FINISHED, accounts["num_rows_in"])
+    history.end_attempt(output, history.FINISHED, accounts.pop(ROWS_NOW, accounts["num_rows_in"]))
     took = history.totals(history.read_attempts(output))
     made = {
         "stage": step.stage.name,

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 """What a stage was begun with; replaced by its manifest."""
+ROWS_NOW = "num_rows_now"
+"""Among the accounts of a stage: the rows of this call alone, where an earlier one had done some."""
 ESTIMATE = "estimate.json"
 """What the stages were expected to take, written before they are made."""
 REJECTED_FAMILY = "rejected"

@@ -60,7 +60,7 @@ class Stage:
     name: str
     """Name of its steps, unless they have their own."""
     run: Callable[[StepRun], dict[str, Any]]
-    """Does the work and returns the row accounts of the manifest; Ray and torch are imported inside."""
+    """Does the work and returns row accounts for the manifest (core/rundir.py); Ray and torch are imported inside."""
     settings: tuple[str, ...]
     """Sections (or "section.field") of the configuration that the result depends on."""
     need: Callable[[RunConfig], Need]

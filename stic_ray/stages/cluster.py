@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import ray
 import ray.exceptions
-from ray._private import state
+from ray._private import state, worker
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import SticError
+from stic_ray.core.errors import SticError, UserError
 from stic_ray.core.placement import ACCELERATOR, Machines, Need, Node, check_fits
 from stic_ray.stages import joining
 
@@ -51,16 +51,20 @@ def connected(config: RunConfig, needs: Mapping[str, Need] | None = None) -> Ite
 
     A Ray that this process is already connected to is used and left as it is. Raises ConfigError when this machine
     lacks the GPUs that the `needs` of a step ask for, which a cluster may get yet, and when RAY_ADDRESS cannot be
-    joined.
+    joined. Where the block fails for another reason than a mistake of the user's, the log says where Ray's logs are.
     """
-    if ray.is_initialized():
-        yield
-        return
+    is_ours = not ray.is_initialized()
     try:
-        _connect(config, needs or {})
+        if is_ours:
+            _connect(config, needs or {})
         yield
+    except Exception as error:
+        if worker._global_node is not None and not isinstance(error, UserError):
+            logger.error("Ray's logs are on each machine in %s", worker._global_node.get_logs_dir_path())
+        raise
     finally:
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 def _connect(config: RunConfig, needs: Mapping[str, Need]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, EvaluationConfig, RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.placement import actors_need
-from stic_ray.core.rundir import RunDir, family_name, row_counts
+from stic_ray.core.rundir import ROWS_NOW, RunDir, family_name, row_counts
 from stic_ray.core.schemas import PREDICTIONS
 from stic_ray.core.steps import BASE, Stage, StepRun
 from stic_ray.core.storage import Location
@@ -66,6 +66,7 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
     num_rows = sum(len(question["metrics"]) for question in questions) * len(config.evaluation.modes) * len(models)
     accounts = row_counts(num_rows, len(predictions), reasons, sum(each.num_failed for each in done.values()))
+    accounts[ROWS_NOW] = sum(each.num_rows_now for each in done.values())
     return {**accounts, "throughput": {model: each.throughput for model, each in done.items()}}
 
 

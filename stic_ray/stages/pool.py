@@ -21,7 +21,7 @@ import pyarrow.compute
 from stic_ray.core.config import PoolConfig, RunConfig, is_toy
 from stic_ray.core.errors import SourceError
 from stic_ray.core.placement import tasks_need
-from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, RunDir, read_shard, row_counts, shard_name
+from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, ROWS_NOW, RunDir, read_shard, row_counts, shard_name
 from stic_ray.core.schemas import FAILED, REJECTED
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
@@ -56,7 +56,7 @@ def build_pool(step: StepRun) -> dict[str, Any]:
     config, output = step.config, step.output
     if (built := finished_build(config, output)) is not None:
         (output / BUILDING).location.delete_folder()
-        return built
+        return {**built, ROWS_NOW: 0}
     building, before = output / BUILDING, output.manifest or {"extents": [], "rejected_by_reason": {}}
     first_shard = sum(-(-extent["num_rows"] // config.pool.shard_size) for extent in before["extents"])
     parts = listing.read_parts(building)
@@ -98,7 +98,7 @@ def build_pool(step: StepRun) -> dict[str, Any]:
     }
     output.write_json(_BUILT, {"settings": _settings(config), "accounts": accounts})
     _finish(building)
-    return accounts
+    return {**accounts, ROWS_NOW: scanned.num_rows_now}
 
 
 def _order(

@@ -16,7 +16,7 @@ import pyarrow as pa
 from stic_ray.core.config import ActorsConfig
 from stic_ray.core.errors import StageError
 from stic_ray.core.publishing import ShardRecord, all_families, delete_leftovers, published
-from stic_ray.core.rundir import FAILED_FAMILY, STARTED, RunDir, row_counts
+from stic_ray.core.rundir import FAILED_FAMILY, ROWS_NOW, STARTED, RunDir, row_counts
 from stic_ray.stages.progress import Progress
 from stic_ray.stages.windows import RowWorker, Tables
 
@@ -72,10 +72,16 @@ class Shards:
     throughput: dict[str, Any] | None
     """Figures of what was done in this call (see Progress); None when nothing was left to do."""
 
+    @property
+    def num_rows_now(self) -> int:
+        """Rows of the shards that were done in this call."""
+        return self.throughput["num_rows"] if self.throughput else 0
+
     def accounts(self, num_rows_in: int, families: Sequence[str]) -> dict[str, Any]:
         """Return the row accounts of a manifest, the rows of these families being those that were written."""
         num_written = sum(self.num_rows.get(family, 0) for family in families)
-        return row_counts(num_rows_in, num_written, self.rejected_by_reason, self.num_failed)
+        counts = row_counts(num_rows_in, num_written, self.rejected_by_reason, self.num_failed)
+        return {**counts, ROWS_NOW: self.num_rows_now}
 
 
 def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig | None) -> Shards:

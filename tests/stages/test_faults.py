@@ -10,6 +10,7 @@ from PIL import Image
 from ray.data import DataContext
 
 from stic_ray.core.errors import StageError
+from stic_ray.core.history import read_attempts
 from stic_ray.core.rundir import RunDir
 from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of, rejected_of, run_stages
 
@@ -77,12 +78,14 @@ def test_a_shard_may_take_longer_than_ray_waits_for_progress(tmp_path: Path, mon
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_an_engine_that_always_raises_stops_the_stage(tmp_path: Path) -> None:
+def test_an_engine_that_always_raises_stops_the_stage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures = draw_pictures(tmp_path / "pictures", 4)
     config = fake_config(tmp_path, pictures, "faults: [{happens: raise}]", actors={"num_actors": 1})
     with pytest.raises(StageError, match="^preferences stopped: the engine fails on every image") as caught:
         run_stages(config, tmp_path / "run", "pool", "preferences")
     assert "the script raises" in str(caught.value) and "\n" not in str(caught.value)
+    folder = caplog.messages[-1].removeprefix("Ray's logs are on each machine in ")
+    assert list(Path(folder).glob("worker-*.out")), "the console shows none of these"
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -125,6 +128,8 @@ def test_damaged_files_and_what_killed_writers_left_are_cleaned_up(tmp_path: Pat
     records = [f"shard-{number:06d}.json" for number in range(4)]
     kept = ["attempts.jsonl", "manifest.json", *(path.name for path in written), *records]
     assert sorted(path.name for path in folder.iterdir()) == kept
+    attempts = read_attempts(run / "preferences")
+    assert [attempt["num_rows"] for attempt in attempts] == [16, 12], "each its own"
 
 
 @pytest.mark.usefixtures("ray_session")
