@@ -26,8 +26,7 @@ from stic_ray.core.steps import BASE
 from stic_ray.method.statistics import columns, score_of
 from stic_ray.study.analysis import spread
 from stic_ray.study.record import read_record
-from stic_ray.study.results import Result, Series, read_results
-from stic_ray.study.table import DIRECT
+from stic_ray.study.results import DIRECT, Result, Series, read_results
 
 DAR = "describe_and_respond"
 SYSTEMS: dict[str, tuple[str, str, str]] = {

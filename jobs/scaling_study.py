@@ -6,7 +6,7 @@
 """
 
 from stic_ray import cli
-from stic_ray.study.command import scaling_study
+from stic_ray.study.run import scaling_study
 
 if __name__ == "__main__":
     cli.main(scaling_study, __doc__)

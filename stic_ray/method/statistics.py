@@ -93,7 +93,22 @@ def differences(scores: Scores, base: Scores) -> dict[Question, float]:
     return {each: scores[each] - base[each] for each in sorted(scores.keys() & base.keys())}
 
 
-def columns(score: Score | None, name: str, prefix: str) -> dict[str, Any]:
+def summary(
+    by_seed: Sequence[Scores], bases: Sequence[Scores], config: EvaluationConfig, seed: int = 0
+) -> dict[str, float | None]:
+    """Return the mean score and its difference to the base model's by question, each with its interval, as columns.
+
+    `bases` are what the base model scored in the same runs; without questions that both answered the differences are
+    not known.
+    """
+    apart = [differences(scores, base) for scores, base in zip(by_seed, bases, strict=True)]
+    return {
+        **columns(score_of(by_seed, config, seed), "score", ""),
+        **columns(score_of(apart, config, seed, DIFFERENCES), "difference", "difference_"),
+    }
+
+
+def columns(score: Score | None, name: str, prefix: str) -> dict[str, float | None]:
     """Return a score as tables and files have it: `name`, and with `prefix` low and high; None for the unknown."""
     values = (score.mean, score.low, score.high) if score else (None, None, None)
     known = [value if value is not None and np.isfinite(value) else None for value in values]

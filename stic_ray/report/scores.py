@@ -1,6 +1,5 @@
 """Scores by benchmark and metric, and the gain that the page opens with."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -11,8 +10,7 @@ from stic_ray.report.formats import label, percent, points
 
 MODES = get_args(AnswerMode)
 
-UNCORRECTED = " The interval is of this change alone: it is not corrected for being the best of several."
-_SCORE_KEYS = ("score", "low", "high", "difference", "difference_low", "difference_high")
+_UNCORRECTED = " The interval is of this change alone: it is not corrected for being the best of several."
 
 
 def collect_scores(
@@ -31,7 +29,7 @@ def _table(
 ) -> dict[str, Any]:
     benchmark, metric = key
     own = [row for row in rows if (row["benchmark"], row["metric"]) == key]
-    found = {(row["model"], row["mode"]): {**dict.fromkeys(_SCORE_KEYS), **row} for row in own}
+    found = {(row["model"], row["mode"]): row for row in own}
     modes = _ordered(MODES, [row["mode"] for row in own])
     return {
         "benchmark": benchmark,
@@ -99,56 +97,51 @@ def in_words(scores: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _with_interval(row: Mapping[str, Any]) -> str:
-    known = _is_known(row["low"]) and _is_known(row["high"])
+    known = row["low"] is not None and row["high"] is not None
     return f"{row['score']:.2f}" + (f" [{row['low']:.2f}, {row['high']:.2f}]" if known else "")
 
 
 def headline(scores: Mapping[str, Any], status: str) -> dict[str, Any]:
     """Return a trained model's best change, in the good direction, against the base model answering directly."""
-    if status != "finished":
-        return {"best": None, "num_changes": 0, "sentence": f"Not evaluated (evaluation {status})."}
-    trained = [
-        {**cell, "title": benchmark["title"]}
+    changes = [
+        {**cell, "title": benchmark["title"], "system": f"{label(cell['model'])}, {label(cell['mode'])}"}
         for benchmark in scores["benchmarks"]
         for model in benchmark["models"]
         if model["model"] != BASE
         for cell in model["cells"].values()
-        if cell is not None and _is_known(cell["difference"])
+        if cell is not None and cell["difference"] is not None
     ]
-    if not trained:
-        return {
-            "best": None,
-            "num_changes": 0,
-            "sentence": "No trained model was compared with the base model.",
-        }
-    best = max(trained, key=_gain)
-    return {
-        "best": best,
-        "num_changes": len(trained),
-        "sentence": _sentence(best, len(trained), scores["confidence"]),
-    }
+    if status != "finished":
+        return {"best": None, "num_changes": 0, "sentence": f"Not evaluated (evaluation {status})."}
+    if not changes:
+        return {"best": None, "num_changes": 0, "sentence": "No trained model was compared with the base model."}
+    best, sentence = best_change(changes, scores["confidence"])
+    return {"best": best, "num_changes": len(changes), "sentence": sentence}
 
 
-def _gain(cell: Mapping[str, Any]) -> float:
-    return cell["difference"] if cell["higher_is_better"] else -cell["difference"]
+def best_change(
+    changes: Sequence[Mapping[str, Any]], confidence: float | None, where: str = ""
+) -> tuple[Mapping[str, Any], str]:
+    """Return the best change in the good direction, and a sentence about it with its interval.
 
+    A change has the columns of a difference, `higher_is_better`, the `title` of what was scored, and the `system` that
+    scored it; `where` says among which changes it is the best.
+    """
 
-def _sentence(best: Mapping[str, Any], num_changes: int, confidence: float | None) -> str:
+    def gain(change: Mapping[str, Any]) -> float:
+        return change["difference"] if change["higher_is_better"] else -change["difference"]
+
+    best = max(changes, key=gain)
     low, high = best["difference_low"], best["difference_high"]
     interval = f"{percent(confidence).removesuffix('.0')}% interval" if confidence else "interval"
-    if _is_known(low) and _is_known(high):
+    bounds, caution = f"{interval} not known", ""
+    if low is not None and high is not None:
         bounds = f"{interval} {points(low)} to {points(high)}"
-        zero = " The interval includes zero." if low <= 0 <= high else UNCORRECTED if num_changes > 1 else ""
-    else:
-        bounds, zero = f"{interval} not known", ""
-    opening = "" if _gain(best) > 0 else "No gain: "
+        caution = " The interval includes zero." if low <= 0 <= high else _UNCORRECTED if len(changes) > 1 else ""
+    opening = "" if gain(best) > 0 else "No gain: "
     direction = "" if best["higher_is_better"] else " (lower is better)"
-    which = "the only change" if num_changes == 1 else f"the best of {num_changes} changes"
-    return (
-        f"{opening}{points(best['difference'])} points{direction} on {best['title']} with {label(best['model'])}, "
-        f"{label(best['mode'])} ({bounds}), {which} against the base model answering directly.{zero}"
+    which = "the only change" if len(changes) == 1 else f"the best of {len(changes)} changes"
+    return best, (
+        f"{opening}{points(best['difference'])} points{direction} on {best['title']} with {best['system']} ({bounds}), "
+        f"{which}{where} against the base model answering directly.{caution}"
     )
-
-
-def _is_known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

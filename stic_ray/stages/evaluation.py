@@ -22,7 +22,7 @@ from stic_ray.method.choices import choice_lines, read_choice
 from stic_ray.method.images import ImageLimits, decode
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.scoring import METRICS
-from stic_ray.method.statistics import DIFFERENCES, Question, columns, differences, score_of
+from stic_ray.method.statistics import Question, summary
 from stic_ray.stages.benchmarks import load_questions, read_benchmarks
 from stic_ray.stages.fetch import fetched
 from stic_ray.stages.shards import ShardJob, ShardTask, run_shards
@@ -76,11 +76,10 @@ def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig
     for row in predictions:
         key = (row["benchmark"], row["metric"], row["model"], row["mode"])
         scores.setdefault(key, {})[Question(row["id"], row["image"])] = row["score"]
-    summary = []
+    rows = []
     for (benchmark, metric, model, mode), own in sorted(scores.items()):
         base = scores.get((benchmark, metric, *BASELINE), {}) if (model, mode) != BASELINE else {}
-        apart = score_of([differences(own, base)], config, seed, DIFFERENCES)
-        summary.append(
+        rows.append(
             {
                 "benchmark": benchmark,
                 "metric": metric,
@@ -88,11 +87,10 @@ def summarise(predictions: Iterable[Mapping[str, Any]], config: EvaluationConfig
                 "model": model,
                 "mode": mode,
                 "num_questions": len(own),
-                **columns(apart, "difference", "difference_"),
-                **columns(score_of([own], config, seed), "score", ""),
+                **summary([own], [base], config, seed),
             }
         )
-    return summary
+    return rows
 
 
 class _Question(NamedTuple):

@@ -1,4 +1,9 @@
-"""One process per run of a study: started with a log, ended with the study, and what its end means."""
+"""One process per run of a study: started with a log, ended with the study, and what its end means.
+
+The process is this module run as a program, with the options of jobs/full_pipeline.py. The study holds the other end
+of its input. When that end closes, however the study ended, the process and what it started end too, so that a rerun
+of the study never meets a process of the last one.
+"""
 
 import os
 import re
@@ -12,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DONE, FAILED, OUT_OF_MEMORY, NOT_RUN = "done", "failed", "out_of_memory", "not_run"
-PIPELINE = (sys.executable, "-m", "stic_ray.study.child")
+PIPELINE = (sys.executable, "-m", "stic_ray.study.processes")
 """The command that a run's options are given to."""
 
 _GRACE_S = 15.0
@@ -56,11 +61,7 @@ class Children:
                     raise Interrupted
                 # The child's input stays open as long as this process lives, which the child watches.
                 process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
                 )
                 self._running.add(process)
             try:
@@ -97,23 +98,36 @@ def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> N
 
 
 def outcome_of(returncode: int, log: Path, seconds: float) -> Outcome:
-    """Say what a process's exit status and the end of its log mean."""
+    """Return what a process's exit status and the end of its log mean."""
     if returncode == 0:
         return Outcome(DONE, None, seconds)
-    lines = _last_lines(log)
-    said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else None)
-    if returncode in _KILLED:
-        return Outcome(OUT_OF_MEMORY, f"killed with signal 9, as the system does when memory runs out; {said}", seconds)
-    memory = next((line for line in reversed(lines) if _MEMORY.search(line)), None)
-    if memory is not None:
-        return Outcome(OUT_OF_MEMORY, memory[:_MAX_ERROR_CHARACTERS], seconds)
-    ended = f"ended with status {returncode} and said nothing" if returncode > 0 else f"killed by signal {-returncode}"
-    return Outcome(FAILED, (said or ended).removeprefix("error: ")[:_MAX_ERROR_CHARACTERS], seconds)
-
-
-def _last_lines(log: Path) -> list[str]:
     with log.open("rb") as stream:
         stream.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         text = stream.read().decode("utf-8", "replace")
-    lines = [_ANSI.sub("", line).strip() for line in text.splitlines()]
-    return [line for line in lines if line][-_LAST_LINES:]
+    lines = [line for line in (_ANSI.sub("", line).strip() for line in text.splitlines()) if line]
+    last_first = lines[: -_LAST_LINES - 1 : -1]
+    ended = f"ended with status {returncode} and wrote nothing" if returncode > 0 else f"killed by signal {-returncode}"
+    error = next((line for line in last_first if line.startswith("error: ")), next(iter(last_first), ended))
+    if returncode in _KILLED:
+        return Outcome(
+            OUT_OF_MEMORY, f"killed with signal 9, as the system does when memory runs out; {error}", seconds
+        )
+    memory = next((line for line in last_first if _MEMORY.search(line)), None)
+    status, error = (OUT_OF_MEMORY, memory) if memory else (FAILED, error.removeprefix("error: "))
+    return Outcome(status, error[:_MAX_ERROR_CHARACTERS], seconds)
+
+
+def end_with_the_study() -> None:
+    """Wait until the study is gone, then end the process group: politely, then for certain."""
+    while os.read(0, 1024):
+        pass
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(_GRACE_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    from stic_ray import cli
+
+    threading.Thread(target=end_with_the_study, daemon=True).start()
+    cli.main(cli.full_pipeline, __doc__)

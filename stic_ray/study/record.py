@@ -11,20 +11,11 @@ from stic_ray.core.errors import ConfigError, RunError
 from stic_ray.core.overrides import build_config
 from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import RunDir
-from stic_ray.study.plan import OWN_FIELDS, Study, Variants
+from stic_ray.core.steps import BASE
+from stic_ray.study.plan import OWN_FIELDS, Run, Study, Variants
 
 FILE = "study.yaml"
-
-
-@dataclass(frozen=True)
-class Known:
-    """A cell as study.yaml knows it."""
-
-    name: str
-    variant: str
-    size: int
-    seed: int
-    source: str
+_PARTS = ("variant", "size", "seed", "source")
 
 
 @dataclass(frozen=True)
@@ -36,9 +27,8 @@ class Record:
     sizes: tuple[int, ...]
     seeds: tuple[int, ...]
     variants: Variants
-    sources: Mapping[str, int]
-    """Source -> seed."""
-    cells: tuple[Known, ...]
+    sources: tuple[Run, ...]
+    cells: tuple[Run, ...]
     facts: Mapping[str, Any]
     """Recipe, overrides, package versions and commit of the last call."""
 
@@ -56,8 +46,8 @@ def read_record(home: RunDir) -> Record | None:
             tuple(data["sizes"]),
             tuple(data["seeds"]),
             data["variants"],
-            data["sources"],
-            tuple(Known(name=name, **cell) for name, cell in data["cells"].items()),
+            tuple(Run(BASE, 0, seed, name) for name, seed in data["sources"].items()),
+            tuple(Run(**cell) for cell in data["cells"].values()),
             {key: data.get(key) for key in ("recipe", "overrides", "package_versions", "git_commit")},
         )
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, ConfigError) as error:
@@ -66,11 +56,11 @@ def read_record(home: RunDir) -> Record | None:
 
 def check_continues(record: Record, base: RunConfig, sizes: tuple[int, ...], variants: Variants, uri: str) -> None:
     """Raise RunError when the study was begun with something else, naming both values."""
-    before, now = _meaning(record.base), _meaning(base)
+    before, now = _inherited(record.base), _inherited(base)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
-        told = "; ".join(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed)
-        raise RunError(f"Study '{uri}' was begun with other settings: {told}. Set the old value, or use another --run.")
+        both = "; ".join(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed)
+        raise RunError(f"Study '{uri}' was begun with other settings: {both}. Set the old value, or use another --run.")
     if max(sizes) > record.pool_size:
         raise RunError(
             f"Study '{uri}' was begun with pools of {record.pool_size} images, now the largest size is {max(sizes)}: "
@@ -82,42 +72,35 @@ def check_continues(record: Record, base: RunConfig, sizes: tuple[int, ...], var
 
 def write_record(home: RunDir, study: Study, base: RunConfig, facts: Mapping[str, Any], before: Record | None) -> None:
     """Write study.yaml with what this call adds."""
-    cells = {cell.name: cell for cell in before.cells} if before else {}
-    cells |= {c.name: Known(c.name, c.variant, c.size, c.seed, c.source) for c in study.cells}
-    variants = dict(before.variants) if before else {}
+    old = before or Record(base, study.pool_size, (), (), {}, (), (), {})
+    variants = dict(old.variants)
     for name, overrides in study.variants.items():
         variants[name] = _merged(name, variants.get(name, overrides), overrides, home.uri)
-    sources = (dict(before.sources) if before else {}) | {source.name: source.seed for source in study.sources}
     data = {
         **facts,
         "git_commit": git_commit(),
         "package_versions": package_versions(),
         "pool_size": study.pool_size,
-        "sizes": sorted({*study.sizes, *(before.sizes if before else ())}),
-        "seeds": sorted({*study.seeds, *(before.seeds if before else ())}),
+        "sizes": sorted({*study.sizes, *old.sizes}),
+        "seeds": sorted({*study.seeds, *old.seeds}),
         "variants": variants,
-        "sources": sources,
-        "cells": {
-            c.name: {"variant": c.variant, "size": c.size, "seed": c.seed, "source": c.source} for c in cells.values()
-        },
+        "sources": {source.name: source.seed for source in (*old.sources, *study.sources)},
+        "cells": {cell.name: {part: getattr(cell, part) for part in _PARTS} for cell in (*old.cells, *study.cells)},
         "base": base.model_dump(mode="json"),
     }
     home.write_text(FILE, yaml.safe_dump(data, sort_keys=False))
 
 
-def _meaning(config: RunConfig) -> dict[str, Any]:
+def _inherited(config: RunConfig) -> dict[str, Any]:
     """Return the settings of the base configuration that every run of the study inherits, flat."""
-    return {
-        key: value
-        for key, value in config.flat().items()
-        if key not in OWN_FIELDS and key.split(".")[0] not in MAY_CHANGE
-    }
+    flat = config.flat()
+    return {key: flat[key] for key in flat if key not in OWN_FIELDS and key.split(".")[0] not in MAY_CHANGE}
 
 
 def _merged(name: str, old: Mapping[str, Any], new: Mapping[str, Any], uri: str) -> dict[str, Any]:
     """Return a variant with the values of both calls' sizes. Raises RunError when it changed its meaning."""
     merged: dict[str, Any] = {}
-    for key in [*old, *(key for key in new if key not in old)]:
+    for key in dict.fromkeys([*old, *new]):
         before, now = old.get(key, "not set"), new.get(key, "not set")
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             same = all(before[size] == now[size] for size in before.keys() & now.keys())

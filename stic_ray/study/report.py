@@ -7,16 +7,14 @@ from markupsafe import Markup
 
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.steps import BASE
-from stic_ray.report.formats import label, number, percent, points
-from stic_ray.report.scores import UNCORRECTED
+from stic_ray.report.formats import label, number
+from stic_ray.report.scores import best_change
 from stic_ray.report.write import render_page
 from stic_ray.study.analysis import analyse
 from stic_ray.study.plots import growth_plot
 from stic_ray.study.processes import DONE
 from stic_ray.study.record import Record, read_record
-from stic_ray.study.results import Result, read_results
-from stic_ray.study.table import study_table, write_table
+from stic_ray.study.results import Result, read_results, study_table, write_table
 
 
 def write_study(home: RunDir) -> None:
@@ -89,7 +87,7 @@ def _run(result: Result) -> dict[str, Any]:
     costs = list(result.costs.values())
     return {
         "name": run.name,
-        "is_source": run.variant == BASE,
+        "is_source": run.is_source,
         "variant": run.variant,
         "size": run.size,
         "seed": run.seed,
@@ -104,34 +102,24 @@ def _run(result: Result) -> dict[str, Any]:
 
 
 def _headline(measures: Sequence[Mapping[str, Any]], confidence: float) -> str:
-    """Say the best change in the good direction at the largest size that has any."""
-    found = [
-        (point, curve, measure)
+    """Return a sentence about the best change in the good direction at the largest size that has any."""
+    changes = [
+        {
+            **point,
+            "title": measure["title"],
+            "system": f"{curve['variant']}, {label(curve['model'])}, {label(curve['mode'])}",
+        }
         for measure in measures
         for curve in measure["curves"]
         for point in curve["points"]
         if point["difference"] is not None
     ]
-    if not found:
+    if not changes:
         return "No cell has been compared with the base model yet."
-    largest = max(point["size"] for point, _, _ in found)
-    found = [each for each in found if each[0]["size"] == largest]
-
-    def gain(each: tuple[Any, Any, Any]) -> float:
-        return each[0]["difference"] if each[0]["higher_is_better"] else -each[0]["difference"]
-
-    best = max(found, key=gain)
-    point, curve, measure = best
-    low, high = point["difference_low"], point["difference_high"]
-    bounds, zero = "interval not known", ""
-    if low is not None and high is not None:
-        bounds = f"{percent(confidence).removesuffix('.0')}% interval {points(low)} to {points(high)}"
-        zero = " The interval includes zero." if low <= 0 <= high else UNCORRECTED if len(found) > 1 else ""
-    opening = "" if gain(best) > 0 else "No gain: "
-    direction = "" if measure["higher_is_better"] else " (lower is better)"
-    which = "the only change" if len(found) == 1 else f"the best of {len(found)} changes"
-    return (
-        f"{opening}{points(point['difference'])} points{direction} on {measure['title']} with {curve['variant']}, "
-        f"{label(curve['model'])}, {label(curve['mode'])} at {number(largest)} images ({bounds}), {which} at this "
-        f"size against the base model answering directly.{zero}"
-    )
+    largest = max(change["size"] for change in changes)
+    found = [
+        {**change, "system": f"{change['system']} at {number(largest)} images"}
+        for change in changes
+        if change["size"] == largest
+    ]
+    return best_change(found, confidence, " at this size")[1]

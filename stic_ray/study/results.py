@@ -1,28 +1,31 @@
-"""What the runs of a study left behind: scores question by question, costs, and how each run ended."""
+"""What the runs of a study left behind: scores question by question, costs, how each run ended; and the tidy table."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
+from pyarrow import csv
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import EvaluationConfig, RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.schemas import PREDICTIONS
+from stic_ray.core.schemas import PREDICTIONS, STUDY, table_of
 from stic_ray.core.steps import BASE, with_inputs
-from stic_ray.method.statistics import Question, Scores
+from stic_ray.method.statistics import Question, Scores, summary
 from stic_ray.recipes import stic
-from stic_ray.study.plan import SCORING
+from stic_ray.study.plan import SCORING, Run
 from stic_ray.study.processes import DONE
-from stic_ray.study.record import Known, Record
-from stic_ray.study.run import SETTINGS, cell_is_done, outcome, source_is_done
+from stic_ray.study.record import Record
+from stic_ray.study.run import SETTINGS, outcome
 
-_COLUMNS = ["benchmark", "id", "image", "model", "mode", "metric", "score"]
+DIRECT = "direct"
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """What was scored: a model in a mode on a benchmark under a metric."""
 
     model: str
@@ -30,81 +33,121 @@ class Series:
     benchmark: str
     metric: str
 
+    @property
+    def measure(self) -> tuple[str, str]:
+        """Benchmark and metric."""
+        return self.benchmark, self.metric
+
 
 @dataclass(frozen=True)
 class Cost:
     """What making a model took, its evaluation left out."""
 
-    num_pairs: int | None
+    num_pairs: int | None = None
     """Preference pairs that were trained on; None where there were none to train on."""
-    core_hours: float
-    gpu_hours: float
+    core_hours: float = 0.0
+    gpu_hours: float = 0.0
 
 
 @dataclass(frozen=True)
 class Result:
     """One run."""
 
-    run: Known
+    run: Run
     status: str
     error: str | None
-    scores: Mapping[Series, Scores]
-    higher_is_better: Mapping[tuple[str, str], bool]
+    scores: Mapping[Series, Scores] = field(default_factory=dict)
+    higher_is_better: Mapping[tuple[str, str], bool] = field(default_factory=dict)
     """By benchmark and metric."""
-    costs: Mapping[str, Cost]
+    costs: Mapping[str, Cost] = field(default_factory=dict)
     """By model."""
 
 
 def read_results(record: Record, home: RunDir) -> list[Result]:
-    """Return the results of all sources (variant `base`, size 0), then of all cells."""
-    sources = [Known(name, BASE, 0, seed, name) for name, seed in record.sources.items()]
-    return [
-        *(_result(known, home / f"sources/{known.name}") for known in sources),
-        *(_result(known, home / f"cells/{known.name}") for known in record.cells),
-    ]
+    """Return the results of all sources, then of all cells."""
+    return [_result(run, home) for run in (*record.sources, *record.cells)]
 
 
-def _result(known: Known, run: RunDir) -> Result:
-    is_base = known.variant == BASE
-    status, error = outcome(run, is_done=source_is_done(run) if is_base else cell_is_done(run))
+def _result(run: Run, home: RunDir) -> Result:
+    status, error = outcome(run, home)
     if status != DONE:
-        return Result(known, status, error, {}, {}, {})
-    config = _config(run)
-    assert config is not None, f"'{run.uri}' is done and has no {SETTINGS}"
+        return Result(run, status, error)
+    folder = home / run.folder
+    config = build_config(yaml.safe_load((folder.location / SETTINGS).read()))
+    columns = [*Series._fields, "id", "image", "score"]
     scores: dict[Series, dict[Question, float]] = {}
     for model in config.evaluation.models:
-        for row in (run / SCORING).read_table(f"predictions-{model}", PREDICTIONS, _COLUMNS).to_pylist():
-            series = Series(row["model"], row["mode"], row["benchmark"], row["metric"])
+        for row in (folder / SCORING).read_table(f"predictions-{model}", PREDICTIONS, columns).to_pylist():
+            series = Series(*(row[name] for name in Series._fields))
             scores.setdefault(series, {})[Question(row["id"], row["image"])] = row["score"]
-    rows: list[dict[str, Any]] = (run / SCORING).read_json("scores.json") or []
+    rows: list[dict[str, Any]] = (folder / SCORING).read_json("scores.json") or []
     higher = {(row["benchmark"], row["metric"]): row["higher_is_better"] for row in rows}
-    costs = {BASE: Cost(None, 0.0, 0.0)} if is_base else {m: _cost(m, config, run, known.size) for m in _models(scores)}
-    return Result(known, status, None, scores, higher, costs)
+    models = dict.fromkeys(series.model for series in scores)
+    costs = {model: Cost() if model == BASE else _cost(model, config, folder, run.size) for model in models}
+    return Result(run, status, None, scores, higher, costs)
 
 
-def _models(scores: Mapping[Series, Any]) -> list[str]:
-    return list(dict.fromkeys(series.model for series in scores))
-
-
-def _config(run: RunDir) -> RunConfig | None:
-    location = run.location / SETTINGS
-    return build_config(yaml.safe_load(location.read())) if location.exists() else None
-
-
-def _cost(model: str, config: RunConfig, run: RunDir, size: int) -> Cost:
+def _cost(model: str, config: RunConfig, folder: RunDir, size: int) -> Cost:
     """Add up what the steps behind a model reserved, and of the pairs of a source the share of this prefix."""
-    steps = [step for step in stic(config) if step.name in with_inputs({model}, stic(config))]
-    parts = [_reserved((run / step.name).manifest, 1.0) for step in steps]
-    num_pairs = None
+    num_pairs, core_hours, gpu_hours = None, 0.0, 0.0
+    steps = stic(config)
     for step in steps:
+        if step.name not in with_inputs({model}, steps):
+            continue
+        made = (folder / step.name).manifest or {}
+        parts = [(made, 1.0)]
         if "pairs" in step.inputs:
-            trained, pairs = (run / step.name).manifest, step.place("pairs", run).manifest or {}
-            num_pairs = trained["num_rows_written"] - trained.get("num_held_out", 0) if trained else None
-            parts.append(_reserved(pairs, min(1.0, size / (pairs.get("num_rows_in") or size))))
-    return Cost(num_pairs, sum(cores for cores, _ in parts), sum(gpus for _, gpus in parts))
+            pairs = step.place("pairs", folder).manifest or {}
+            parts.append((pairs, min(1.0, size / (pairs.get("num_rows_in") or size))))
+            num_pairs = made["num_rows_written"] - made.get("num_held_out", 0) if made else None
+        core_hours += sum(share * part.get("core_hours", 0.0) for part, share in parts)
+        gpu_hours += sum(share * part.get("gpu_hours", 0.0) for part, share in parts)
+    return Cost(num_pairs, core_hours, gpu_hours)
 
 
-def _reserved(manifest: Mapping[str, Any] | None, share: float) -> tuple[float, float]:
-    """Return core-hours and GPU-hours that all attempts at a step reserved."""
-    found = manifest or {}
-    return share * found.get("core_hours", 0.0), share * found.get("gpu_hours", 0.0)
+def base_scores(results: Sequence[Result]) -> dict[tuple[str, tuple[str, str]], Scores]:
+    """Return what the base model of each source scored answering directly, by source and measure."""
+    return {
+        (result.run.source, series.measure): scores
+        for result in results
+        if result.run.is_source
+        for series, scores in result.scores.items()
+        if (series.model, series.mode) == (BASE, DIRECT)
+    }
+
+
+def study_table(results: Sequence[Result], config: EvaluationConfig) -> pa.Table:
+    """Return a row per run, model, mode, benchmark and metric, and one row for a run without scores."""
+    bases = base_scores(results)
+    rows = []
+    for result in results:
+        run = result.run
+        key = {"variant": run.variant, "size": run.size, "seed": run.seed, "source": run.source}
+        key |= {"status": result.status, "error": result.error}
+        for series in sorted(result.scores, key=lambda series: (series.measure, series)):
+            cost, scores = result.costs[series.model], result.scores[series]
+            base = {} if (series.model, series.mode) == (BASE, DIRECT) else bases.get((run.source, series.measure), {})
+            rows.append(
+                {
+                    **key,
+                    **series._asdict(),
+                    "higher_is_better": result.higher_is_better.get(series.measure, True),
+                    "num_questions": len(scores),
+                    **summary([scores], [base], config, run.seed),
+                    "num_pairs": cost.num_pairs,
+                    "core_hours": cost.core_hours,
+                    "gpu_hours": cost.gpu_hours,
+                }
+            )
+        if not result.scores:
+            rows.append({**dict.fromkeys(STUDY.names), **key})
+    return table_of(rows, STUDY)
+
+
+def write_table(home: RunDir, table: pa.Table) -> None:
+    """Write cells.parquet and cells.csv."""
+    parquet, text = pa.BufferOutputStream(), io.BytesIO()
+    pq.write_table(table, parquet, compression="zstd")
+    csv.write_csv(table, text)
+    (home.location / "cells.parquet").write(parquet.getvalue())
+    (home.location / "cells.csv").write(text.getvalue())

@@ -1,23 +1,30 @@
-"""The runs of a study: sources first, then cells, a few at a time; what is done is skipped, what fails is a row."""
+"""The command of a scaling study: sources first, then cells, a few at a time; what is done is skipped."""
 
+import argparse
 import logging
+import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import yaml
 
+from stic_ray import cli
 from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import ConfigError, StageError
 from stic_ray.core.rundir import RunDir
+from stic_ray.core.steps import BASE
+from stic_ray.plan import check_room, machines_for
+from stic_ray.recipes import stic
 from stic_ray.report.formats import duration
-from stic_ray.study.plan import SCORING, SOURCE_STEPS, Cell, Source, Study
+from stic_ray.study.plan import SCORING, SOURCE_STEPS, PlannedRun, Run, Study, plan_study, read_variants
 from stic_ray.study.processes import DONE, FAILED, NOT_RUN, PIPELINE, Children, Outcome, outcome_of
+from stic_ray.study.record import Record, check_continues, read_record, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -28,142 +35,178 @@ OUTCOME = "outcome.json"
 """How the last attempt at a run ended."""
 
 
+def scaling_study(description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """Run the pipeline over pool sizes, seeds and variants, as the command line says."""
+    options_of = cli.parser(description)
+    options_of.add_argument("--sizes", metavar="N,N", required=True, help="images in the pool, smallest first")
+    options_of.add_argument("--seeds", metavar="S,S", default="0", help="each gives a pool and a training of its own")
+    options_of.add_argument("--variants", metavar="FILE", help="YAML: name -> section.field -> value (docs/studies.md)")
+    options_of.add_argument("--parallel", metavar="K", type=int, default=1, help="runs at the same time")
+    options = options_of.parse_args(arguments)
+    base, _, address, facts = cli.read_config(options)
+    home = RunDir.of(address)
+    before = read_record(home)
+    study = _planned(options, base, home, before)
+    if options.dry_run:
+        _print_plan(study, home)
+        return
+    write_record(home, study, base, facts, before)
+    run_study(study, home, parallel=options.parallel)
+    from stic_ray.study.report import write_study  # matplotlib is for the report only
+
+    write_study(home)
+    for what, name in {"report": "report.html", "table": "cells.parquet"}.items():
+        print(f"{what + ':':<16} {home.uri}/{name}")
+    missing = [f"{cell.name} ({outcome(cell, home)[0]})" for cell in study.cells if not is_done(cell, home)]
+    if missing:
+        raise StageError(
+            f"{len(missing)} of {len(study.cells)} cells are not done: {', '.join(missing)}. Each has a log.txt in "
+            f"'{home.uri}/cells'; the same command tries them again."
+        )
+
+
+def _planned(options: argparse.Namespace, base: RunConfig, home: RunDir, before: Record | None) -> Study:
+    """Return the study that the options ask for. Raises UserError for what cannot be."""
+    if options.run is None:
+        raise ConfigError("Give --run: the folder or URI of the study.")
+    sizes, seeds = _numbers("--sizes", options.sizes), _numbers("--seeds", options.seeds)
+    if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)):
+        raise ConfigError(
+            f"--sizes {options.sizes} must be positive, each once, smallest first, such as 250,1000,4000."
+        )
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds {options.seeds} must be whole numbers from 0 on, each once, such as 0,1,2.")
+    _check_parallel(options.parallel, base)
+    variants = read_variants(Path(options.variants)) if options.variants else {"default": {}}
+    if before:
+        check_continues(before, base, sizes, variants, home.uri)
+    return plan_study(base, home.uri, sizes, seeds, variants, before.pool_size if before else max(sizes))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{option} {text} must be whole numbers with commas between them.") from None
+
+
+def _check_parallel(parallel: int, config: RunConfig) -> None:
+    if parallel < 1:
+        raise ConfigError(f"--parallel {parallel} must be 1 or more.")
+    if parallel > 1 and os.environ.get("RAY_ADDRESS"):
+        # With less, runs would wait for each other's processes, or leave no CPU for anybody's tasks.
+        steps = stic(config)
+        check_room(config, steps, [step.name for step in steps], machines_for(config), num_runs=parallel)
+    elif parallel > 1 and (config.actors.num_gpus or config.workers.num_gpus):
+        logger.warning("--parallel %d: each run starts a Ray of its own, and all of them use the same GPUs", parallel)
+
+
+def _print_plan(study: Study, home: RunDir) -> None:
+    print(f"study: {home.uri}, {len(study.sources)} sources of {study.pool_size} images, {len(study.cells)} cells")
+    for source in study.sources:
+        print(f"source {source.name:<40} {outcome(source, home)[0]}")
+    for cell in study.cells:
+        print(f"cell   {cell.name:<40} {outcome(cell, home)[0]:<14} from {cell.source}")
+
+
 def run_study(
     study: Study, home: RunDir, *, parallel: int = 1, entry: Sequence[str] = PIPELINE, children: Children | None = None
 ) -> None:
     """Make all runs that are not done. A run that fails leaves an outcome.json; only a stop of the study raises."""
-    runner = _Runner(home, tuple(entry), children or Children(), parallel)
-    runner.all_of([lambda s=s: runner.source(s) for s in study.sources if not source_is_done(home / s.folder)])
-    cells = [cell for cell in study.cells if not cell_is_done(home / cell.folder)]
-    runner.progress = _Progress(len(study.cells), cells, parallel)
-    if len(cells) < len(study.cells):
-        logger.info("%d of %d cells are already done, skipped", len(study.cells) - len(cells), len(study.cells))
-    runner.all_of([lambda c=c: runner.cell(c) for c in cells])
-
-
-def cell_is_done(run: RunDir) -> bool:
-    """Whether a cell's scores and report are there."""
-    return (run / SCORING).manifest is not None and (run.location / "report.html").exists()
-
-
-def source_is_done(run: RunDir) -> bool:
-    """Whether a source's pairs and the base model's scores are there."""
-    return all((run / stage).manifest is not None for stage in SOURCE_STEPS)
-
-
-def outcome(run: RunDir, *, is_done: bool) -> tuple[str, str | None]:
-    """Return status and error of a run, as it is now or as its last attempt ended."""
-    if is_done:
-        return DONE, None
-    told: dict[str, Any] = run.read_json(OUTCOME) or {}
-    if not told or told["status"] == DONE:  # done once, and something was deleted since
-        return NOT_RUN, None
-    return told["status"], told["error"]
-
-
-@dataclass
-class _Progress:
-    """How many cells have ended, and how long the others may take."""
-
-    total: int
-    waiting: list[Cell]
-    parallel: int
-    seconds: list[tuple[int, float]] = field(default_factory=list)
-    """Size and seconds of each cell that was made."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def ended(self, cell: Cell, result: Outcome) -> str:
-        with self.lock:
-            self.waiting = [other for other in self.waiting if other is not cell]
-            if result.status == DONE:
-                self.seconds.append((cell.size, result.seconds))
-            text = f"{self.total - len(self.waiting)} of {self.total} ended"
-            guesses_s = [self._guess_s(other.size) for other in self.waiting]
-            known_s = [guess_s for guess_s in guesses_s if guess_s is not None]
-            if not known_s or len(known_s) < len(guesses_s):
-                return text
-            return f"{text}, about {duration(sum(known_s) / self.parallel)} left"
-
-    def _guess_s(self, size: int) -> float | None:
-        """Return what a cell may take: the mean of its size, or the line through two sizes; None without them."""
-        sizes = sorted({known for known, _ in self.seconds})
-        means = {known: float(np.mean([s for n, s in self.seconds if n == known])) for known in sizes}
-        if size in means:
-            return means[size]
-        if len(sizes) < 2:
-            return None
-        (first, second), (first_s, second_s) = sizes[-2:], (means[known] for known in sizes[-2:])
-        return max(second_s, first_s + (size - first) * (second_s - first_s) / (second - first))
-
-
-class _Runner:
-    def __init__(self, home: RunDir, entry: tuple[str, ...], children: Children, parallel: int) -> None:
-        self.home, self.entry, self.children, self.parallel = home, entry, children, parallel
-        self.progress = _Progress(0, [], parallel)
-
-    def all_of(self, tasks: Sequence[Callable[[], None]]) -> None:
-        """Run the tasks, `parallel` at a time. An error of the study's own stops all of them."""
-        with ThreadPoolExecutor(self.parallel) as pool:
-            futures = [pool.submit(task) for task in tasks]
+    children = children or Children()
+    for runs in (study.sources, study.cells):
+        to_make = [run for run in runs if not is_done(run, home)]
+        if runs is study.cells and len(to_make) < len(runs):
+            logger.info("%d of %d cells are already done, skipped", len(runs) - len(to_make), len(runs))
+        ended: dict[PlannedRun, Outcome] = {}
+        with ThreadPoolExecutor(parallel) as pool:
+            futures = {pool.submit(_make, run, home, entry, children): run for run in to_make}
             try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
+                for future in as_completed(futures):
+                    run, result = futures[future], future.result()
+                    ended[run] = result
+                    progress = "" if run.is_source else f"; {_progress(ended, to_make, len(runs), parallel)}"
+                    error = f": {result.error}" if result.error else ""
+                    logger.info("%s: %s after %s%s%s", run, result.status, duration(result.seconds), progress, error)
             except BaseException:  # Ctrl-C too: leaving the pool waits for every run, which would go on for hours
-                for future in futures:
-                    future.cancel()
-                self.children.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                children.stop()
                 raise
 
-    def source(self, source: Source) -> None:
-        logger.info("source %s: started", source.name)
-        result = self._make(self.home / source.folder, source.config, SOURCE_STEPS, source_is_done)
-        _log(f"source {source.name}", result, "")
 
-    def cell(self, cell: Cell) -> None:
-        run = self.home / cell.folder
-        lack = self._lack(cell)
-        if lack is None:
-            logger.info("cell %s: started", cell.name)
-            result = self._make(run, cell.config, (), cell_is_done)
-        else:
-            result = Outcome(FAILED, lack, 0.0)
-            run.write_json(OUTCOME, asdict(result))
-        _log(f"cell {cell.name}", result, f"; {self.progress.ended(cell, result)}")
+def is_done(run: Run, home: RunDir) -> bool:
+    """Whether a source's pairs and the base model's scores are there, or a cell's scores and report."""
+    folder = home / run.folder
+    if run.is_source:
+        return all((folder / step).manifest is not None for step in SOURCE_STEPS)
+    return (folder / SCORING).manifest is not None and (folder.location / "report.html").exists()
 
-    def _lack(self, cell: Cell) -> str | None:
-        """Say what the source does not have that a cell needs."""
-        source = self.home / f"sources/{cell.source}"
-        if not source_is_done(source):
-            return f"its source {cell.source} is not done: {outcome(source, is_done=False)[1]}"
-        num_images = ((source / SOURCE_STEPS[0]).manifest or {}).get("num_rows_written", 0)
-        if num_images < cell.size:
-            return f"the pool has {num_images} images, fewer than {cell.size}; give sizes up to {num_images}"
-        return None
 
-    def _make(
-        self, run: RunDir, config: RunConfig, stages: Sequence[str], is_done: Callable[[RunDir], bool]
-    ) -> Outcome:
-        """Run the pipeline in a process of its own, and keep its log and its outcome."""
-        run.write_text(SETTINGS, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        settings = (run.location / SETTINGS).local_copy()
-        command = [*self.entry, "--config", str(settings), "--run", run.uri]
-        command += ["--stages", ",".join(stages)] if stages else []
-        with tempfile.TemporaryDirectory(prefix="stic_ray_") as folder:
-            log = Path((run.location / LOG).path if run.location.is_local else f"{folder}/{LOG}")
-            began_s = time.monotonic()
-            try:
-                returncode = self.children.run(command, log)
-            finally:
-                if not run.location.is_local and log.exists():
-                    (run.location / LOG).write(log.read_bytes())
-            result = outcome_of(returncode, log, round(time.monotonic() - began_s, 3))
-        if result.status == DONE and not is_done(run):
-            result = Outcome(FAILED, "ended without an error, and without all of its results", result.seconds)
-        run.write_json(OUTCOME, {**asdict(result), "returncode": returncode})
+def outcome(run: Run, home: RunDir) -> tuple[str, str | None]:
+    """Return status and error of a run, as it is now or as its last attempt ended."""
+    if is_done(run, home):
+        return DONE, None
+    last: dict[str, Any] = (home / run.folder).read_json(OUTCOME) or {}
+    if not last or last["status"] == DONE:  # done once, and something was deleted since
+        return NOT_RUN, None
+    return last["status"], last["error"]
+
+
+def _progress(ended: Mapping[PlannedRun, Outcome], to_make: Sequence[PlannedRun], total: int, parallel: int) -> str:
+    """Return how many cells have ended, and how long the others may take where that is known."""
+    waiting = [run for run in to_make if run not in ended]
+    seconds: dict[int, list[float]] = {}
+    for run, result in ended.items():
+        if result.status == DONE:
+            seconds.setdefault(run.size, []).append(result.seconds)
+    means = {size: fmean(seconds[size]) for size in sorted(seconds)}
+    text = f"{total - len(waiting)} of {total} ended"
+    if not waiting or not means or (len(means) < 2 and any(run.size not in means for run in waiting)):
+        return text
+    return f"{text}, about {duration(sum(_expected_s(run.size, means) for run in waiting) / parallel)} left"
+
+
+def _expected_s(size: int, means: Mapping[int, float]) -> float:
+    """Return the mean time of a size; of another size, the line through the two largest whose time is known."""
+    if size in means:
+        return means[size]
+    (first, first_s), (second, second_s) = list(means.items())[-2:]
+    return max(second_s, first_s + (size - first) * (second_s - first_s) / (second - first))
+
+
+def _make(run: PlannedRun, home: RunDir, entry: Sequence[str], children: Children) -> Outcome:
+    """Run the pipeline in a process of its own, and keep its log and its outcome."""
+    folder = home / run.folder
+    if missing := "" if run.is_source else _missing(run, home):
+        result = Outcome(FAILED, missing, 0.0)
+        folder.write_json(OUTCOME, asdict(result))
         return result
+    logger.info("%s: started", run)
+    folder.write_text(SETTINGS, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+    kept_log = folder.location / LOG
+    command = [*entry, "--config", str((folder.location / SETTINGS).local_copy()), "--run", folder.uri]
+    command += ["--stages", ",".join(SOURCE_STEPS)] if run.is_source else []
+    with tempfile.TemporaryDirectory(prefix="stic_ray_") as temporary:
+        log = Path(kept_log.path if kept_log.is_local else f"{temporary}/{LOG}")
+        began_s = time.monotonic()
+        try:
+            returncode = children.run(command, log)
+        finally:
+            if not kept_log.is_local and log.exists():
+                kept_log.write(log.read_bytes())
+        result = outcome_of(returncode, log, round(time.monotonic() - began_s, 3))
+    if result.status == DONE and not is_done(run, home):
+        result = Outcome(FAILED, "ended without an error, and without all of its results", result.seconds)
+    folder.write_json(OUTCOME, {**asdict(result), "returncode": returncode})
+    return result
 
 
-def _log(what: str, result: Outcome, progress: str) -> None:
-    told = f": {result.error}" if result.error else ""
-    logger.info("%s: %s after %s%s%s", what, result.status, duration(result.seconds), progress, told)
+def _missing(cell: Run, home: RunDir) -> str:
+    """Return what a cell needs and its source does not have, "" for nothing."""
+    source = Run(BASE, 0, cell.seed, cell.source)
+    if not is_done(source, home):
+        return f"its source {cell.source} is not done: {outcome(source, home)[1]}"
+    num_images = ((home / source.folder / SOURCE_STEPS[0]).manifest or {}).get("num_rows_written", 0)
+    if num_images < cell.size:
+        return f"the pool has {num_images} images, fewer than {cell.size}; give sizes up to {num_images}"
+    return ""

@@ -11,7 +11,7 @@ from stic_ray.core.overrides import apply_values
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PREDICTIONS, table_of
 from stic_ray.recipes import demo
-from stic_ray.study.plan import Cell, Source, Study, plan_study
+from stic_ray.study.plan import PlannedRun, Study, plan_study
 from stic_ray.study.record import write_record
 
 HIGHER = {"toy": ("exact_match", True), "described": ("hallucinated_share", False)}
@@ -66,7 +66,7 @@ def made_study(
     return home
 
 
-def _settings(run: RunDir, made: Source | Cell) -> None:
+def _settings(run: RunDir, made: PlannedRun) -> None:
     run.write_text("settings.yaml", yaml.safe_dump(made.config.model_dump(mode="json")))
 
 

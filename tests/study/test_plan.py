@@ -8,9 +8,9 @@ import pytest
 from stic_ray.core.errors import ConfigError, UserError
 from stic_ray.core.rundir import RunDir
 from stic_ray.recipes import demo
-from stic_ray.study.command import scaling_study
 from stic_ray.study.plan import plan_study, read_variants
 from stic_ray.study.record import read_record, write_record
+from stic_ray.study.run import scaling_study
 from tests.study.builders import study_in
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import pytest
 
 from stic_ray.report.formats import duration
 from stic_ray.study.processes import DONE, FAILED, Children, Interrupted, Outcome
-from stic_ray.study.run import _Progress, cell_is_done, outcome, run_study
+from stic_ray.study.run import _progress, is_done, outcome, run_study
 from tests.study.builders import calls, fake_entry, study_in
 
 
@@ -20,7 +20,7 @@ def test_a_study_makes_its_source_once_and_all_cells(tmp_path: Path) -> None:
     study, home = study_in(tmp_path, variants={"a": {}, "b": {"dpo.beta": 0.2}})
     run_study(study, home, parallel=2, entry=fake_entry(tmp_path))
     assert [calls(home / source.folder) for source in study.sources] == [1]
-    assert all(cell_is_done(home / cell.folder) for cell in study.cells)
+    assert all(is_done(cell, home) for cell in study.cells)
     assert not (home.location / study.sources[0].folder / "dpo").exists()
 
 
@@ -39,7 +39,7 @@ def test_a_study_makes_its_source_once_and_all_cells(tmp_path: Path) -> None:
 def test_a_cell_that_fails_is_told_and_the_others_go_on(trouble: str, status: str, error: str, tmp_path: Path) -> None:
     study, home = study_in(tmp_path, sizes=(10, 20, 30))
     run_study(study, home, entry=fake_entry(tmp_path, default_n20_seed0=f"sys.stdout.flush(); {trouble}"))
-    found = {cell.size: outcome(home / cell.folder, is_done=cell_is_done(home / cell.folder)) for cell in study.cells}
+    found = {cell.size: outcome(cell, home) for cell in study.cells}
     assert (found[10], found[30]) == (("done", None), ("done", None))
     assert found[20][0] == status and error in (found[20][1] or "")
     assert "some line before" in (home.location / study.cells[1].folder / "log.txt").read().decode()
@@ -51,7 +51,7 @@ def test_a_rerun_makes_only_what_is_not_done(tmp_path: Path) -> None:
     (tmp_path / "trouble" / "default-n20-seed0").unlink()
     run_study(study, home, entry=fake_entry(tmp_path))
     assert [calls(home / run.folder) for run in (*study.sources, *study.cells)] == [1, 1, 2]
-    assert all(cell_is_done(home / cell.folder) for cell in study.cells)
+    assert all(is_done(cell, home) for cell in study.cells)
 
 
 def test_cells_of_a_source_that_failed_say_so(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_cells_of_a_source_that_failed_say_so(tmp_path: Path) -> None:
     name = study.sources[0].name.replace("-", "_")
     run_study(study, home, entry=fake_entry(tmp_path, **{name: "sys.exit('error: disk full')"}))
     for cell in study.cells:
-        status, error = outcome(home / cell.folder, is_done=cell_is_done(home / cell.folder))
+        status, error = outcome(cell, home)
         assert (status == "done") == (cell.seed == 1)
         assert cell.seed == 1 or f"its source {study.sources[0].name} is not done: disk full" in (error or "")
         assert calls(home / cell.folder) == cell.seed
@@ -68,9 +68,9 @@ def test_cells_of_a_source_that_failed_say_so(tmp_path: Path) -> None:
 def test_a_size_that_the_pool_does_not_have_is_a_row(tmp_path: Path) -> None:
     study, home = study_in(tmp_path, sizes=(100, 101))
     run_study(study, home, entry=fake_entry(tmp_path))
-    status, error = outcome(home / study.cells[1].folder, is_done=False)
+    status, error = outcome(study.cells[1], home)
     assert status == "failed" and "the pool has 100 images, fewer than 101" in (error or "")
-    assert cell_is_done(home / study.cells[0].folder)
+    assert is_done(study.cells[0], home)
 
 
 def test_stopping_ends_the_processes_with_their_children(tmp_path: Path) -> None:
@@ -95,15 +95,15 @@ def test_stopping_ends_the_processes_with_their_children(tmp_path: Path) -> None
     children.stop()
     thread.join(20)
     assert len(ended) == 1 and not any(_is_alive(pid) for pid in pids)
-    assert outcome(home / study.cells[0].folder, is_done=False) == ("not_run", None)
+    assert outcome(study.cells[0], home) == ("not_run", None)
     assert calls(home / study.cells[1].folder) == 0
 
 
 def test_a_run_ends_when_its_study_is_killed(tmp_path: Path) -> None:
     """The child sees its input close; nobody is left who could signal it."""
     code = (
-        "import threading, time, os; from stic_ray.study import child;"
-        "threading.Thread(target=child.end_with_the_study, daemon=True).start();"
+        "import threading, time, os; from stic_ray.study import processes;"
+        "threading.Thread(target=processes.end_with_the_study, daemon=True).start();"
         f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
     )
     parent = (
@@ -140,9 +140,9 @@ def test_the_time_left_follows_a_line_through_two_sizes(tmp_path: Path) -> None:
     """Cells have fixed costs, so twice the images are not twice the time."""
     study, _ = study_in(tmp_path, sizes=(10, 20, 40), seeds=(0, 1))
     by_size = {size: [cell for cell in study.cells if cell.size == size] for size in (10, 20, 40)}
-    progress = _Progress(6, list(study.cells), 1)
-    assert progress.ended(by_size[10][0], Outcome(DONE, None, 100.0)) == "1 of 6 ended"
-    told = progress.ended(by_size[20][0], Outcome(DONE, None, 110.0))
-    assert told == f"2 of 6 ended, about {duration(100 + 110 + 2 * 130)} left"
-    progress.ended(by_size[40][0], Outcome(FAILED, "no disk", 1.0))
-    assert len(progress.seconds) == 2
+    ended = {by_size[10][0]: Outcome(DONE, None, 100.0)}
+    assert _progress(ended, study.cells, 6, 1) == "1 of 6 ended"
+    ended[by_size[20][0]] = Outcome(DONE, None, 110.0)
+    assert _progress(ended, study.cells, 6, 1) == f"2 of 6 ended, about {duration(100 + 110 + 2 * 130)} left"
+    ended[by_size[40][0]] = Outcome(FAILED, "no disk", 1.0)
+    assert _progress(ended, study.cells, 6, 1) == f"3 of 6 ended, about {duration(100 + 110 + 130)} left"
