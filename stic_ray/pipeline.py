@@ -97,7 +97,7 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
 
     for name, value in cluster.process_environment(config).items():
         os.environ.setdefault(name, value)  # before torch and its friends are imported
-    from stic_ray.preparation import check_before_work, make_sources, prepare
+    from stic_ray.preparation import check_before_work, make_sources, prepare, with_commit
 
     with lease.held(run) as cut_off_at:
         for step in steps:
@@ -111,11 +111,13 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
         needs = {step.name: step.stage.need(each.config) for step, each in prepared}
         with cluster.connected(config, needs):
             for step, each in prepared:
-                model = digest(each.config.model.model_dump())
-                if step.stage.loads_model(each.config) and model not in checked:
-                    cluster.check_model(each.config)
-                    checked.add(model)
-                _run_step(step, each, config, run)
+                ready = each
+                if step.stage.loads_model(each.config):
+                    model = digest(each.config.model.model_dump())
+                    if model not in checked:
+                        checked[model] = cluster.check_model(each.config)
+                    ready = with_commit(each, checked[model], run)
+                _run_step(step, ready, config, run)
 
 
 def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> None:

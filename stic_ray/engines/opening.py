@@ -40,16 +40,22 @@ def open_counter(model: ModelConfig) -> TokenCounter:
     return ProcessorCounter(model)
 
 
-def check_engine(model: ModelConfig) -> None:
-    """Raise ModelError when the model of the run cannot be opened here; loads no weights."""
+def check_engine(model: ModelConfig) -> ModelConfig:
+    """Return the model with the commit that its revision stands for now; loads no weights.
+
+    Raises ModelError when it cannot be opened here.
+    """
     if model.engine == "fake":
         read_script(model.path)
-        return
+        return model
     from stic_ray.engines.checking import check_model
+    from stic_ray.engines.fingerprints import pin
 
+    model = pin(model)
     check_model(model)
     if model.engine == "vllm":
         from stic_ray.engines.vllm_engine import check_adapter_fits, check_vllm
 
         check_vllm(model)
         check_adapter_fits(model)
+    return model

@@ -13,7 +13,7 @@ import ray.exceptions
 from ray._private import state, worker
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import ModelConfig, RunConfig
 from stic_ray.core.errors import SticError, UserError
 from stic_ray.core.placement import ACCELERATOR, Machines, Need, Node, check_fits
 from stic_ray.stages import joining
@@ -81,8 +81,8 @@ def is_local() -> bool:
     return joining.cluster_address() is None
 
 
-def check_model(config: RunConfig) -> None:
-    """Look whether the model of a step loads where its actors will be: in a task that holds what an actor holds.
+def check_model(config: RunConfig) -> ModelConfig:
+    """Return what `check_engine` does where the actors of a step will be: in a task that holds what an actor holds.
 
     The machine of the driver may lack the model, the engine and GPUs. Raises ModelError.
     """
@@ -93,7 +93,7 @@ def check_model(config: RunConfig) -> None:
         num_cpus=0, num_gpus=actors.num_gpus, label_selector=dict(actors.label_selector) or None
     )
     try:
-        ray.get(task.remote(config.model))
+        return ray.get(task.remote(config.model))
     except ray.exceptions.RayTaskError as error:
         raise error.cause if isinstance(error.cause, SticError) else error from None
 

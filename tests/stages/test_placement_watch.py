@@ -92,9 +92,7 @@ def test_training_finds_the_gpus_that_generation_held(
         return row_counts(0, 0, {})
 
     monkeypatch.setattr("stic_ray.stages.training.launch.train_dpo", train)
-    monkeypatch.setattr(
-        "stic_ray.preparation.check_before_work", lambda *_, **__: set()
-    )  # the fake engine trains nothing
+    monkeypatch.setattr("stic_ray.preparation.check_before_work", lambda *_, **__: {})  # the fake engine trains nothing
     held = config(tmp_path, pictures, num_actors=2, num_gpus=1)
     held = held.model_copy(update={"cluster": ClusterConfig()})  # starting may take long beside other tests
     run = run_stages(held, tmp_path / "run", "pool", "preferences", "dpo")
