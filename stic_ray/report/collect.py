@@ -1,29 +1,30 @@
 """A run directory as one plain dict: all that the page shows, and nothing that the run does not hold."""
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import ESTIMATE, RunDir, read_shard
 from stic_ray.core.schemas import REJECTED
 from stic_ray.core.steps import read_record
-from stic_ray.core.storage import Location
-from stic_ray.report.curves import read_curves
 from stic_ray.report.formats import shortened
 from stic_ray.report.gallery import collect_gallery
 from stic_ray.report.scores import collect_scores, headline
 
 SCORES, PAIRS_FILES = "scores.json", "pairs-*.parquet"
 """What steps write that the page has a section of its own for."""
-_FACTS = ("recipe", "overrides", "package_versions", "git_commit")
-
 MAX_REJECTED_SHARDS = 64
 """Shards of rejected rows that are searched for examples; the counts come from the manifests."""
 MAX_EXAMPLES = 5
 """Example messages per stage and reason."""
+MAX_POINTS = 400
+"""Points per training metric; longer trainings are averaged over windows of equal length."""
 
+_FACTS = ("recipe", "overrides", "package_versions", "git_commit")
 _MAX_MESSAGE_CHARACTERS = 400
 _MANIFEST_KEYS = (
     "finished_at",
@@ -40,7 +41,7 @@ _PASSWORD = re.compile(r"(?<=://)[^/\s@:]+:[^/\s@]+@")
 
 
 def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
-    """Read a run directory into plain, JSON-safe values; what the run does not hold is None, NaN included.
+    """Read a run directory into plain, JSON-safe values; what the run does not hold is None.
 
     Reads manifests, metrics and scores whole, of the pairs only the rows that the gallery shows (out of the
     first `gallery.MAX_SHARDS` shards), and of the rejected rows a few examples. Raises RunError when there is
@@ -51,23 +52,29 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
     record = read_record(run)
     steps = {step["name"]: step for step in record.steps}
     manifests = {name: (run / name).manifest for name in steps}
-    statuses = {name: _status(run / name, manifests[name]) for name in steps}
+    found = {name: manifest for name, manifest in manifests.items() if manifest is not None}
+    begun = {name: "not finished" if (run / name).location.exists() else "not run" for name in steps}
+    statuses = {name: "finished" if name in found else begun[name] for name in steps}
     scored = [name for name, step in steps.items() if step["writes"] == SCORES]
     scores_status = next((statuses[name] for name in scored), "not run")
     scores = collect_scores([run / name for name in scored], record.config, list(steps))
-    finished = [manifest["finished_at"] for manifest in manifests.values() if manifest]
+    trainings = [name for name, step in steps.items() if step["processes"] == "workers"]
     report = {
         "name": record.config.get("name") or run.location.name,
         "uri": run.uri,
-        "finished_at": max(finished, default=None),
+        "finished_at": max((manifest["finished_at"] for manifest in found.values()), default=None),
         "headline": headline(scores, scores_status),
         "scores": {"status": scores_status, **scores},
-        "stages": [_stage(step, statuses[name], manifests[name] or {}) for name, step in steps.items()],
-        "estimates": _estimates(run.read_json(ESTIMATE) or {}, manifests),
+        "stages": [_stage(step, statuses[name], found.get(name, {})) for name, step in steps.items()],
+        "estimates": _estimates(run.read_json(ESTIMATE) or {}, found),
         "training": [
-            _training(run / name, name, statuses[name])
-            for name, step in steps.items()
-            if step["processes"] == "workers"
+            {
+                "stage": name,
+                "status": statuses[name],
+                "curves": read_curves(run / name),
+                "result": (run / name).read_json("result.json"),
+            }
+            for name in trainings
         ],
         "rejected": [_rejected(run / name, name, statuses[name], manifests[name]) for name in steps],
         "setup": {**dict.fromkeys(_FACTS), **record.facts, "config": dict(record.config) or None},
@@ -76,35 +83,22 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
         {
             "stage": name,
             "status": statuses[name],
-            "num_pairs": (manifests[name] or {}).get("num_rows_written"),
+            "num_pairs": found.get(name, {}).get("num_rows_written"),
             **collect_gallery(run / name, num_gallery_pairs),
         }
         for name, step in steps.items()
         if step["writes"] == PAIRS_FILES
     ]
-    return {**_plain(report, hide_passwords=True), "galleries": _plain(galleries, hide_passwords=False)}
+    return {**_without_passwords(report), "galleries": galleries}
 
 
-def _plain(value: Any, *, hide_passwords: bool) -> Any:
-    """Return `value` in JSON's own types: no NaN or infinity, only string keys.
-
-    Passwords in addresses are hidden where asked for, as reports are passed around; not in what a model said.
-    """
+def _without_passwords(value: Any) -> Any:
+    """Hide passwords in addresses, as reports are passed around."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, hide_passwords=hide_passwords) for key, item in value.items()}
+        return {str(key): _without_passwords(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, hide_passwords=hide_passwords) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int)):
-        return value
-    return _PASSWORD.sub("***@", str(value)) if hide_passwords else str(value)
-
-
-def _status(stage: RunDir, manifest: Mapping[str, Any] | None) -> str:
-    if manifest is not None:
-        return "finished"
-    return "not finished" if stage.location.exists() else "not run"
+        return [_without_passwords(item) for item in value]
+    return _PASSWORD.sub("***@", value) if isinstance(value, str) else value
 
 
 def _stage(step: Mapping[str, Any], status: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +118,7 @@ def _estimates(recorded: Mapping[str, Any], manifests: Mapping[str, Any]) -> lis
     rows = []
     for stage, manifest in manifests.items():
         expected = recorded.get(stage)
-        if not expected or not manifest or expected["wall_s"] is None:
+        if not expected or expected["wall_s"] is None:
             continue
         seconds = {"expected": expected["wall_s"], "actual": manifest["seconds"]}
         hours = {"expected": expected["num_gpus"] * expected["wall_s"] / 3600, "actual": manifest["gpu_hours"]}
@@ -136,28 +130,15 @@ def _estimates(recorded: Mapping[str, Any], manifests: Mapping[str, Any]) -> lis
     return rows
 
 
-def _training(stage: RunDir, name: str, status: str) -> dict[str, Any]:
-    return {
-        "stage": name,
-        "status": status,
-        "curves": read_curves(stage),
-        "result": stage.read_json("result.json"),
-    }
-
-
 def _rejected(stage: RunDir, name: str, status: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a stage's rejected rows by reason: the manifest's count and a few examples."""
     counts = dict((manifest or {}).get("rejected_by_reason") or {})
     examples: dict[str, list[dict[str, str]]] = {reason: [] for reason, count in counts.items() if count}
-
-    def is_complete() -> bool:
-        wanted = {reason: min(MAX_EXAMPLES, counts.get(reason, 0)) for reason in examples}
-        return manifest is not None and all(len(examples[reason]) >= wanted[reason] for reason in examples)
-
-    for shard in [s for f in stage.rejected_families() for s in stage.shards(f)][:MAX_REJECTED_SHARDS]:
-        if is_complete():
+    shards = [shard for family in stage.rejected_families() for shard in stage.shards(family)]
+    for shard in shards[:MAX_REJECTED_SHARDS]:
+        if manifest and all(len(known) >= min(MAX_EXAMPLES, counts[reason]) for reason, known in examples.items()):
             break
-        for row in _rows(shard):
+        for row in read_shard(shard, REJECTED).to_pylist():
             known = examples.setdefault(row["reason"], [])
             if len(known) < MAX_EXAMPLES:
                 message = shortened(row["message"], _MAX_MESSAGE_CHARACTERS)
@@ -171,6 +152,51 @@ def _rejected(stage: RunDir, name: str, status: str, manifest: Mapping[str, Any]
     }
 
 
-def _rows(shard: Location) -> Iterator[dict[str, str]]:
-    for batch in read_shard(shard, REJECTED).to_batches(max_chunksize=256):
-        yield from batch.to_pylist()
+def read_curves(stage: RunDir) -> dict[str, Any] | None:
+    """Read the training metrics of a stage; None when it has none.
+
+    Returns
+    - `steps`: optimiser steps, rising;
+    - `metrics`: for each numeric key one value per step, None where it was not logged or not finite;
+    - `num_missing`: how many of these are None, before averaging;
+    - `steps_per_point`: 1, or the number of logged steps that each point is the mean of;
+    - `num_resumes`: how often the step count went back; of a step logged twice the later values hold;
+    - `num_skipped_lines`: lines that are no JSON object with a step, such as one cut short by a crash.
+    """
+    location = stage.location / "metrics.jsonl"
+    if not location.exists():
+        return None
+    lines = [line for line in location.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    logged: list[int] = []
+    by_step: dict[int, dict[str, float | None]] = {}
+    for line in lines:
+        try:
+            values = json.loads(line)
+            step = int(values.pop("step"))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            continue
+        logged.append(step)
+        numbers = {key: value for key, value in values.items() if value is None or isinstance(value, (int, float))}
+        by_step.setdefault(step, {}).update(numbers)
+    steps = sorted(by_step)
+    keys = dict.fromkeys(key for step in steps for key in by_step[step])
+    series = {key: [_finite(by_step[step].get(key)) for step in steps] for key in keys}
+    window = max(1, math.ceil(len(steps) / MAX_POINTS))
+    chunks = [slice(start, start + window) for start in range(0, len(steps), window)]
+    return {
+        "steps": [steps[chunk][-1] for chunk in chunks],
+        "metrics": {key: [_mean(values[chunk]) for chunk in chunks] for key, values in series.items()},
+        "num_missing": {key: values.count(None) for key, values in series.items()},
+        "steps_per_point": window,
+        "num_resumes": sum(after < before for before, after in zip(logged, logged[1:], strict=False)),
+        "num_skipped_lines": len(lines) - len(logged),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return fmean(present) if present else None

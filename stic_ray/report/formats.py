@@ -33,12 +33,12 @@ _MAX_LIST_ITEMS = 20
 
 def visible(text: str) -> str:
     """Return text that any browser shows: control characters as "\\x07", what UTF-8 lacks as U+FFFD."""
-    return _INVISIBLE.sub(_named, text.replace("\r\n", "\n").replace("\r", "\n"))
 
+    def named(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        return f"\\x{code:02x}" if code < 0x100 else "\ufffd"
 
-def _named(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return f"\\x{code:02x}" if code < 0x100 else "\ufffd"
+    return _INVISIBLE.sub(named, text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def shortened(text: str, max_characters: int) -> str:
@@ -59,7 +59,7 @@ def percent(share: float | None) -> str:
 
 def points(difference: float | None) -> str:
     """Return a difference of shares in percentage points, always signed: 0.042 is "+4.2"."""
-    return UNKNOWN if difference is None else f"{100 * difference:+.1f}".replace("-", _MINUS)
+    return UNKNOWN if difference is None else signed(100 * difference, 1)
 
 
 def signed(value: float, digits: int) -> str:

@@ -24,12 +24,11 @@ MAX_SHARDS = 16
 MAX_SIDE_PX = 192
 """Longer side of a picture on the page."""
 
-_PAIRS_FAMILY = "pairs"
 _KINDS = ("hallucination_prompt", "low_resolution", "colour_jitter")
+"""Of pairs, in the order in which they are shown; others come after them."""
 _BATCH_ROWS = 16
 _MAX_TEXT_CHARACTERS = 6000
 _LOSSLESS_PIXELS = 64 * 64  # below this PNG is small, and JPEG would blur what the picture is there to show
-_JPEG_QUALITY = 82
 _CHOICE = pa.schema([PAIRS.field(name) for name in ("image_id", "negative", "corruption")])
 _SHOWN = pa.schema([field for field in PAIRS if field.name not in ("position", "model", "model_revision", "seed")])
 
@@ -49,7 +48,7 @@ def collect_gallery(stage: RunDir, num_pairs: int) -> dict[str, Any]:
     The choice depends on the image ids alone. Memory holds the ids of `MAX_SHARDS` shards and the images of one
     row group at a time, however large the pool.
     """
-    shards = stage.shards(_PAIRS_FAMILY)
+    shards = stage.shards("pairs")
     read = shards[:MAX_SHARDS]
     candidates = [candidate for number, shard in enumerate(read) for candidate in _candidates(shard, number)]
     chosen = choose(candidates, num_pairs)
@@ -69,7 +68,7 @@ def collect_gallery(stage: RunDir, num_pairs: int) -> dict[str, Any]:
 
 def choose(candidates: Sequence[Candidate], num_pairs: int) -> list[Candidate]:
     """Return up to `num_pairs` candidates, the smallest image ids of each kind, kind by kind in turn."""
-    kinds = sorted({candidate.kind for candidate in candidates}, key=_kind_order)
+    kinds = sorted(sorted({candidate.kind for candidate in candidates}), key=lambda kind: (*_KINDS, kind).index(kind))
     queues = [sorted(candidate for candidate in candidates if candidate.kind == kind) for kind in kinds]
     in_turn = (each for turn in itertools.zip_longest(*queues) for each in turn if each is not None)
     return list(itertools.islice(in_turn, num_pairs))
@@ -87,13 +86,8 @@ def corruption_caption(corruption: Mapping[str, Any], pixel_change: float | None
     return f"{done}; mean change {change} of 255"
 
 
-def _kind_order(kind: str) -> tuple[int, str]:
-    return (_KINDS.index(kind) if kind in _KINDS else len(_KINDS), kind)
-
-
 def _candidates(shard: Location, number: int) -> Iterator[Candidate]:
-    rows = read_shard(shard, _CHOICE).to_pylist()
-    for row, values in enumerate(rows):
+    for row, values in enumerate(read_shard(shard, _CHOICE).to_pylist()):
         corruption = values["corruption"]
         yield Candidate(values["image_id"], corruption["kind"] if corruption else values["negative"], number, row)
 
@@ -107,24 +101,22 @@ def _rows(shard: Location, wanted: Sequence[int]) -> Iterator[tuple[int, dict[st
         # Batches hold half the memory of a whole row group, whose images would all become one table.
         for batch in pq.ParquetFile(stream).iter_batches(_BATCH_ROWS, columns=_SHOWN.names):
             here = [row for row in wanted if start <= row < start + batch.num_rows]
-            if here:
-                table = check(pa.Table.from_batches([batch]), _SHOWN)
-                for row in here:
-                    yield row, table.slice(row - start, 1).to_pylist()[0]
+            table = check(pa.Table.from_batches([batch]), _SHOWN)
+            yield from ((row, table.slice(row - start, 1).to_pylist()[0]) for row in here)
             start += batch.num_rows
             if start > wanted[-1]:
                 return
 
 
 def _item(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    corruption = row["corruption"]
+    corruption, pixel_change = row["corruption"], row["pixel_change"]
     item = {
         "image_id": row["image_id"],
         "kind": kind,
         "prompt": _text(row["prompt"]),
         "corruption": corruption,
-        "pixel_change": row["pixel_change"],
-        "caption": corruption_caption(corruption, row["pixel_change"]) if corruption else None,
+        "pixel_change": pixel_change,
+        "caption": corruption_caption(corruption, pixel_change) if corruption else None,
         "num_image_tokens": row["num_image_tokens"],
         "answers": [_answer(row, name) for name in ("chosen", "rejected")],
         "size_px": None,
@@ -136,13 +128,9 @@ def _item(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
         clean = decode(row["image"]["bytes"] or b"")
     except Rejected as error:  # one damaged picture must not cost the whole page
         return {**item, "image_problem": str(error)}
-    corrupted = corrupt(clean, corruption) if corruption else None
-    return {
-        **item,
-        "size_px": list(clean.size),
-        "clean_image": data_uri(clean),
-        "corrupted_image": data_uri(corrupted) if corrupted else None,
-    }
+    corrupted_image = data_uri(corrupt(clean, corruption)) if corruption else None
+    shown = {"size_px": list(clean.size), "clean_image": data_uri(clean), "corrupted_image": corrupted_image}
+    return {**item, **shown}
 
 
 def _answer(row: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -161,13 +149,8 @@ def _text(messages: Sequence[Mapping[str, str | None]]) -> str:
 
 def data_uri(picture: Image.Image) -> str:
     """Return an RGB picture as a data URI, shrunk to `MAX_SIDE_PX` and never enlarged."""
-    small = picture.copy()
+    small, buffer = picture.copy(), io.BytesIO()
     small.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    if small.width * small.height <= _LOSSLESS_PIXELS:
-        small.save(buffer, "PNG", optimize=True)
-        kind = "png"
-    else:
-        small.save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
-        kind = "jpeg"
+    kind = "png" if small.width * small.height <= _LOSSLESS_PIXELS else "jpeg"
+    small.save(buffer, kind, optimize=True, **({} if kind == "png" else {"quality": 82, "subsampling": 0}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

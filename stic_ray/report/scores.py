@@ -1,6 +1,6 @@
 """Scores by benchmark and metric, and the gain that the page opens with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from stic_ray.core.config import AnswerMode
@@ -19,23 +19,31 @@ def collect_scores(
     """Return a table for each benchmark and metric; models in the order of the steps that left them."""
     rows = [row for each in evaluations for row in each.read_json("scores.json") or []]
     models = _ordered([BASE, *steps], [row["model"] for row in rows])
-    keys = list(dict.fromkeys((row["benchmark"], row["metric"]) for row in rows))
-    benchmarks = [_table(key, rows, models, is_alone=[name for name, _ in keys].count(key[0]) == 1) for key in keys]
+    titles = titles_of((row["benchmark"], row["metric"]) for row in rows)
+    benchmarks = [_table(key, title, rows, models) for key, title in titles.items()]
     return {"confidence": (config.get("evaluation") or {}).get("confidence"), "benchmarks": benchmarks}
 
 
+def titles_of(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Return by benchmark and metric a title: the benchmark, and its metric where it has several."""
+    metrics: dict[str, list[str]] = {}
+    known = list(dict.fromkeys(keys))
+    for benchmark, metric in known:
+        metrics.setdefault(benchmark, []).append(metric)
+    return {(each, metric): each if len(metrics[each]) == 1 else f"{each}: {label(metric)}" for each, metric in known}
+
+
 def _table(
-    key: tuple[str, str], rows: Sequence[Mapping[str, Any]], models: Sequence[str], *, is_alone: bool
+    key: tuple[str, str], title: str, rows: Sequence[Mapping[str, Any]], models: Sequence[str]
 ) -> dict[str, Any]:
-    benchmark, metric = key
     own = [row for row in rows if (row["benchmark"], row["metric"]) == key]
     found = {(row["model"], row["mode"]): row for row in own}
     modes = _ordered(MODES, [row["mode"] for row in own])
     return {
-        "benchmark": benchmark,
-        "metric": metric,
+        "benchmark": key[0],
+        "metric": key[1],
         "higher_is_better": own[0]["higher_is_better"],
-        "title": benchmark if is_alone else f"{benchmark}: {label(metric)}",
+        "title": title,
         "num_questions": sorted({row["num_questions"] for row in own}),
         "modes": modes,
         "models": [

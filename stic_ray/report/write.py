@@ -12,6 +12,8 @@ from stic_ray.report.plots import charts_of, score_plot, training_plot
 from stic_ray.report.scores import overview, verdict
 
 _PICTURES = ("clean_image", "corrupted_image")
+_FILTERS = ("percent", "points", "number", "duration", "moment", "fact", "label", "yaml_text")
+"""Functions of formats.py that the templates use."""
 
 
 def write_report(run: RunDir) -> None:
@@ -21,56 +23,44 @@ def write_report(run: RunDir) -> None:
     files cannot be read or written.
     """
     report = collect(run)
-    run.write_json("report.json", without_pictures(report))
-    run.write_text("report.html", render(report))
-
-
-def without_pictures(report: dict[str, Any]) -> dict[str, Any]:
-    """Return what `collect` returned without the pictures of the galleries."""
     galleries = [
-        {
-            **gallery,
-            "items": [{key: value for key, value in item.items() if key not in _PICTURES} for item in gallery["items"]],
-        }
+        {**gallery, "items": [{key: item[key] for key in item if key not in _PICTURES} for item in gallery["items"]]}
         for gallery in report["galleries"]
     ]
-    return {**report, "galleries": galleries}
+    run.write_json("report.json", {**report, "galleries": galleries})
+    run.write_text("report.html", render(report))
 
 
 def render(report: dict[str, Any]) -> str:
     """Return the page of what `collect` returned; every text in it is escaped."""
+    benchmarks = report["scores"]["benchmarks"]
+    training_plots = {
+        each["stage"]: [
+            (title, _markup(training_plot(each["stage"], title, each["curves"]))) for title in charts_of(each["curves"])
+        ]
+        for each in report["training"]
+        if each["curves"]
+    }
     return render_page(
         "page.html",
         report=report,
-        overview=overview(report["scores"]["benchmarks"]),
-        score_plots=_score_plots(report),
-        training_plots=_training_plots(report),
+        overview=overview(benchmarks),
+        score_plots=[_markup(score_plot(benchmark, f"scores-{i}")) for i, benchmark in enumerate(benchmarks)],
+        training_plots=training_plots,
     )
 
 
 def render_page(template: str, folder: str = "report", **values: Any) -> str:
     """Return a page from a template in `folder` of the package; it may use the style and macros of this one."""
-    loaders = [PackageLoader("stic_ray", name) for name in dict.fromkeys((folder, "report"))]
     environment = Environment(
-        loader=ChoiceLoader(loaders),
+        loader=ChoiceLoader([PackageLoader("stic_ray", name) for name in dict.fromkeys((folder, "report"))]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = (
-        formats.percent,
-        formats.points,
-        formats.number,
-        formats.duration,
-        formats.moment,
-        formats.fact,
-        formats.label,
-        formats.yaml_text,
-        verdict,
-    )
-    environment.filters.update({word.__name__: word for word in words})
+    environment.filters.update({name: getattr(formats, name) for name in _FILTERS}, verdict=verdict)
     return environment.get_template(template).render(**values)
 
 
@@ -80,16 +70,5 @@ def _shown(value: Any) -> Any:
     return formats.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _score_plots(report: dict[str, Any]) -> list[Markup | None]:
-    plots = [score_plot(benchmark, f"scores-{i}") for i, benchmark in enumerate(report["scores"]["benchmarks"])]
-    return [Markup(svg) if svg else None for svg in plots]
-
-
-def _training_plots(report: dict[str, Any]) -> dict[str, list[tuple[str, Markup | None]]]:
-    """Return for each training stage the titles of its charts, and the plots of those that have values."""
-    plots = {}
-    for training in report["training"]:
-        stage, curves = training["stage"], training["curves"]
-        drawn = [(chart.title, training_plot(stage, chart, curves)) for chart in charts_of(curves)] if curves else []
-        plots[stage] = [(title, Markup(svg) if svg else None) for title, svg in drawn]
-    return plots
+def _markup(svg: str | None) -> Markup | None:
+    return Markup(svg) if svg else None
