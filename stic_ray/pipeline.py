@@ -6,7 +6,7 @@ Reading order for a newcomer: recipes.py, core/steps.py, then `run_pipeline`.
 import logging
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import yaml
@@ -14,7 +14,6 @@ import yaml
 from stic_ray.core import history, lease
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, RunError, SourceError, nearest, type_and_message
-from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import MANIFEST, ROWS_NOW, STARTED, RunDir, digest
 from stic_ray.core.steps import (
     BASE,
@@ -136,14 +135,15 @@ def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> 
         history.end_attempt(output, type_and_message(error))
         raise
     history.end_attempt(output, history.FINISHED, accounts.pop(ROWS_NOW, accounts["num_rows_in"]))
-    took = history.totals(history.read_attempts(output))
+    attempts = history.read_attempts(output)
+    took = history.totals(attempts)
     made = {
         "stage": step.stage.name,
-        **{name: getattr(took, name) for name in ("seconds", "num_attempts", "core_hours", "gpu_hours")},
+        **asdict(took),
         **accounts,
         **settings,
         "config_hash": digest(settings["config"]),
-        "made_with": {key: history.read_attempts(output)[-1][key] for key in history.MADE_WITH},
+        "made_with": {key: attempts[-1][key] for key in ("git_commit", "package_versions", "processes")},
     }
     if smaller := output.manifest:
         made[GROWN_FROM] = [*smaller.get(GROWN_FROM, []), digest(smaller)]
@@ -236,8 +236,7 @@ def _check_inputs(todo: Sequence[Step], done: Collection[str], run: RunDir) -> N
 def _write_config(config: RunConfig, steps: Steps, run: RunDir, facts: dict[str, Any]) -> None:
     record = {
         **facts,
-        "git_commit": git_commit(),
-        "package_versions": package_versions(),
+        **history.code_versions(),
         "steps": [step.record(config) for step in steps],
         "config": config.model_dump(mode="json"),
     }

@@ -7,24 +7,36 @@ at the last sign of life of the one that was killed. Readers add up all attempts
 import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from stic_ray.core.placement import Need
-from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import RunDir
 
 ATTEMPTS = "attempts.jsonl"
 FINISHED = "finished"
 KILLED = "killed"
 
-MADE_WITH = ("git_commit", "package_versions", "processes")
-"""What a manifest repeats of its last attempt."""
-
-Attempt = dict[str, Any]
+_PACKAGES = [
+    "stic-ray",
+    "torch",
+    "ray",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "pyarrow",
+]
+"""Those that results depend on."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +50,12 @@ class Totals:
     gpu_hours: float
 
 
-def read_attempts(step: RunDir) -> list[Attempt]:
+def read_attempts(step: RunDir) -> list[dict[str, Any]]:
     """Return the attempts at a step, the first one first; a line that was cut off is left out."""
-    file = step.location / ATTEMPTS
-    if not file.exists():
-        return []
-    found = []
-    for line in file.read().decode("utf-8", "replace").splitlines():
-        try:
+    file, found = step.location / ATTEMPTS, []
+    for line in file.read().splitlines() if file.exists() else ():
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            continue
     return found
 
 
@@ -63,20 +70,17 @@ def begin_attempt(step: RunDir, need: Need, num_processes: int) -> None:
         "processes": processes,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "git_commit": git_commit(),
-        "package_versions": package_versions(),
+        **code_versions(),
     }
     _write(step, [*read_attempts(step), attempt])
 
 
 def end_attempt(step: RunDir, ended: str, num_rows: int | None = None, at: float | None = None) -> None:
     """Close the last attempt, if it is open: how it ended, the rows that it did, and when (seconds since 1970)."""
-    attempts = read_attempts(step)
-    if not attempts or attempts[-1]["ended"] is not None:
-        return
-    last = attempts[-1]
-    ended_s = max(time.time() if at is None else at, _seconds(last["began_at"]))
-    _write(step, [*attempts[:-1], {**last, "ended_at": _moment(ended_s), "ended": ended, "num_rows": num_rows}])
+    *earlier, last = read_attempts(step) or [{"ended": "never begun"}]
+    if last["ended"] is None:
+        ended_s = max(time.time() if at is None else at, _seconds(last["began_at"]))
+        _write(step, [*earlier, {**last, "ended_at": _moment(ended_s), "ended": ended, "num_rows": num_rows}])
 
 
 def totals(attempts: Sequence[Mapping[str, Any]], now_s: float | None = None) -> Totals:
@@ -92,7 +96,28 @@ def totals(attempts: Sequence[Mapping[str, Any]], now_s: float | None = None) ->
     return Totals(len(attempts), round(seconds, 3), core_hours, gpu_hours)
 
 
-def _write(step: RunDir, attempts: Sequence[Attempt]) -> None:
+def code_versions() -> dict[str, Any]:
+    """Return what runs here: the commit of the source tree and the versions of the packages that are installed.
+
+    The commit has "+changes" behind it if there are any, and is None when it is not known. Of a package that
+    cluster/submit.sh sent, STIC_RAY_COMMIT says it.
+    """
+    versions = {}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    commit = os.environ.get("STIC_RAY_COMMIT") or None
+    with suppress(OSError, subprocess.CalledProcessError):
+        commit = commit or _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
+    return {"git_commit": commit, "package_versions": versions}
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _write(step: RunDir, attempts: Sequence[Mapping[str, Any]]) -> None:
     step.write_text(ATTEMPTS, "".join(json.dumps(attempt) + "\n" for attempt in attempts))
 
 

@@ -42,7 +42,8 @@ def held(run: RunDir) -> Iterator[float | None]:
     RunError when another driver holds the run. A driver that finds its run taken over, as after a long sleep of its
     machine, is interrupted.
     """
-    own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "process_began_at": _began_at()}
+    began_at = psutil.Process().create_time()
+    own = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "process_began_at": began_at}
     with FileLock(f"{run.location.path}/{_LOCK}") if run.location.is_local else nullcontext():
         before = _take(run, own)
     ended = threading.Event()
@@ -109,10 +110,6 @@ def _is_alive(holder: dict[str, Any]) -> bool:
         return abs(psutil.Process(holder["pid"]).create_time() - holder["process_began_at"]) < 1.0
     except psutil.Error:
         return False
-
-
-def _began_at() -> float:
-    return psutil.Process().create_time()
 
 
 def _beat(run: RunDir, own: dict[str, Any], ended: threading.Event) -> None:

@@ -15,16 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from stic_ray.core.rundir import (
     FAILED_FAMILY,
     NOTES_FAMILY,
-    NUM_READERS,
+    RECORD_FAMILY,
     REJECTED_FAMILY,
     RunDir,
     family_name,
-    is_parquet,
+    numbered,
     record_name,
     shard_name,
 )
@@ -32,6 +33,8 @@ from stic_ray.core.schemas import FAILED, REJECTED
 
 logger = logging.getLogger(__name__)
 
+_NUM_READERS = 32
+"""Threads that read records and footers, which is mostly waiting for the storage."""
 _NUM_MESSAGES = 5
 """Messages of failed rows that a record keeps, the most frequent ones."""
 
@@ -73,15 +76,14 @@ def publish(
     OSError with the path of what could not be written; the same call then begins again.
     """
     record_file = output.location / record_name(part, number)
-    if record_file.exists():
-        record_file.delete()
+    record_file.delete()
     sizes = {}
     for family, schema in schemas.items():
         table = tables.get(family)
         if table is not None and table.num_rows:
             sizes[family] = output.write_shard(family_name(family, part), number, table, schema)
-        elif (leftover := output.location / shard_name(family_name(family, part), number)).exists():
-            leftover.delete()
+        else:
+            (output.location / shard_name(family_name(family, part), number)).delete()
     rejected, failed = tables.get(REJECTED_FAMILY), tables.get(FAILED_FAMILY)
     record = ShardRecord(
         {family: tables[family].num_rows for family in sizes},
@@ -99,9 +101,9 @@ def published(output: RunDir, part: str, families: Iterable[str]) -> dict[int, S
     A shard whose files are not those of its record, or damaged, as a machine that lost power may leave them, is not
     done.
     """
-    numbers = sorted(output.record_numbers(part))
-    files = {file.base_name: file for file in output.location.files()} if numbers else {}
-    with ThreadPoolExecutor(NUM_READERS) as readers:
+    files = {file.base_name: file for file in output.location.files()}
+    numbers = sorted(numbered(files, family_name(RECORD_FAMILY, part), "json"))
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
         records = list(readers.map(lambda number: _whole_record(output, part, number, families, files), numbers))
     found = {number: record for number, record in zip(numbers, records, strict=True) if record}
     if len(found) < len(numbers):
@@ -139,13 +141,11 @@ def _whole_record(
     """Return the record of a shard whose files are all there, and no others; None for any other shard."""
     try:
         record = ShardRecord(**output.read_json(record_name(part, number)))
-    except TypeError:
+        names = {family: shard_name(family_name(family, part), number) for family in {*families, *record.num_bytes}}
+        there = {family: files[name].size for family, name in names.items() if name in files}
+        if output.location.is_local:  # where machines lose power, a file may have its size and not its content
+            for family in there:
+                pq.read_metadata((output.location / names[family]).path)
+    except (TypeError, pa.ArrowInvalid):
         return None
-    names = {family: shard_name(family_name(family, part), number) for family in {*families, *record.num_bytes}}
-    there = {family: files[name].size for family, name in names.items() if name in files}
-    if there != dict(record.num_bytes):
-        return None
-    # Where machines lose power, a file may have its size and not its content.
-    if output.location.is_local and not all(is_parquet(output.location / names[family]) for family in there):
-        return None
-    return record
+    return record if there == dict(record.num_bytes) else None

@@ -7,11 +7,8 @@ manifest.json that is written last, report.html and report.json.
 import hashlib
 import json
 import logging
-import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -19,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stic_ray.core.schemas import REJECTED, check
+from stic_ray.core.schemas import check
 from stic_ray.core.storage import Location
 
 logger = logging.getLogger(__name__)
@@ -38,24 +35,11 @@ RECORD_FAMILY = "shard"
 NOTES_FAMILY = "notes"
 """Of small files that are there only while a shard is being made."""
 
-NUM_READERS = 32
-"""Threads that read small files or footers, which is mostly waiting for the storage."""
-
 
 def digest(value: Any) -> str:
     """Return a short, stable hash of a JSON-like value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
 
 
 def shard_name(family: str, number: int) -> str:
@@ -98,7 +82,8 @@ class RunDir:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file atomically; numbers that JSON does not know (infinite, not a number) become null."""
-        self.write_text(name, json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
+        finite = json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None)
+        self.write_text(name, json.dumps(finite, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file, or return None when there is none, or half of one, as a machine that lost power leaves."""
@@ -116,17 +101,13 @@ class RunDir:
         shards only.
         """
         names = self._names()
-        found = _numbered(names, family, "parquet")
-        records = _numbered(names, family_name(RECORD_FAMILY, family.partition("-")[2]), "json")
+        found = numbered(names, family, "parquet")
+        records = numbered(names, family_name(RECORD_FAMILY, family.partition("-")[2]), "json")
         return [self.location / found[number] for number in sorted(found) if not records or number in records]
 
     def shard_numbers(self, family: str) -> set[int]:
         """Return the numbers of the shards of a family."""
-        return set(_numbered(self._names(), family, "parquet"))
-
-    def record_numbers(self, part: str = "") -> set[int]:
-        """Return the numbers of the shards that are done."""
-        return set(_numbered(self._names(), family_name(RECORD_FAMILY, part), "json"))
+        return set(numbered(self._names(), family, "parquet"))
 
     def rejected_families(self) -> list[str]:
         """Return the families of rejected rows: one, or one per model of an evaluation."""
@@ -161,17 +142,6 @@ class RunDir:
         tables = [read_shard(shard, wanted) for shard in self.shards(family)]
         return pa.concat_tables(tables) if tables else wanted.empty_table()
 
-    def num_rows(self, families: Iterable[str]) -> int:
-        """Count rows of the finished shards from their footers."""
-        shards = [shard for family in families for shard in self.shards(family)]
-        with ThreadPoolExecutor(NUM_READERS) as readers:
-            return sum(readers.map(_num_rows, shards))
-
-    def rejected_by_reason(self) -> dict[str, int]:
-        """Count the rejected rows by reason."""
-        tables = [self.read_table(family, REJECTED, ["reason"]) for family in self.rejected_families()]
-        return dict(sorted(Counter(reason for table in tables for reason in table["reason"].to_pylist()).items()))
-
     @property
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, or None while the stage is not done."""
@@ -188,7 +158,7 @@ def read_shard(shard: Location, schema: pa.Schema) -> pa.Table:
         return check(pq.read_table(stream, columns=schema.names), schema)
 
 
-def _numbered(names: Iterable[str], family: str, ending: str) -> dict[int, str]:
+def numbered(names: Iterable[str], family: str, ending: str) -> dict[int, str]:
     """Return the names of a family's files, by number."""
     found = [re.fullmatch(rf"{re.escape(family)}-(\d+)\.{ending}", name) for name in names]
     return {int(name[1]): name[0] for name in found if name}
@@ -199,20 +169,6 @@ def _write(file: Location, content: bytes | pa.Buffer) -> None:
         file.write(content)
     except OSError as error:  # pyarrow says "No space left on device", and not where
         raise OSError(f"'{file.uri}': {error}") from error
-
-
-def _num_rows(shard: Location) -> int:
-    with shard.filesystem.open_input_file(shard.path) as stream:
-        return pq.read_metadata(stream).num_rows
-
-
-def is_parquet(shard: Location) -> bool:
-    """Whether a file is Parquet to its end."""
-    try:
-        _num_rows(shard)
-    except pa.ArrowInvalid:
-        return False
-    return True
 
 
 def row_counts(

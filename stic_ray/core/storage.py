@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -19,7 +19,7 @@ import pyarrow as pa
 from filelock import FileLock
 from pyarrow import fs
 
-from stic_ray.core.errors import Rejected, SourceError
+from stic_ray.core.errors import Rejected, SourceError, one_line
 from stic_ray.core.schemas import Reason
 
 _STORES_WITHOUT_RENAME = ("s3", "gcs", "abfs")
@@ -29,24 +29,24 @@ _AZURE_SCHEMES = ("abfs", "abfss")
 """In their addresses the container may stand before the host: abfss://container@account.dfs.core.windows.net."""
 _SAFE = "/:=+,@!$&'()*;~"
 """Characters beside letters, digits and ._- that may stand in the path of a URI as they are."""
-_LOCAL = fs.LocalFileSystem()
 _KEPT_S = 7 * 24 * 3600
 """After so long without use, the local copy of a remote file or folder is removed."""
 
 
+@lru_cache(maxsize=64)
+def _open(address: str) -> fs.FileSystem:
+    """Open a store once per process: each opening asks the environment, and may ask for a bucket's region."""
+    return fs.FileSystem.from_uri(address)[0]
+
+
 def _split(scheme: str, address: str) -> tuple[str, str]:
-    """Return which store the address of a URI is in (all buckets are in one), and the path in its file system."""
+    """Return how the URIs of a store begin (all buckets are in one), and the path in its file system."""
     authority, slash, below = address.partition("/")
     user, at, host = authority.rpartition("@")
     if scheme in _BUCKET_SCHEMES:
-        return user, unquote(host + slash + below)
-    return authority, unquote(user + slash + below if at and scheme in _AZURE_SCHEMES else slash + below)
-
-
-@lru_cache(maxsize=64)
-def _of_bucket(root: str) -> fs.FileSystem:
-    """Open the store of a bucket once per process: each opening asks the environment, and may ask for the region."""
-    return fs.FileSystem.from_uri(root)[0]
+        return f"{scheme}://{user}{at}", unquote(host + slash + below)
+    below = f"{user}/{below}".lstrip("/") if scheme in _AZURE_SCHEMES else f"/{below}"
+    return f"{scheme}://{authority}/", unquote(below)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ class Location:
 
     filesystem: fs.FileSystem
     path: str
-    uri: str
+    store: str = ""
+    """How its URI begins, in front of the path; empty for local paths."""
+    options: str = ""
+    """How its URI ends, as "?endpoint_override=..."."""
 
     @staticmethod
     def of(uri: str) -> "Location":
@@ -66,27 +69,34 @@ class Location:
         credentials in a URI, which would end up in the files of the run. What data says is opened by `inside`.
         """
         if "://" not in uri:
-            path = os.path.abspath(os.path.expanduser(uri))
-            return Location(_LOCAL, path, path)
+            return Location(fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri)))
         scheme, _, rest = uri.partition("://")
         address, mark, query = rest.partition("?")
-        user, _, _ = address.partition("/")[0].rpartition("@")
+        host = address.partition("/")[0]
+        user = host.rpartition("@")[0]
         if ":" in user or (user and scheme == "s3"):
             raise SourceError(
                 f"'{scheme}://...@{address.split('@', 1)[1]}' holds credentials, which would be written into the run; "
                 "set them in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, for one)."
             )
-        address = quote(address.rstrip("/"), safe=_SAFE + "%") if scheme != "file" else address
         options = mark + query
+        store, path = _split(scheme, address.rstrip("/"))
         try:
-            if scheme in _BUCKET_SCHEMES:
-                filesystem = _of_bucket(f"{scheme}://{address.partition('/')[0]}{options}")
-                path = _split(scheme, address)[1]
-            else:
-                filesystem, path = fs.FileSystem.from_uri(f"{scheme}://{address}{options}")
+            if scheme == "file":
+                return Location(*fs.FileSystem.from_uri(uri))
+            filesystem = _open(f"{scheme}://{host}{options}")
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise SourceError(f"Cannot open '{uri}': {str(error).splitlines()[0]}") from error
-        return Location(filesystem, path, path if scheme == "file" else f"{scheme}://{address}{options}")
+            raise SourceError(f"Cannot open '{uri}': {one_line(error)}") from error
+        return Location(filesystem, path, store, options)
+
+    @property
+    def uri(self) -> str:
+        """The address, of which `of` makes the same location."""
+        scheme, _, authority = self.store.partition("://")
+        if not scheme:
+            return self.path
+        container = authority.rpartition("@")[0] if scheme in _AZURE_SCHEMES else ""
+        return self.store + quote(self.path.removeprefix(container).lstrip("/"), safe=_SAFE) + self.options
 
     def __truediv__(self, name: str) -> "Location":
         """Return the location of `name` below this one."""
@@ -94,18 +104,7 @@ class Location:
 
     def at(self, path: str) -> "Location":
         """Return the location of another path of the same file system."""
-        scheme, separator, rest = self.uri.partition("://")
-        if not separator:
-            return Location(self.filesystem, path, path)
-        address, mark, query = rest.partition("?")
-        authority = address.partition("/")[0]
-        user, at, _ = authority.rpartition("@")
-        if scheme in _BUCKET_SCHEMES:
-            address = user + at + quote(path, safe=_SAFE)
-        else:
-            below = path.removeprefix(user) if scheme in _AZURE_SCHEMES else path
-            address = f"{authority}/{quote(below.lstrip('/'), safe=_SAFE)}"
-        return Location(self.filesystem, path, f"{scheme}://{address}{mark}{query}")
+        return replace(self, path=path)
 
     @property
     def folder(self) -> "Location":
@@ -119,14 +118,13 @@ class Location:
         or another store, and for options behind a '?', which would choose the server that gets our requests.
         """
         scheme, separator, address = path.partition("://")
-        own, _, rest = self.uri.partition("://")
         if not separator:
             target = path if path.startswith("/") else f"{self.path}/{path}"
         elif scheme == "file" and self.is_local:
             target = unquote(address)
         else:
             store, target = _split(scheme, address)
-            if scheme != own or "?" in address or store != _split(own, rest.partition("?")[0])[0]:
+            if store != self.store or "?" in address:
                 target = ""
         limit = (root or self).path.strip("/")
         normal = posixpath.normpath(target)
@@ -139,11 +137,11 @@ class Location:
 
         The options of this folder hold for its own kind of store. Options behind a '?' stay for the reader to refuse.
         """
-        scheme, separator, address = path.partition("://")
+        scheme, separator, _ = path.partition("://")
         if not separator:
             return path if path.startswith("/") else (self / path).uri
-        own, _, rest = self.uri.partition("://")
-        return path if scheme != own or "?" in address else path + "".join(rest.partition("?")[1:])
+        is_alike = self.store.startswith(f"{scheme}://") and "?" not in path
+        return path + self.options if is_alike else path
 
     @property
     def is_local(self) -> bool:
@@ -196,11 +194,8 @@ class Location:
 
     def write(self, content: bytes | pa.Buffer | mmap.mmap) -> None:
         """Write the whole file at once: a reader sees the old content or the new, never a part."""
-        if self.filesystem.type_name in _STORES_WITHOUT_RENAME:
-            with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(content)  # one call, which a store takes whole or refuses
-            return
-        with self.writing() as stream:
+        at_once = self.filesystem.type_name in _STORES_WITHOUT_RENAME  # one call, which a store takes whole or refuses
+        with self.filesystem.open_output_stream(self.path) if at_once else self.writing() as stream:
             stream.write(content)
 
     @contextmanager
@@ -229,8 +224,9 @@ class Location:
             raise
 
     def delete(self) -> None:
-        """Remove the file."""
-        self.filesystem.delete_file(self.path)
+        """Remove the file, if it is there."""
+        if self.exists():
+            self.filesystem.delete_file(self.path)
 
     def delete_folder(self) -> None:
         """Remove the folder and all below it, if it is there."""
@@ -254,11 +250,8 @@ class Location:
 
     def holds_files(self) -> bool:
         """Whether the folder is there and not empty, as the place of a disk that is not mounted is."""
-        if not self.is_local:  # there are no empty folders in an object store
-            return self.is_folder()
-        try:
-            with os.scandir(self.path) as found:
-                return any(found)
+        try:  # there are no empty folders in an object store
+            return bool(os.listdir(self.path)) if self.is_local else self.is_folder()
         except OSError:
             return False
 

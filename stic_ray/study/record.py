@@ -8,8 +8,8 @@ import yaml
 
 from stic_ray.core.config import MAY_CHANGE, RunConfig
 from stic_ray.core.errors import ConfigError, RunError
+from stic_ray.core.history import code_versions
 from stic_ray.core.overrides import build_config
-from stic_ray.core.provenance import git_commit, package_versions
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import BASE
 from stic_ray.study.plan import OWN_FIELDS, Run, Study, Variants
@@ -78,8 +78,7 @@ def write_record(home: RunDir, study: Study, base: RunConfig, facts: Mapping[str
         variants[name] = _merged(name, variants.get(name, overrides), overrides, home.uri)
     data = {
         **facts,
-        "git_commit": git_commit(),
-        "package_versions": package_versions(),
+        **code_versions(),
         "pool_size": study.pool_size,
         "sizes": sorted({*study.sizes, *old.sizes}),
         "seeds": sorted({*study.seeds, *old.seeds}),

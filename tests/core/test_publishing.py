@@ -50,6 +50,8 @@ def changes(patch: pytest.MonkeyPatch, stop: Callable[[int, str], None]) -> list
 
     def stopping(change: Callable[..., Any]) -> Callable[..., Any]:
         def changed(self: Location, *arguments: Any) -> None:
+            if not arguments and not self.exists():  # nothing to delete
+                return
             made.append(self.name)
             stop(len(made), "before")
             change(self, *arguments)
@@ -142,7 +144,7 @@ def test_readers_take_no_file_without_a_record_where_there_are_records(stage: Ru
     publish(stage, "", 0, SECOND, FAMILIES)
     stage.write_shard("rows", 1, SECOND["rows"], ROWS)
     assert [shard.name for shard in stage.shards("rows")] == ["rows-000000.parquet"]
-    assert stage.read_table("rows", ROWS).num_rows == 4 and stage.num_rows(["rows", "text"]) == 7
+    assert [stage.read_table(family, ROWS).num_rows for family in ("rows", "text")] == [4, 3]
     stage.write_shard("listing", 0, SECOND["rows"], ROWS)
     assert stage.shards("listing") != [], "of shard 0, which is done"
 

@@ -208,7 +208,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
     """A folder that ordinary programs cannot open by its path, as in an object store."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
     store = fs.SubTreeFileSystem(str(a_checkpoint(tmp_path / "store").parent), fs.LocalFileSystem())
-    return Location(store, "store", "s3://bucket/store")
+    return Location(store, "store", "s3://bucket/")
 
 
 def test_a_local_copy_is_the_place_itself_or_a_download(remote: Location, tmp_path: Path) -> None:

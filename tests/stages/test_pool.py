@@ -105,7 +105,7 @@ def test_parquet_gives_the_same_images_as_files(kind: str, tmp_path: Path) -> No
     from_files = run_stages(fake_config(tmp_path, pictures), tmp_path / "b", "pool", "preferences")
 
     assert [r["image_id"] for r in index_of(from_tables)] == [r["image_id"] for r in index_of(from_files)]
-    assert (from_tables / "preferences").num_rows(["pairs", "rejected"]) == 7
+    assert pairs_of(from_tables).num_rows + len(rejected_of(from_tables, "preferences")) == 7
     for shard in (from_tables / "preferences").shards("pairs"):
         for row in pq.read_table(shard.path).to_pylist():
             assert row["image"]["bytes"] in encoded
@@ -138,7 +138,7 @@ def test_an_image_that_vanished_after_indexing_is_a_rejected_row(tmp_path: Path)
     assert [(Path(r["path"]).name, r["reason"]) for r in rejected_of(run, "preferences")] == [
         ("003.jpg", "unreadable_file")
     ]
-    assert (run / "preferences").num_rows(["pairs"]) == 4
+    assert pairs_of(run).num_rows == 4
 
 
 def test_stored_pictures_are_what_the_model_saw(tmp_path: Path) -> None:
