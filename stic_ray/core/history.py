@@ -24,18 +24,7 @@ ATTEMPTS = "attempts.jsonl"
 FINISHED = "finished"
 KILLED = "killed"
 
-_PACKAGES = [
-    "stic-ray",
-    "torch",
-    "ray",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "datasets",
-    "pyarrow",
-]
+PACKAGES = ("stic-ray", "torch", "ray", "transformers", "trl", "peft", "accelerate", "deepspeed", "datasets", "pyarrow")
 """Those that results depend on."""
 
 
@@ -103,7 +92,7 @@ def code_versions() -> dict[str, Any]:
     cluster/submit.sh sent, STIC_RAY_COMMIT says it.
     """
     versions = {}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     commit = os.environ.get("STIC_RAY_COMMIT") or None
