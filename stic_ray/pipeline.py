@@ -106,7 +106,7 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
         make_sources(todo, config, run)
         record_estimate(config, steps, run, [step.name for step in todo])
         # Where a cluster does the work, this machine need not have the model, nor what an engine needs.
-        checked = check_before_work(prepared, engine_too=cluster.is_local())
+        checked = check_before_work(prepared, engine_too=cluster.cluster_address() is None)
         needs = {step.name: step.stage.need(each.config) for step, each in prepared}
         with cluster.connected(config, needs):
             for step, each in prepared:
@@ -121,7 +121,7 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
 
 def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> None:
     """Run one step as an attempt, and write its manifest."""
-    from stic_ray.stages import cluster, placement_watch
+    from stic_ray.stages import processes
 
     logger.info("%s: started", step.name)
     output, need = prepared.output, step.stage.need(prepared.config)
@@ -129,7 +129,7 @@ def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> 
     output.write_json(STARTED, settings)
     history.begin_attempt(output, need, _num_processes(prepared.config, need.what))
     try:
-        with cluster.released(), placement_watch.watching(step.name, need, config.cluster.resource_timeout_s):
+        with processes.released(), processes.watched(step.name, need, config.cluster.resource_timeout_s):
             accounts = step.stage.run(prepared)
     except BaseException as error:
         history.end_attempt(output, type_and_message(error))

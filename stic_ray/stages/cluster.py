@@ -1,32 +1,41 @@
-"""The Ray cluster of a run: connecting, what it must hold, and giving it back between stages."""
+"""The Ray cluster of a run: the one at RAY_ADDRESS, or a Ray that is started on this machine for this run alone."""
 
 import logging
 import math
 import os
-import time
+import secrets
+import signal
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
+import grpc
 import ray
 import ray.exceptions
-from ray._private import state, worker
+from ray._private import services, worker
 from ray._private.accelerators import get_accelerator_manager_for_resource
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated import gcs_service_pb2
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from stic_ray.core.config import ModelConfig, RunConfig
-from stic_ray.core.errors import SticError, UserError
+from stic_ray.core.console import configure_worker, show
+from stic_ray.core.errors import ConfigError, SticError, UserError, one_line
 from stic_ray.core.placement import ACCELERATOR, Machines, Need, Node, check_fits
-from stic_ray.stages import joining
 
 logger = logging.getLogger(__name__)
 
-PROCESSES = {"actors": "MapWorker", "workers": "RayTrainWorker"}
-"""How the classes begin that Ray Data and Ray Train start for a stage."""
+_ANSWER_S = 15.0
+"""How long the head of a cluster may take to answer. Ray itself tries for almost three minutes, and then exits."""
+
+_MAX_TEMP_DIR_BYTES = 39
+"""A socket's path has 107 bytes at most; "/ray/session_<date>_<time>_<pid>/sockets/plasma_store" is 68 of them."""
 
 _NODE_GROUP = "ray.io/node-group"
 """Label of a machine that something starts when it is asked for: Ray's cluster launcher or KubeRay."""
-
-_RELEASE_TIMEOUT_S = 120.0
 
 
 def process_environment(config: RunConfig) -> dict[str, str]:
@@ -55,8 +64,12 @@ def connected(config: RunConfig, needs: Mapping[str, Need] | None = None) -> Ite
     """
     is_ours = not ray.is_initialized()
     try:
-        if is_ours:
-            _connect(config, needs or {})
+        if is_ours and (address := cluster_address()):
+            join(address, process_environment(config))
+        elif is_ours:
+            _start_here(config)
+            here = Node({**nodes()[0].resources, "CPU": math.inf})
+            check_fits(needs or {}, Machines("this machine", [here]))
         yield
     except Exception as error:
         if worker._global_node is not None and not isinstance(error, UserError):
@@ -67,18 +80,9 @@ def connected(config: RunConfig, needs: Mapping[str, Need] | None = None) -> Ite
             ray.shutdown()
 
 
-def _connect(config: RunConfig, needs: Mapping[str, Need]) -> None:
-    if address := joining.cluster_address():
-        joining.join(address, process_environment(config))
-        return
-    joining.start_here(process_environment(config), _local_cpus(config))
-    here = Node({**nodes()[0].resources, "CPU": math.inf})
-    check_fits(needs, Machines("this machine", [here]))
-
-
-def is_local() -> bool:
-    """Whether this machine does the work, and no cluster."""
-    return joining.cluster_address() is None
+def nodes() -> list[Node]:
+    """Return the machines of the cluster that this process is connected to."""
+    return [Node(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
 
 
 def check_model(config: RunConfig) -> ModelConfig:
@@ -104,10 +108,10 @@ def machines(config: RunConfig) -> Machines:
     CPUs of this machine are not counted: more actors than cores run, only slower. Raises ConfigError when RAY_ADDRESS
     leads to no cluster, or one that refuses.
     """
-    address = joining.cluster_address()
+    address = cluster_address()
     if address is None:
         return Machines("this machine", [Node({"CPU": math.inf, **_gpus_of_this_machine(config)})])
-    found = joining.ask_cluster(address)
+    found = [Node(dict(node.resources_total), dict(node.labels)) for node in ask_cluster(address)]
     return Machines(f"the cluster at {address}", found, may_grow=any(_NODE_GROUP in node.labels for node in found))
 
 
@@ -124,40 +128,131 @@ def _gpus_of_this_machine(config: RunConfig) -> dict[str, float]:
     return {"GPU": num_gpus if visible is None else min(num_gpus, len(visible)), **kinds}
 
 
-def _local_cpus(config: RunConfig) -> int:
-    """Return the CPUs that a Ray of our own is given, for the processes of any stage and a task."""
+def cluster_address() -> str | None:
+    """Return the address of the cluster to join as HEAD:PORT, or None for a Ray of our own.
+
+    Raises ConfigError when RAY_ADDRESS is no address that a driver can join.
+    """
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address and address.startswith("http"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is a dashboard, which takes jobs: use cluster/submit.sh or `ray job submit`. A "
+            "command that joins a cluster by itself needs the address of the head, as HEAD:6379."
+        )
+    if address and "://" in address:
+        raise ConfigError(f"RAY_ADDRESS={address} is none that a driver can join; give that of the head, as HEAD:6379.")
+    try:
+        return services.canonicalize_bootstrap_address(address) if address else None
+    except (ValueError, OSError) as error:
+        raise _not_joined(error) from error
+
+
+def ask_cluster(address: str) -> list[Any]:
+    """Return the nodes of a cluster that are alive, as Ray's own messages, without joining it.
+
+    Raises ConfigError when the head does not answer, or refuses.
+    """
+    if os.environ.get("RAY_ADDRESS") == "auto":  # as Ray does: an address that was typed turns no tokens on
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    messages: Any = gcs_service_pb2  # its classes are made while it is imported
+    try:
+        with cast(grpc.Channel, init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])) as channel:
+            request = messages.GetAllNodeInfoRequest(state_filter="ALIVE")
+            return list(NodeInfoGcsServiceStub(channel).GetAllNodeInfo(request, timeout=_ANSWER_S).node_info_list)
+    except ray.exceptions.AuthenticationError as error:
+        raise _not_joined(error) from error
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call)
+        refused = {
+            grpc.StatusCode.UNAUTHENTICATED: "it refuses this token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH "
+            "to the file with the cluster's own",
+            grpc.StatusCode.DEADLINE_EXCEEDED: f"it has not answered within {_ANSWER_S:g} s",
+        }
+        raise _not_joined(
+            refused.get(error.code(), f"it does not answer as a Ray cluster does ({error.details()})")
+        ) from error
+
+
+def join(address: str, env_vars: dict[str, str]) -> None:
+    """Join a cluster as a driver whose processes get `env_vars`.
+
+    Raises ConfigError, within half a minute, when it does not answer, refuses, or has no node on this machine.
+    """
+    here = services.find_node_ids()
+    if not any(node.node_id.hex() in here for node in ask_cluster(address)):
+        raise _not_joined(
+            "it is there, but this machine is none of its nodes; submit the command with cluster/submit.sh, or run "
+            f"`ray start --address={address}` here first"
+        )
+    try:
+        _init(env_vars, address=address)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise _not_joined(error) from error
+
+
+def _not_joined(reason: BaseException | str) -> ConfigError:
+    return ConfigError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined: {one_line(reason).rstrip('.')}.")
+
+
+def _start_here(config: RunConfig) -> None:
+    """Start a Ray for this process alone, with CPUs for the processes of any stage and a task.
+
+    Raises ConfigError when the folder of temporary files is too deep for Ray's sockets and no other can be used.
+    """
+    has_token = any(os.environ.get(f"RAY_AUTH_TOKEN{ending}") for ending in ("", "_PATH")) or os.path.isfile(
+        os.path.expanduser("~/.ray/auth_token")
+    )
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not has_token:
+        # Ray would leave a token in ~/.ray, which may be read-only, and which every later `ray start` would ask for.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     generation = config.actors.num_actors * config.actors.num_cpus
     training = config.workers.num_workers * config.workers.num_cpus
-    return max(os.cpu_count() or 1, int(max(generation, training)) + 1)
+    num_cpus = max(os.cpu_count() or 1, int(max(generation, training)) + 1)
+    options = {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": short_temp_dir()}
+    _init(process_environment(config), address="local", **options)
 
 
-@contextmanager
-def released() -> Iterator[None]:
-    """Run a stage, then wait until the processes that it started have given back what they held.
+def _init(env_vars: dict[str, str], **options: Any) -> None:
+    """Call `ray.init` so that the console shows our own lines alone; all that Ray says is in its logs."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    worker.print_to_stdstream = _show  # Ray offers all lines of all processes or none
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    hook = f"{configure_worker.__module__}.{configure_worker.__name__}"
+    sys.stderr.flush()
+    on_sigterm, stderr = signal.getsignal(signal.SIGTERM), os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:  # Ray's core says there which level it was asked for
+            os.dup2(nothing.fileno(), 2)
+        ray.init(
+            logging_level=logging.CRITICAL,
+            runtime_env={"env_vars": env_vars, "worker_process_setup_hook": hook},
+            **options,
+        )
+    except SystemExit:  # of the handler that Ray puts in the place of ours, with status 15
+        signal.signal(signal.SIGTERM, on_sigterm)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
-    Other jobs of the cluster are not looked at: what they take or give back is theirs.
-    """
-    before = {process["ActorID"] for process in own_processes()}
-    yield
-    deadline = time.monotonic() + _RELEASE_TIMEOUT_S
-    while left := {process["ActorID"] for process in own_processes()} - before:
-        if time.monotonic() > deadline:
-            logger.warning("%d processes of the stage are still there after %.0f s", len(left), _RELEASE_TIMEOUT_S)
-            return
-        time.sleep(0.1)
+
+def _show(data: dict[str, Any], ignore_prefix: bool) -> None:
+    """Show those lines of a process of the cluster that are ours."""
+    for line in data["lines"]:
+        show(line)
 
 
-def nodes() -> list[Node]:
-    """Return the machines of the cluster."""
-    return [Node(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
-
-
-def own_processes(what: str | None = None) -> list[dict[str, Any]]:
-    """Return this job's `actors` or `workers`, or both, that are there or wanted.
-
-    One without a place yet has port 0. Ray's public list of actors asks the dashboard, which a cluster may not have.
-    """
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    classes = (PROCESSES[what],) if what else tuple(PROCESSES.values())
-    found = state.actors(job_id=job).values()
-    return [each for each in found if each["State"] != "DEAD" and each["ActorClassName"].startswith(classes)]
+def short_temp_dir() -> str | None:
+    """Return a folder for Ray's files whose path is short enough for sockets, or None for Ray's own choice."""
+    chosen = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(chosen)) <= _MAX_TEMP_DIR_BYTES:
+        return None
+    if not os.environ.get("RAY_TMPDIR"):
+        with suppress(OSError):  # Ray lets everybody write into the folder that it is given
+            return tempfile.mkdtemp(prefix="ray-", dir="/tmp") + "/ray"
+    raise ConfigError(
+        f"Ray keeps its sockets below '{chosen}', whose path has more than {_MAX_TEMP_DIR_BYTES} bytes: too long for "
+        "sockets. Set RAY_TMPDIR, or TMPDIR, to a folder with a short path, as RAY_TMPDIR=/tmp/mine."
+    )

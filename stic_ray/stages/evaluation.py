@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, EvaluationConfig, RunConfig
-from stic_ray.core.errors import SourceError
 from stic_ray.core.placement import actors_need
 from stic_ray.core.rundir import ROWS_NOW, RunDir, family_name, row_counts
 from stic_ray.core.schemas import PREDICTIONS
@@ -25,7 +24,7 @@ from stic_ray.method.scoring import METRICS
 from stic_ray.method.statistics import Question, summary
 from stic_ray.stages.benchmarks import load_questions, read_benchmarks
 from stic_ray.stages.fetch import fetched
-from stic_ray.stages.shards import ShardJob, ShardTask, run_shards
+from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
 from stic_ray.stages.windows import Rows
 
 _PREDICTIONS = "predictions"
@@ -44,7 +43,9 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     # The questions about an image next to each other: it is described once for all of them.
     questions = sorted(read_benchmarks(config.evaluation.benchmarks), key=lambda q: (q["path"] or "", q["row"] or 0))
     prompts = load_prompts(config.prompts)
-    tasks = _tasks(questions, config.pool.shard_size)
+    size = config.pool.shard_size
+    starts = range(0, len(questions), size)
+    tasks = [ShardTask(number, {"rows": questions[start : start + size]}) for number, start in enumerate(starts)]
     done = {}
     for model, checkpoint in models.items():
         job = ShardJob(
@@ -57,15 +58,15 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
             max_failed_share=config.cluster.max_failed_share,
         )
         done[model] = run_shards(job, tasks, config.actors)
-    reasons = dict(sorted(sum((Counter(each.rejected_by_reason) for each in done.values()), Counter()).items()))
     predictions = [
         row for model in models for row in output.read_table(family_name(_PREDICTIONS, model), PREDICTIONS).to_pylist()
     ]
-    if not predictions:
-        raise SourceError(f"Not one question could be asked: {reasons}.")
-    output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
+    reasons = sum((Counter(each.rejected_by_reason) for each in done.values()), Counter())
     num_rows = sum(len(question["metrics"]) for question in questions) * len(config.evaluation.modes) * len(models)
-    accounts = row_counts(num_rows, len(predictions), reasons, sum(each.num_failed for each in done.values()))
+    num_failed = sum(each.num_failed for each in done.values())
+    accounts = row_counts(num_rows, len(predictions), dict(sorted(reasons.items())), num_failed)
+    check_written(accounts, output, "Not one question could be asked")
+    output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
     accounts[ROWS_NOW] = sum(each.num_rows_now for each in done.values())
     return {**accounts, "throughput": {model: each.throughput for model, each in done.items()}}
 
@@ -109,20 +110,6 @@ class _Response(NamedTuple):
     answer: Answer
 
 
-class _Asked(NamedTuple):
-    """What the model is asked about a question, in one form or another."""
-
-    row: dict[str, Any]
-    picture: Any
-    prompt: str
-    max_new_tokens: int
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What a greedy answer depends on."""
-        return self.row["path"], self.row["row"], self.prompt, self.max_new_tokens
-
-
 class Respondent:
     """Answers questions in both modes; owns a model."""
 
@@ -145,37 +132,44 @@ class Respondent:
 
     def answer(self, prepared: Sequence[_Question]) -> list[list[_Response]]:
         """Return the responses to each question, one per mode; an image is described once for all of its questions."""
-        long, short = self.config.evaluation.max_description_tokens, self.config.evaluation.max_answer_tokens
-        modes = self.config.evaluation.modes
-        described = [q for q in prepared if q.picture is not None and modes != (DIRECT,)]
-        texts = self._generate([_Asked(*question, self.prompts.describe, long) for question in described])
-        descriptions = {id(question): text.text for question, text in zip(described, texts, strict=True)}
-        asked, given = [], []
-        for question in prepared:
-            for mode in modes:
-                description = descriptions.get(id(question)) if mode != DIRECT else None
-                limit = long if _is_open(question.row) else short
-                asked.append(_Asked(*question, self._prompt(question.row, description), limit))
-                given.append((mode, description))
-        responses = [
-            _Response(mode, each.prompt, description, answer)
-            for (mode, description), each, answer in zip(given, asked, self._generate(asked), strict=True)
+        settings = self.config.evaluation
+        described = [each for each in prepared if each.picture is not None and settings.modes != (DIRECT,)]
+        texts = self._generate([(each, self.prompts.describe, settings.max_description_tokens) for each in described])
+        descriptions = {id(each): text.text for each, text in zip(described, texts, strict=True)}
+        planned = [
+            (question, mode, descriptions.get(id(question)) if mode != DIRECT else None)
+            for question in prepared
+            for mode in settings.modes
         ]
-        return [responses[start : start + len(modes)] for start in range(0, len(responses), len(modes))]
+        short, long = settings.max_answer_tokens, settings.max_description_tokens
+        asked = [
+            (question, self._prompt(question.row, description), long if _is_open(question.row) else short)
+            for question, _, description in planned
+        ]
+        responses = [
+            _Response(mode, prompt, description, answer)
+            for (_, mode, description), (_, prompt, _), answer in zip(
+                planned, asked, self._generate(asked), strict=True
+            )
+        ]
+        size = len(settings.modes)
+        return [responses[start : start + size] for start in range(0, len(responses), size)]
 
     def finish(self, prepared: _Question, answer: list[_Response]) -> Rows:
         """Return a prediction per mode and metric."""
         row = prepared.row
         return {_PREDICTIONS: [self._prediction(row, metric, each) for each in answer for metric in row["metrics"]]}
 
-    def _generate(self, asked: Sequence[_Asked]) -> list[Answer]:
-        """Answer greedily, and only once what is asked several times of the same picture."""
+    def _generate(self, asked: Sequence[tuple[_Question, str, int]]) -> list[Answer]:
+        """Answer prompts of at most so many tokens greedily, and only once what is asked several times of a picture."""
+        keys = [(question.row["path"], question.row["row"], prompt, limit) for question, prompt, limit in asked]
+        requests = {key: Request(each[1], each[0].picture) for key, each in zip(keys, asked, strict=True)}
         answers: dict[tuple[Any, ...], Answer] = {}
-        for limit in sorted({each.max_new_tokens for each in asked}):
-            requests = {each.key: Request(each.prompt, each.picture) for each in asked if each.max_new_tokens == limit}
-            found = self.engine.generate(list(requests.values()), Sampling(limit))
-            answers.update(zip(requests, found, strict=True))
-        return [answers[each.key] for each in asked]
+        for limit in sorted({limit for *_, limit in keys}):
+            some = [key for key in requests if key[-1] == limit]
+            found = self.engine.generate([requests[key] for key in some], Sampling(limit))
+            answers.update(zip(some, found, strict=True))
+        return [answers[key] for key in keys]
 
     def _prompt(self, row: dict[str, Any], description: str | None) -> str:
         if _is_open(row):
@@ -212,13 +206,6 @@ class Respondent:
 def _is_open(row: Mapping[str, Any]) -> bool:
     """Say whether a question is asked as it stands and answered at length; a row's metrics agree on it."""
     return METRICS[row["metrics"][0]].is_open
-
-
-def _tasks(questions: list[dict[str, Any]], size: int) -> list[ShardTask]:
-    return [
-        ShardTask(number, {"rows": questions[start : start + size]})
-        for number, start in enumerate(range(0, len(questions), size))
-    ]
 
 
 def _run(step: StepRun) -> dict[str, Any]:

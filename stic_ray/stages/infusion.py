@@ -6,7 +6,7 @@ Rows with an image go to rows-*.parquet, which TRL's SFTTrainer takes as they ar
 through to text-*.parquet, because TRL's collator has no place for an absent image in an image column.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, RunConfig
-from stic_ray.core.errors import ModelError, Rejected, SourceError
+from stic_ray.core.errors import ModelError, Rejected
 from stic_ray.core.placement import Need, actors_need
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.schemas import INFUSED, Reason
@@ -29,7 +29,7 @@ from stic_ray.method.infusion import Messages, description_prompt, infuse
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetched
 from stic_ray.stages.instructions import image_folder, index_instructions, load_instructions, read_instructions
-from stic_ray.stages.shards import ShardJob, run_shards
+from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
 
 
@@ -52,13 +52,9 @@ def build_infusion(step: StepRun) -> dict[str, Any]:
     )
     actors = config.actors.model_copy(update={"num_gpus": _need(config).each["GPU"]})
     done = run_shards(job, tasks, actors)
-    accounts = done.accounts(num_rows, ["rows", "text"])
-    if not accounts["num_rows_written"]:
-        raise SourceError(
-            f"Not one of {num_rows} instruction rows could be used: {accounts['rejected_by_reason']}. "
-            f"The rejected rows are in '{output.uri}'; delete that folder to try again with other settings."
-        )
-    return {**accounts, "num_text_only_rows": done.num_rows.get("text", 0), "throughput": done.throughput}
+    accounts = done.accounts(num_rows)
+    check_written(accounts, output, f"Not one of {num_rows} instruction rows could be used")
+    return {**accounts, "num_text_only_rows": done.num_rows.get("text", 0)}
 
 
 class _Instruction(NamedTuple):
@@ -100,28 +96,29 @@ class Infuser:
 
     def answer(self, prepared: Sequence[_Instruction]) -> list[tuple[Answer | None, int]]:
         """Return the description of each image, if one is asked for, and how many tokens the image adds."""
-        seen = [(place, row.picture) for place, row in enumerate(prepared) if row.picture is not None]
+        shown = [(row.id, row.picture) for row in prepared if row.picture is not None]
         if self.engine is None:
-            counts = self.counter.count_added_tokens([picture for _, picture in seen])
-            described: list[tuple[Answer | None, int]] = [(None, count) for count in counts]
+            counts = self.counter.count_added_tokens([picture for _, picture in shown])
+            found: Iterator[tuple[Answer | None, int]] = ((None, count) for count in counts)
         else:
-            ids = [prepared[place].id for place, _ in seen]
             requests = [
                 Request(self._prompt(name), picture, seed_for(self.config.seed, name, "infusion"))
-                for name, (_, picture) in zip(ids, seen, strict=True)
+                for name, picture in shown
             ]
-            described = [(answer, answer.num_added_tokens) for answer in self.engine.generate(requests, self.sampling)]
-        found: list[tuple[Answer | None, int]] = [(None, 0)] * len(prepared)
-        for (place, _), description in zip(seen, described, strict=True):
-            found[place] = description
-        return found
+            answers = self.engine.generate(requests, self.sampling)
+            found = ((answer, answer.num_added_tokens) for answer in answers)
+        return [(None, 0) if row.picture is None else next(found) for row in prepared]
 
     def finish(self, prepared: _Instruction, answer: tuple[Answer | None, int]) -> Rows:
         """Return the row with the description in front of its first question."""
         description, num_added_tokens = answer
-        messages = prepared.messages
+        messages, settings = prepared.messages, self.config.infusion
         if description is not None:
-            self._check(description)
+            if not description.text:
+                raise Rejected(Reason.EMPTY_ANSWER, "the description is empty")
+            if description.finish_reason == "length" and not settings.allow_truncated:
+                limit = f"infusion.max_new_tokens={settings.max_new_tokens}"
+                raise Rejected(Reason.TRUNCATED_ANSWER, f"the description was cut off at {limit}")
             messages = infuse(messages, description.text, self.prompts)
         try:
             length = self.counter.count_text_tokens(messages, with_image=prepared.picture is not None)
@@ -145,13 +142,6 @@ class Infuser:
 
     def _prompt(self, identity: str) -> str:
         return description_prompt(identity, self.config.seed, self.config.infusion, self.prompts)
-
-    def _check(self, description: Answer) -> None:
-        if not description.text:
-            raise Rejected(Reason.EMPTY_ANSWER, "the description is empty")
-        if description.finish_reason == "length" and not self.config.infusion.allow_truncated:
-            limit = self.config.infusion.max_new_tokens
-            raise Rejected(Reason.TRUNCATED_ANSWER, f"the description was cut off at infusion.max_new_tokens={limit}")
 
 
 def _need(config: RunConfig) -> Need:

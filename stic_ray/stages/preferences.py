@@ -1,7 +1,6 @@
 """Stage `preferences`: from the index to preference pairs (STIC Algorithm 1, first stage)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import pyarrow as pa
 from PIL import Image
 
 from stic_ray.core.config import ANSWER_SETTINGS, RunConfig
-from stic_ray.core.errors import ConfigError, SourceError
+from stic_ray.core.errors import ConfigError
 from stic_ray.core.placement import actors_need
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import read_shard
@@ -20,18 +19,11 @@ from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_token
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import decode_for_storage
-from stic_ray.method.preferences import (
-    AnswerText,
-    PairPlan,
-    judge_pair,
-    pair_row,
-    picture_for_rejected,
-    plan_pair,
-)
+from stic_ray.method.preferences import AnswerText, PairPlan, judge_pair, pair_row, picture_for_rejected, plan_pair
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.extents import index_shards
 from stic_ray.stages.fetch import fetch_indexed, fetched, with_images
-from stic_ray.stages.shards import ShardJob, ShardTask, run_shards
+from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
 from stic_ray.stages.windows import Rows
 
 
@@ -48,22 +40,16 @@ def build_preferences(step: StepRun) -> dict[str, Any]:
         stage=step.name,
         output=output,
         families={"pairs": PAIRS},
-        load=lambda task: _load_shard(task, config.pool.image_column),
+        load=partial(_load_shard, image_column=config.pool.image_column),
         make_worker=partial(PairMaker, config, load_prompts(config.prompts), step.model()),
         max_failed_share=config.cluster.max_failed_share,
     )
-    done = run_shards(job, tasks, config.actors)
-    accounts = done.accounts(num_images, ["pairs"])
-    if not accounts["num_rows_written"]:
-        raise SourceError(
-            f"Not one of {num_images} images gave a preference pair: {accounts['rejected_by_reason']}. "
-            f"The rejected rows are in '{output.uri}'; delete that folder to try again with other settings."
-        )
-    return {**accounts, "throughput": done.throughput}
+    accounts = run_shards(job, tasks, config.actors).accounts(num_images)
+    check_written(accounts, output, f"Not one of {num_images} images gave a preference pair")
+    return accounts
 
 
-@dataclass(frozen=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     """An image on its way to a pair."""
 
     row: dict[str, Any]
@@ -74,11 +60,6 @@ class _Candidate:
     pixel_change: float | None
 
 
-class _Answers(NamedTuple):
-    chosen: Answer
-    rejected: Answer
-
-
 class PairMaker:
     """Makes a pair of an image; owns the model."""
 
@@ -87,9 +68,8 @@ class PairMaker:
         self.config = config
         self.prompts = prompts
         self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
-        self.sampling = Sampling(
-            config.preferences.max_new_tokens, config.preferences.temperature, config.preferences.top_p
-        )
+        settings = config.preferences
+        self.sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
 
     def identities(self, row: dict[str, Any]) -> list[dict[str, str]]:
         """Return the image's id and path."""
@@ -101,15 +81,53 @@ class PairMaker:
         plan = plan_pair(row["image_id"], self.config.seed, self.config.preferences, self.prompts)
         return _Candidate(row, plan, clean, stored, *picture_for_rejected(plan, clean))
 
-    def answer(self, prepared: Sequence[_Candidate]) -> list[_Answers]:
-        """Return the preferred and the dispreferred answer of each image."""
-        requests = [request for candidate in prepared for request in self._requests(candidate)]
-        answers = self.engine.generate(requests, self.sampling)
-        return [_Answers(*answers[2 * place : 2 * place + 2]) for place in range(len(prepared))]
+    def answer(self, prepared: Sequence[_Candidate]) -> list[tuple[Answer, Answer]]:
+        """Return the preferred and the dispreferred answer of each image.
 
-    def finish(self, prepared: _Candidate, answer: _Answers) -> Rows:
+        Its two requests travel next to each other, in one batch where that has room.
+        """
+        requests = [
+            Request(prompt, picture, seed_for(self.config.seed, each.row["image_id"], side), each.row["image_id"])
+            for each in prepared
+            for side, prompt, picture in (
+                ("chosen", each.plan.chosen_prompt, each.clean),
+                ("rejected", each.plan.rejected_prompt, each.for_rejected),
+            )
+        ]
+        answers = self.engine.generate(requests, self.sampling)
+        return list(zip(answers[::2], answers[1::2], strict=True))
+
+    def finish(self, prepared: _Candidate, answer: tuple[Answer, Answer]) -> Rows:
         """Return the pair."""
-        return {"pairs": [self._pair(prepared, *answer)]}
+        row, plan, (first, _) = prepared.row, prepared.plan, answer
+        chosen, rejected = (AnswerText(each.text, each.num_tokens, each.finish_reason) for each in answer)
+
+        def count_tokens(text: str) -> int:
+            conversation = [{"role": "user", "content": plan.prompt}, {"role": "assistant", "content": text}]
+            return self.engine.count_text_tokens(conversation, with_image=True) + first.num_added_tokens
+
+        length = judge_pair(
+            chosen,
+            rejected,
+            self.config.preferences,
+            count_tokens=count_tokens,
+            max_length_tokens=self.config.dpo.max_length_tokens,
+        )
+        pair = {
+            "image_id": row["image_id"],
+            "position": row["position"],
+            "image": {"bytes": prepared.stored, "path": row["path"]},
+            **pair_row(plan, chosen, rejected),
+            "pixel_change": prepared.pixel_change,
+            "num_image_tokens": first.num_image_tokens,
+            "num_sequence_tokens": length,
+            "reference_chosen_logp": None,
+            "reference_rejected_logp": None,
+            "model": self.engine.name,
+            "model_revision": self.engine.revision,
+            "seed": self.config.seed,
+        }
+        return {"pairs": [pair]}
 
     def complete(self, finished: Sequence[tuple[_Candidate, Rows]]) -> None:
         """Add the log-probabilities of both answers to the pairs, where they are asked for."""
@@ -126,51 +144,6 @@ class PairMaker:
         ]
         for (_, pair), (chosen, rejected) in zip(pairs, self.engine.score_pairs(asked), strict=True):
             pair |= {"reference_chosen_logp": chosen, "reference_rejected_logp": rejected}
-
-    def _requests(self, candidate: _Candidate) -> tuple[Request, Request]:
-        """The two requests of an image travel next to each other, in one batch where that has room."""
-        identity, seed = candidate.row["image_id"], self.config.seed
-        return (
-            Request(candidate.plan.chosen_prompt, candidate.clean, seed_for(seed, identity, "chosen"), identity),
-            Request(
-                candidate.plan.rejected_prompt, candidate.for_rejected, seed_for(seed, identity, "rejected"), identity
-            ),
-        )
-
-    def _pair(self, candidate: _Candidate, chosen: Answer, rejected: Answer) -> dict[str, Any]:
-        def count_tokens(answer: str) -> int:
-            conversation = [
-                {"role": "user", "content": candidate.plan.prompt},
-                {"role": "assistant", "content": answer},
-            ]
-            return self.engine.count_text_tokens(conversation, with_image=True) + chosen.num_added_tokens
-
-        preferred, dispreferred = _text_of(chosen), _text_of(rejected)
-        length = judge_pair(
-            preferred,
-            dispreferred,
-            self.config.preferences,
-            count_tokens=count_tokens,
-            max_length_tokens=self.config.dpo.max_length_tokens,
-        )
-        return {
-            "image_id": candidate.row["image_id"],
-            "position": candidate.row["position"],
-            "image": {"bytes": candidate.stored, "path": candidate.row["path"]},
-            **pair_row(candidate.plan, preferred, dispreferred),
-            "pixel_change": candidate.pixel_change,
-            "num_image_tokens": chosen.num_image_tokens,
-            "num_sequence_tokens": length,
-            "reference_chosen_logp": None,
-            "reference_rejected_logp": None,
-            "model": self.engine.name,
-            "model_revision": self.engine.revision,
-            "seed": self.config.seed,
-        }
-
-
-def _text_of(answer: Answer) -> AnswerText:
-    return AnswerText(answer.text, answer.num_tokens, answer.finish_reason)
 
 
 def _load_shard(task: ShardTask, image_column: str) -> pa.Table:

@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from stic_ray.core.errors import StageError, UserError, type_and_message
 from stic_ray.core.rundir import NOTES_FAMILY, RunDir
@@ -36,6 +35,8 @@ _MAX_DEATHS_ELSEWHERE = 5
 _MAX_TRIES_BESIDE_OTHERS = 30
 """So often an actor may fail to load while others have loaded: half an hour, as it waits for longer and longer."""
 _MAX_WAIT_S = 60.0
+_LOADED = f"{NOTES_FAMILY}-loaded.json"
+"""Is there once an actor has loaded its model."""
 
 
 class Quarantine:
@@ -48,9 +49,9 @@ class Quarantine:
         self._max_retries = max_retries
         before = output.read_json(notes_name(number))
         self._is_first = before is None
-        self.deaths = Counter[str](before["deaths"] if before else {})
+        self.deaths = Counter[str]((before or {}).get("deaths"))
         """By part, without those of the first attempt."""
-        self.deaths.update(before["working_on"] if before else {})
+        self.deaths.update((before or {}).get("working_on"))
         self._working_on: set[str] = set()
         self._lock = threading.Lock()
         if self._is_first:
@@ -110,42 +111,34 @@ def loading(output: RunDir, actor: str, num_tries: int) -> Iterator[None]:
     A mistake of the user's is raised as it came. Any other error ends the process, so that the next try, a while later,
     has a new one. Raises StageError after `num_tries` deaths or errors, and where others have loaded, after many more.
     """
-    name = f"{NOTES_FAMILY}-{actor}.json"
-    tried = output.read_json(name) or {"num_times": 0, "error": None}
-    num_times = tried["num_times"]
-    if num_times >= num_tries and (num_times >= _MAX_TRIES_BESIDE_OTHERS or not _has_loaded(output).exists()):
-        (output.location / name).delete()
-        if tried["error"]:
-            raise StageError(
-                f"an actor could not load the model, {num_times} times one after another: {tried['error']}"
-            )
+    note, loaded = output.location / f"{NOTES_FAMILY}-{actor}.json", output.location / _LOADED
+    tried = output.read_json(note.name) or {"num_times": 0, "error": None}
+    num_times, error = tried["num_times"], tried["error"]
+    if num_times >= (max(num_tries, _MAX_TRIES_BESIDE_OTHERS) if loaded.exists() else num_tries):
+        note.delete()
         raise StageError(
-            f"an actor died {num_times} times while it loaded the model. A likely cause is too little memory; "
-            f"Ray's logs say what ended it."
+            f"an actor could not load the model, {num_times} times one after another: {error}"
+            if error
+            else f"an actor died {num_times} times while it loaded the model. A likely cause is too little memory; "
+            "Ray's logs say what ended it."
         )
     if num_times:
         time.sleep(min(2.0**num_times, _MAX_WAIT_S))  # for a hub or a store that asks for patience
-    output.write_json(name, {"num_times": num_times + 1, "error": None})
+    output.write_json(note.name, {"num_times": num_times + 1, "error": None})
     try:
         yield
+        loaded.write(b"")
     except (UserError, StageError):
-        (output.location / name).delete()
         raise
     except Exception as error:
         message = type_and_message(error)
         logger.warning("an actor could not load the model, it is started again: %s", message)
-        output.write_json(name, {"num_times": num_times + 1, "error": message})
+        output.write_json(note.name, {"num_times": num_times + 1, "error": message})
         os._exit(1)
-    (output.location / name).delete()
-    if not _has_loaded(output).exists():
-        _has_loaded(output).write(b"")
+    finally:  # unless the process has ended
+        note.delete()
 
 
 def nobody_has_loaded(output: RunDir) -> None:
     """Begin a stage: forget that actors of an earlier call have loaded."""
-    if _has_loaded(output).exists():
-        _has_loaded(output).delete()
-
-
-def _has_loaded(output: RunDir) -> Any:
-    return output.location / f"{NOTES_FAMILY}-loaded.json"
+    (output.location / _LOADED).delete()

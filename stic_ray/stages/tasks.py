@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from stic_ray.core import errors
 from stic_ray.core.errors import StageError, UserError, type_name
 
 _IN_FLIGHT = 256
@@ -27,30 +26,29 @@ def map_tasks(what: str, function: Callable[..., Any], arguments: Sequence[tuple
     import ray.exceptions
 
     task = cast(Any, ray.remote(function))  # Ray types functions of a known number of arguments only
-    results: dict[int, Any] = {}
-    running: dict[Any, int] = {}
+    calls: list[Any] = []
+    running: set[Any] = set()
+
+    def finish_one() -> None:
+        [ended], _ = ray.wait(list(running), num_returns=1)
+        running.remove(ended)  # before it may raise: Ray 2.60 aborts when a task that has ended is cancelled
+        ray.get(ended)
+
     try:
-        for number, each in enumerate(arguments):
+        for each in arguments:
             if len(running) == _IN_FLIGHT:
-                _take_one(running, results)
-            running[task.remote(*each)] = number
+                finish_one()
+            calls.append(task.remote(*each))
+            running.add(calls[-1])
         while running:
-            _take_one(running, results)
+            finish_one()
+        return ray.get(calls)
     except BaseException as error:
         for left in running:
             ray.cancel(left)
         if isinstance(error, ray.exceptions.RayError):
             raise explain(what, error) from error
         raise
-    return [results[number] for number in range(len(arguments))]
-
-
-def _take_one(running: dict[Any, int], results: dict[int, Any]) -> None:
-    import ray
-
-    [ready], _ = ray.wait(list(running), num_returns=1)
-    number = running.pop(ready)  # before it may raise: Ray 2.60 aborts when a task that has ended is cancelled
-    results[number] = ray.get(ready)
 
 
 def explain(stage: str, error: BaseException, doing: str = "") -> UserError | StageError:
@@ -88,14 +86,3 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
-
-
-def packed_error(error: UserError | StageError) -> str:
-    """Return what `unpacked_error` makes the error of again, in another process."""
-    return f"{type(error).__name__}: {error}"
-
-
-def unpacked_error(text: str) -> UserError | StageError:
-    """Return the error that was packed."""
-    kind, _, message = text.partition(": ")
-    return getattr(errors, kind, StageError)(message)

@@ -30,10 +30,11 @@ Tables = dict[str, pa.Table]
 Rows = Mapping[str, list[dict[str, Any]]]
 """Output rows by family; a family without rows may be left out."""
 
-_NUM_FAILURES_OF_A_BROKEN_ENGINE = 8
+_NUM_ERRORS_OF_A_BROKEN_ENGINE = 8
 """So many errors one after another are no coincidence, nor is a whole window of an engine that never answered."""
 _NUM_DEADLY_IMAGES_OF_A_BROKEN_ENGINE = 3
 """Nor are so many images that kill, with none between that does not."""
+_ENDED = {REJECTED_FAMILY, FAILED_FAMILY}
 
 
 class RowWorker(Protocol):
@@ -91,8 +92,10 @@ class Windows:
         self._families = families
         self._actors = actors
         self._threads = ThreadPoolExecutor(actors.windows_in_flight)  # first come, first served
-        self._room = _Room()
-        self._health = _Health(worker.engine)
+        self._door = threading.Lock()
+        self._places = threading.Semaphore(actors.windows_in_flight)
+        self._num_errors = self._num_answered = self._num_rows_answered = 0
+        self._broken: StageError | None = None
 
     def do(self, shard: pa.Table, quarantine: Quarantine) -> Tables:
         """Return the output tables of a shard, by family, in the order of its rows.
@@ -101,52 +104,75 @@ class Windows:
         """
         size = self._actors.batch_size
         starts = range(0, shard.num_rows, size)
-        tasks = [self._threads.submit(self._do_window, shard.slice(start, size), start, quarantine) for start in starts]
-        try:
-            done = [task.result() for task in tasks]
-        finally:
-            for task in tasks:
-                task.cancel()
+        done = list(self._threads.map(lambda start: self._window(shard.slice(start, size), start, quarantine), starts))
         return {
-            family: pa.concat_tables([tables[family] for tables in done]) if done else schema.empty_table()
+            family: pa.concat_tables([schema.empty_table(), *(tables[family] for tables in done)])
             for family, schema in self._families.items()
         }
 
-    def _do_window(self, window: pa.Table, start: int, quarantine: Quarantine) -> Tables:
+    def _window(self, window: pa.Table, start: int, quarantine: Quarantine) -> Tables:
         given = window.to_pylist()
         name = f"{start}-{start + len(given)}"
         images = [f"{start + place}" for place in range(len(given))]
         if not quarantine.is_suspect(name, images):
             try:
-                with self._room.shared(), quarantine.working_on(name):
-                    return self._tables(self._worked([_Row(row) for row in given]))
+                with self._inside(1), quarantine.working_on(name):
+                    return self._tables(self._work([_Row(row) for row in given]))
             except EngineError as error:
                 logger.warning("the engine failed on %d images, trying them one by one: %s", len(given), error)
-        with self._room.alone():
-            return self._tables(self._one_by_one([_Row(row) for row in given], images, quarantine))
+        with self._inside(self._actors.windows_in_flight):  # alone
+            return self._tables(self._work_one_by_one([_Row(row) for row in given], images, quarantine))
 
-    def _one_by_one(self, rows: list[_Row], images: Sequence[str], quarantine: Quarantine) -> list[_Row]:
+    @contextmanager
+    def _inside(self, num_places: int) -> Iterator[None]:
+        """Hold places; whoever waits for all of them goes before those who come later."""
+        with self._door:
+            for _ in range(num_places):
+                self._places.acquire()
+        try:
+            yield
+        finally:
+            self._places.release(num_places)
+
+    def _work_one_by_one(self, rows: list[_Row], images: Sequence[str], quarantine: Quarantine) -> list[_Row]:
         num_deadly, has_survived = 0, False
         for row, image in zip(rows, images, strict=True):
-            self._health.check()
-            if quarantine.is_deadly(image):
-                num_deadly += 1
-                if num_deadly >= _NUM_DEADLY_IMAGES_OF_A_BROKEN_ENGINE and not has_survived:
-                    raise StageError(f"every image kills its actor: {num_deadly} one after another did.")
-                deaths = quarantine.deaths[image]
-                message = f"{deaths} actors died, or hung until actors.timeout_s, over this image alone"
-                row.output = self._ended(row, REJECTED_FAMILY, reason=Reason.ENGINE_FAILED, message=message)
-                continue
-            try:
-                with quarantine.working_on(image):
-                    self._worked([row])
-            except EngineError as error:
-                self._health.failed(error, len(rows))
-                row.output = self._ended(row, REJECTED_FAMILY, reason=Reason.ENGINE_FAILED, message=str(error))
-            has_survived |= row.prepared is not None
+            with self._ending(row):
+                if quarantine.is_deadly(image):
+                    num_deadly += 1
+                    if num_deadly >= _NUM_DEADLY_IMAGES_OF_A_BROKEN_ENGINE and not has_survived:
+                        raise StageError(f"every image kills its actor: {num_deadly} one after another did.")
+                    message = (
+                        f"{quarantine.deaths[image]} actors died, or hung until actors.timeout_s, over this image alone"
+                    )
+                    raise Rejected(Reason.ENGINE_FAILED, message)
+                try:
+                    with quarantine.working_on(image):
+                        self._work([row])
+                except EngineError as error:
+                    self._check_engine(error, len(rows))
+                    raise Rejected(Reason.ENGINE_FAILED, str(error)) from error
+                finally:
+                    has_survived |= row.prepared is not None
         return rows
 
-    def _worked(self, rows: list[_Row]) -> list[_Row]:
+    def _check_engine(self, error: EngineError, num_rows: int) -> None:
+        """Count the error of an image of a window that was alone. Raises StageError when the engine is broken.
+
+        Only what the engine answered is a sign of life.
+        """
+        if self._broken:
+            raise self._broken
+        engine = self._worker.engine
+        num_answered = engine.num_answered if engine else self._num_rows_answered
+        self._num_errors = self._num_errors + 1 if num_answered == self._num_answered else 1
+        self._num_answered = num_answered
+        limit = _NUM_ERRORS_OF_A_BROKEN_ENGINE
+        if self._num_errors >= (limit if num_answered else max(2, min(limit, num_rows))):
+            self._broken = StageError(f"the engine fails on every image, {self._num_errors} one after another: {error}")
+            raise self._broken from error
+
+    def _work(self, rows: list[_Row]) -> list[_Row]:
         """Have every row end."""
         for row in rows:
             with self._ending(row):
@@ -157,7 +183,7 @@ class Windows:
         with as_engine_error():
             try:
                 answers = self._worker.answer([row.prepared for row in ready])
-                self._health.num_rows_answered += len(ready)
+                self._num_rows_answered += len(ready)
             except Failed as error:  # the engine is away, for all of them
                 answers = [error] * len(ready)
         for row, answer in zip(ready, answers, strict=True):
@@ -208,71 +234,6 @@ class Windows:
         }
 
 
-_ENDED = {REJECTED_FAMILY, FAILED_FAMILY}
-
-
 def _storable(text: str) -> str:
     """Return a text without the halves of characters that no file can hold."""
     return text.encode("utf-8", "replace").decode()
-
-
-class _Health:
-    """Whether the engine still answers; only what it answered is a sign of life."""
-
-    def __init__(self, engine: GuardedEngine | None) -> None:
-        self._engine = engine
-        self._num_failures = self._num_answered = self.num_rows_answered = 0
-        self._broken: StageError | None = None
-
-    def check(self) -> None:
-        """Raise StageError where the engine was found to be broken, by another window too."""
-        if self._broken:
-            raise self._broken
-
-    def failed(self, error: EngineError, num_rows: int) -> None:
-        """Count an image of a window that the engine failed on alone. Raises StageError when the engine is broken."""
-        num_answered = self._engine.num_answered if self._engine else self.num_rows_answered
-        if num_answered > self._num_answered:
-            self._num_answered, self._num_failures = num_answered, 0
-        self._num_failures += 1
-        limit = _NUM_FAILURES_OF_A_BROKEN_ENGINE
-        if self._num_failures >= (limit if num_answered else max(2, min(limit, num_rows))):
-            self._broken = StageError(
-                f"the engine fails on every image, {self._num_failures} one after another: {error}"
-            )
-            raise self._broken from error
-
-
-class _Room:
-    """Shared by any number, or one alone; whoever wants to be alone goes before those who come later."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._num_inside = self._num_waiting_to_be_alone = 0
-        self._is_alone = False
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._is_alone and not self._num_waiting_to_be_alone)
-            self._num_inside += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._num_inside -= 1
-                self._changed.notify_all()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        with self._changed:
-            self._num_waiting_to_be_alone += 1
-            self._changed.wait_for(lambda: not self._is_alone and not self._num_inside)
-            self._num_waiting_to_be_alone -= 1
-            self._is_alone = True
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._is_alone = False
-                self._changed.notify_all()

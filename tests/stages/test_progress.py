@@ -9,8 +9,9 @@ import pytest
 import ray
 
 from stic_ray.engines.guarded import Work
-from stic_ray.stages import progress
-from stic_ray.stages.progress import ActorMetrics, Progress
+from stic_ray.stages import shards
+from stic_ray.stages.flow import ActorMetrics
+from stic_ray.stages.shards import Progress
 
 WORK = Work(elapsed_s=2.0, busy_s=1.5, request_s=8.0, num_calls=2, num_requests=8, num_tokens=80)
 
@@ -44,7 +45,7 @@ def test_rates_and_the_time_left_are_those_of_now(
     """A minute of loading a model must not make the rest look slow for ever."""
     caplog.set_level(logging.INFO)
     now_s = 1000.0
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=lambda: now_s))
     told = Progress("preferences", 100)
     now_s += 600.0
     for _ in range(90):

@@ -115,9 +115,9 @@ def test_a_storage_that_goes_away_stops_the_stage_and_the_same_command_reads_the
     assert done.throughput is not None and done.throughput["num_rows"] == 5 * ROWS_PER_SHARD
     now = written_at(folder)
     assert all(now[f"read-{n:06d}.parquet"] == before[f"read-{n:06d}.parquet"] for n in range(3)), "done once"
-    assert done.accounts(32, ["read"])["num_rows_now"] == 5 * ROWS_PER_SHARD, "and not those of the first call"
+    assert done.accounts(32)["num_rows_now"] == 5 * ROWS_PER_SHARD, "and not those of the first call"
     again = read_all(folder)
-    assert again.throughput is None and again.accounts(32, ["read"])["num_rows_now"] == 0
+    assert again.throughput is None and again.accounts(32)["num_rows_now"] == 0
 
 
 def test_a_share_of_failed_rows_can_be_allowed_and_every_row_is_accounted_for(folder: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_share_of_failed_rows_can_be_allowed_and_every_row_is_accounted_for(fo
     before = written_at(folder)
 
     done = read_all(folder, max_failed_share=0.05)
-    accounts = done.accounts(32, ["read"])
+    accounts = done.accounts(32)
     assert (accounts["num_rows_written"], accounts["num_rows_rejected"], accounts["num_rows_failed"]) == (30, 1, 1)
     assert accounts["rejected_by_reason"] == {"unreadable_file": 1}
     [row] = output.read_table("failed", FAILED).to_pylist()

@@ -10,7 +10,7 @@ from threading import Thread
 import pytest
 
 from stic_ray.core.errors import ConfigError
-from stic_ray.stages import joining
+from stic_ray.stages import cluster
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def refusal(address: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The line that both a plan and a run end with."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     lines = set()
-    for act in (joining.ask_cluster, lambda place: joining.join(place, {})):
+    for act in (cluster.ask_cluster, lambda place: cluster.join(place, {})):
         with pytest.raises(ConfigError) as caught:
-            act(joining.cluster_address() or "")
+            act(cluster.cluster_address() or "")
         lines.add(str(caught.value))
     [line] = lines
     assert "\n" not in line and not line.endswith("..")
@@ -66,14 +66,14 @@ def test_a_server_that_is_no_ray_is_one_line(web_server: str, monkeypatch: pytes
 
 
 def test_a_server_that_never_answers_is_given_up(silence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joining, "_ANSWER_S", 1.0)
+    monkeypatch.setattr(cluster, "_ANSWER_S", 1.0)
     assert f"RAY_ADDRESS={silence} cannot be joined" in refusal(silence, monkeypatch)
 
 
 @pytest.mark.parametrize("address", ["", "local"])
 def test_without_a_cluster_there_is_no_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert joining.cluster_address() is None
+    assert cluster.cluster_address() is None
 
 
 def test_a_long_folder_of_temporary_files_is_replaced_and_a_chosen_one_is_refused(
@@ -82,12 +82,12 @@ def test_a_long_folder_of_temporary_files_is_replaced_and_a_chosen_one_is_refuse
     """The first is often set by the system, the second is the user's own word."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", "/tmp")
-    assert joining.short_temp_dir() is None
+    assert cluster.short_temp_dir() is None
     long = tmp_path / ("x" * 80)
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
-    chosen = joining.short_temp_dir()
+    chosen = cluster.short_temp_dir()
     assert chosen is not None and len(chosen) < 30 and Path(chosen).parent.stat().st_mode & 0o77 == 0
     monkeypatch.setenv("RAY_TMPDIR", str(long))
     with pytest.raises(ConfigError, match=r"RAY_TMPDIR, or TMPDIR.*short path"):
-        joining.short_temp_dir()
+        cluster.short_temp_dir()

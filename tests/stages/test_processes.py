@@ -14,7 +14,7 @@ from stic_ray.core.placement import Need
 from stic_ray.core.resources import ClusterConfig
 from stic_ray.core.rundir import RunDir, row_counts
 from stic_ray.core.steps import StepRun
-from stic_ray.stages import cluster, placement_watch
+from stic_ray.stages import processes
 from tests.stages.builders import TELLING, draw_pictures, fake_config, pairs_of, run_stages
 from tests.stages.test_training_batches import config_for, write_pairs
 
@@ -26,7 +26,7 @@ SOON_S = 12.0
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(placement_watch, "_LOG_AFTER_S", 0.5)
+    monkeypatch.setattr(processes, "_LOG_AFTER_S", 0.5)
     caplog.set_level(logging.INFO)
     return caplog
 
@@ -86,7 +86,7 @@ def test_training_finds_the_gpus_that_generation_held(
     left: list[dict[str, Any]] = []
 
     def train(step: StepRun) -> dict[str, Any]:
-        left.extend(cluster.own_processes("actors"))
+        left.extend(processes.own_processes("actors"))
         scaling = ScalingConfig(num_workers=2, use_gpu=True)
         TorchTrainer(lambda: None, scaling_config=scaling, torch_config=TorchConfig(backend="gloo")).fit()
         return row_counts(0, 0, {})
@@ -106,5 +106,5 @@ def test_training_finds_the_gpus_that_generation_held(
 )
 def test_processes_that_have_room_are_given_time_to_start(what: str, num: int, gpus: int, has_room: bool) -> None:
     """Nothing is said meanwhile: it is no waiting, and happens at every start."""
-    watch = placement_watch._Watch("stage", Need(what, num, {"CPU": 1.0, "GPU": float(gpus)}), 60.0)
-    assert watch._quiet_s() == (6 if has_room else 1) * placement_watch._LOG_AFTER_S
+    need = Need(what, num, {"CPU": 1.0, "GPU": float(gpus)})
+    assert processes.quiet_s(need) == (6 if has_room else 1) * processes._LOG_AFTER_S
