@@ -7,7 +7,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -255,19 +256,20 @@ class Location:
         except OSError:
             return False
 
-    def local_copy(self) -> Path:
+    def local_copy(self, wanted: Callable[[str], bool] = lambda name: True) -> Path:
         """Return a local path with the content: the path itself on a local disk, else a download.
 
-        Downloads go to a folder of this user's alone below the cache, once per machine and state of the files: other
-        processes wait for it. Those that were not asked for in a week are removed.
+        Of a folder, the files are downloaded whose paths in it are `wanted`. Downloads go to a folder of this user's
+        alone below the cache, once per machine and state of the files: other processes wait for it. Those that were
+        not asked for in a week are removed.
         """
         if self.is_local:
             return Path(self.path)
         cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stic_ray"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         cache.chmod(0o700)  # fails for what another user put there
-        is_folder = self.is_folder()
-        files = self.files(recursive=True) if is_folder else [self.info()]
+        files = self.files(recursive=True) if self.is_folder() else [self.info()]
+        files = [file for file in files if wanted(posixpath.relpath(file.path, self.path))]
         state = [self.uri, *(f"{file.path} {file.size} {file.mtime_ns}" for file in files)]
         target = cache / uuid.uuid5(uuid.NAMESPACE_URL, "\n".join(state)).hex
         with FileLock(f"{target}.lock"):
@@ -276,11 +278,12 @@ class Location:
                     with suppress(OSError):  # another process may be at it, too
                         if time.time() - old.stat().st_mtime > _KEPT_S:
                             shutil.rmtree(old) if old.is_dir() else old.unlink()
-                with tempfile.TemporaryDirectory(dir=cache) as folder:
+                with tempfile.TemporaryDirectory(dir=cache) as folder, ThreadPoolExecutor() as threads:
                     partial = Path(folder) / "content"
-                    if is_folder:
-                        partial.mkdir()
-                    fs.copy_files(self.path, str(partial), source_filesystem=self.filesystem)
+                    copies = {file.path: partial / posixpath.relpath(file.path, self.path) for file in files}
+                    for copy in copies.values():
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                    list(threads.map(lambda path: fs.copy_files(path, str(copies[path]), self.filesystem), copies))
                     partial.rename(target)
             os.utime(target)
         return target

@@ -13,9 +13,9 @@ from stic_ray.core.workload import Sizes, Work, pair_tokens, training_work
 
 
 def _train(step: StepRun) -> dict[str, Any]:
-    from stic_ray.stages.training.launch import train_dpo  # Ray Train and torch
+    from stic_ray.stages.training import index, launch  # Ray Train and torch
 
-    return train_dpo(step)
+    return launch.train("dpo", step, index.index_pairs(step.config, step.inputs["pairs"].shards("pairs"), step.model()))
 
 
 def _check(step: StepRun) -> None:
@@ -50,13 +50,13 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
     if not num_pairs:
         return None
     answer = min(sizes.num_answer_tokens, config.preferences.max_new_tokens)
-    preferred_only = config.dpo.objective == "sft"
-    shared = config.workers.share_prefix and config.dpo.objective == "paper"
-    tokens = pair_tokens(sizes.num_prompt_tokens, answer, shared_prefix=shared)
-    if preferred_only:
-        tokens = sizes.num_prompt_tokens + answer
-    reference = not preferred_only and not config.preferences.reference_logps
-    return training_work(config, sizes, config.dpo, num_pairs, tokens, reference_pass=reference)
+    if config.dpo.objective == "sft":  # the preferred answer alone
+        tokens, has_reference = sizes.num_prompt_tokens + answer, False
+    else:
+        shared = config.workers.share_prefix and config.dpo.objective == "paper"
+        tokens = pair_tokens(sizes.num_prompt_tokens, answer, shared_prefix=shared)
+        has_reference = not config.preferences.reference_logps
+    return training_work(config, sizes, config.dpo, num_pairs, tokens, reference_pass=has_reference)
 
 
 DPO = Stage(

@@ -1,22 +1,20 @@
 """Stage `sft`: likelihood fine-tuning on the infused rows (STIC Algorithm 2), going on from the model that it reads."""
 
+from dataclasses import replace
 from typing import Any
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.placement import workers_need
-from stic_ray.core.steps import CHECKPOINT, Stage, StepRun
+from stic_ray.core.steps import StepRun
 from stic_ray.core.workload import SHORT_ANSWER_TOKENS, Sizes, Work, training_work
-from stic_ray.stages.dpo import check_training
+from stic_ray.stages.dpo import DPO, check_training
 
 
 def _train(step: StepRun) -> dict[str, Any]:
-    from stic_ray.stages.training.launch import train_sft  # Ray Train and torch
+    from stic_ray.stages.training import index, launch  # Ray Train and torch
 
-    return train_sft(step)
-
-
-def _check(step: StepRun) -> None:
-    check_training(step.config, step.config.sft)
+    infused = step.inputs["rows"]
+    rows = index.index_conversations(step.config, [*infused.shards("rows"), *infused.shards("text")])
+    return launch.train("sft", step, rows)
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
@@ -27,15 +25,14 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
     return training_work(config, sizes, config.sft, sizes.num_instructions, tokens, reference_pass=False)
 
 
-SFT = Stage(
+SFT = replace(
+    DPO,
     name="sft",
     run=_train,
     settings=("seed", "model", "tuning", "sft"),
-    need=workers_need,
-    writes=f"{CHECKPOINT}/",
     section="sft",
     reads=("rows", "model"),
-    check=_check,
+    check=lambda step: check_training(step.config, step.config.sft),
     work=_work,
     amount="num_instructions",
 )

@@ -17,10 +17,10 @@ from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX, REJECTED, Reason
 from stic_ray.core.storage import Location
+from stic_ray.stages.training.building import training_arguments
 from stic_ray.stages.training.data import read_pairs
 from stic_ray.stages.training.index import index_pairs
-from stic_ray.stages.training.settings import loader_arguments
-from stic_ray.stages.training.trackers import RunTensorBoard
+from stic_ray.stages.training.reporting import TENSORBOARD, MetricsFile, Progress, RunTensorBoard
 from stic_ray.status import run_status
 from tests.stages.builders import TELLING, draw_pictures, fake_script, pairs_of
 from tests.stages.sources import as_parquet, as_tar, tiny_pictures
@@ -109,7 +109,7 @@ def test_training_reads_pairs_from_a_bucket_and_leaves_its_events_there(endpoint
     groups = index_pairs(config, run.shards("pairs"))
     assert (groups.num_trained, groups.num_held_out) == (9, 1)
     rows, held_out = read_pairs(config, groups)
-    arguments = loader_arguments(config, config.dpo, groups)
+    arguments = training_arguments(config, config.dpo, tmp_path, groups)
     told = {name: arguments[f"dataloader_{name}"] for name in ("num_workers", "multiprocessing_context")}
     assert told["num_workers"] == 1
     apart = list(DataLoader(rows, batch_size=4, collate_fn=list, **told))
@@ -117,14 +117,16 @@ def test_training_reads_pairs_from_a_bucket_and_leaves_its_events_there(endpoint
     assert sorted(place for batch in apart for place in places(batch)) == [0, 1, 2, 3, *range(5, 10)]
     assert places(list(held_out)) == [4]
 
-    board = RunTensorBoard(Location.of(f"{BUCKET}/run/dpo/tensorboard"))
+    metrics = MetricsFile(RunDir.of(f"{BUCKET}/run/dpo"), tmp_path)
+    progress, board = Progress("dpo", "dpo", metrics), RunTensorBoard(metrics.folder / TENSORBOARD)
     state: Any = TrainerState(is_world_process_zero=True, global_step=7)
     told = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), state, TrainerControl()
     board.on_train_begin(*told)
     board.on_log(*told, logs={"loss": 1.0})
-    board.on_save(*told)
+    progress.on_save(*told)
     (first,) = Location.of(f"{BUCKET}/run/dpo/tensorboard").files()
     board.on_log(*told, logs={"loss": 0.5})
+    progress.on_train_end(*told)
     board.on_train_end(*told)
     (last,) = Location.of(f"{BUCKET}/run/dpo/tensorboard").files()
     assert last.path == first.path and (last.size or 0) > (first.size or 0) > 0

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 
 from stic_ray.core.config import RunConfig
 from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
-from stic_ray.stages.training.checkpoints import check_changed
 from stic_ray.stages.training.models import model_of
+from stic_ray.stages.training.worker import check_changed
 from tests.stages.builders import check, conversations_in, pairs_in
 from tests.stages.groups import run_group
 from tests.stages.test_training_batches import config_for, write_pairs, write_rows

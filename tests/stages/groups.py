@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from stic_ray.core.config import RunConfig
 from stic_ray.stages.cluster import process_environment
-from stic_ray.stages.training.settings import start_deepspeed
+from stic_ray.stages.training.building import start_deepspeed
 
 Look = Callable[[RunConfig, Path], dict[str, Any]]
 """Builds a trainer, trains, and says what was found; runs in every process of the group."""

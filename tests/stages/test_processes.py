@@ -85,13 +85,13 @@ def test_training_finds_the_gpus_that_generation_held(
     """Two actors hold both GPUs; Ray Train's two workers, one GPU each, must have them at once."""
     left: list[dict[str, Any]] = []
 
-    def train(step: StepRun) -> dict[str, Any]:
+    def train(_: str, step: StepRun, rows: Any) -> dict[str, Any]:
         left.extend(processes.own_processes("actors"))
         scaling = ScalingConfig(num_workers=2, use_gpu=True)
         TorchTrainer(lambda: None, scaling_config=scaling, torch_config=TorchConfig(backend="gloo")).fit()
         return row_counts(0, 0, {})
 
-    monkeypatch.setattr("stic_ray.stages.training.launch.train_dpo", train)
+    monkeypatch.setattr("stic_ray.stages.training.launch.train", train)
     monkeypatch.setattr("stic_ray.preparation.check_before_work", lambda *_, **__: {})  # the fake engine trains nothing
     held = config(tmp_path, pictures, num_actors=2, num_gpus=1)
     held = held.model_copy(update={"cluster": ClusterConfig()})  # starting may take long beside other tests

@@ -13,7 +13,8 @@ from stic_ray.core.errors import SourceError, StageError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, table_of
 from stic_ray.engines.weight_names import has_hub_names
-from stic_ray.stages.training.launch import train_dpo, train_sft
+from stic_ray.stages.dpo import DPO
+from stic_ray.stages.sft import SFT
 from tests import tiny_models
 from tests.stages.builders import step_of
 from tests.stages.test_training_batches import config_for, encoded, write_pairs
@@ -55,7 +56,7 @@ def test_zero_2_lora_in_both_stages(tmp_path: Path, tiny_llava: Path) -> None:
         workers={"num_workers": 2, "micro_batch": 2, "zero_stage": 2, "num_loaders": 1},
         sft={"learning_rate": 0.01, "global_batch": 4},
     )
-    accounts = train_dpo(step_of(config, run, "dpo"))
+    accounts = DPO.run(step_of(config, run, "dpo"))
     assert accounts["num_steps"] == 2 and accounts["num_rows_written"] == 8
     assert losses(run, "dpo", "loss/dpo")[0] == pytest.approx(math.log(2), abs=1e-6)
     (events,) = (tmp_path / "two" / "dpo" / "tensorboard").iterdir()
@@ -63,7 +64,7 @@ def test_zero_2_lora_in_both_stages(tmp_path: Path, tiny_llava: Path) -> None:
     assert accounts["throughput"]["rows_per_second"] > 0
     assert accounts["warnings"] == [] and accounts["num_held_out"] == 0
     assert losses(run, "dpo", "seconds/backward_and_optimizer")[0] > 0, "one call of DeepSpeed's engine"
-    train_sft(step_of(config, run, "sft"))
+    SFT.run(step_of(config, run, "sft"))
 
     base = AutoModelForImageTextToText.from_pretrained(tiny_llava)
     adapters = {}
@@ -91,7 +92,7 @@ def test_zero_3_leaves_a_whole_model_with_the_names_of_the_hub_in_any_folder(tmp
         tuning={"method": "full"},
         workers={"num_workers": 2, "micro_batch": 2, "zero_stage": 3},
     )
-    train_dpo(step_of(config, run, "dpo"))
+    DPO.run(step_of(config, run, "dpo"))
     checkpoint = folder / "dpo" / "checkpoint"
     assert has_hub_names(checkpoint)
     _, report = AutoModelForImageTextToText.from_pretrained(checkpoint, output_loading_info=True)
@@ -110,7 +111,7 @@ def test_an_error_that_would_come_again_ends_training_at_its_first_attempt(tmp_p
     with pytest.raises(
         StageError, match="dpo stopped at step 2: FloatingPointError: .* lower dpo.learning_rate"
     ) as caught:
-        train_dpo(step_of(config, run, "dpo"))
+        DPO.run(step_of(config, run, "dpo"))
     assert "\n" not in str(caught.value)
     assert (run / "dpo").read_json("result.json") is None
     assert len(list((tmp_path / "run" / "dpo" / "tensorboard").iterdir())) == 1, "each start writes a file"
@@ -121,6 +122,6 @@ def test_an_error_that_would_come_again_ends_training_at_its_first_attempt(tmp_p
     shard.write_bytes(content)
     loading = config_for(tiny_llava, dpo={"num_held_out": 0}, workers={"micro_batch": 2, "num_loaders": 1})
     with pytest.raises(SourceError, match=r"pairs-000000.parquet' is damaged \(.*\. Delete it, ") as damaged:
-        train_dpo(step_of(loading, run, "dpo"))
+        DPO.run(step_of(loading, run, "dpo"))
     assert "\n" not in str(damaged.value)
     assert len(list((tmp_path / "run" / "dpo" / "tensorboard").iterdir())) == 2

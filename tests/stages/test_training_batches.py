@@ -22,6 +22,7 @@ from stic_ray.engines.shared_prefix import CHOSEN, PROMPT, REJECTED
 from stic_ray.stages.training.batches import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
 from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
 from stic_ray.stages.training.models import model_of
+from stic_ray.stages.training.trainers import means
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 from tests import tiny_models
 from tests.stages.builders import conversations_in, pairs_in
@@ -89,8 +90,7 @@ def config_for(model: Path, **sections: dict[str, Any]) -> RunConfig:
 
 def figures_of(trainer: Any) -> dict[str, float]:
     """What a trainer would log of the batches that it went through in evaluation."""
-    means = trainer.means["eval"].take()
-    return means.figures(means.values)
+    return means(*trainer.sums.pop("eval"))
 
 
 def plain_logps(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from stic_ray.core.errors import StageError
 from stic_ray.core.storage import Location
 from stic_ray.stages.training.building import make_dpo_trainer
-from stic_ray.stages.training.checkpoints import FirstSave, check_changed, hash_tensors
 from stic_ray.stages.training.models import model_of
+from stic_ray.stages.training.worker import FirstSave, check_changed, hash_tensors
 from tests.stages.builders import pairs_in
 from tests.stages.test_training_batches import config_for, write_pairs
 

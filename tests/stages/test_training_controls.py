@@ -14,9 +14,9 @@ from stic_ray.core.schemas import INFUSED, PAIRS
 from stic_ray.engines.loading import load_processor
 from stic_ray.pipeline import names_of
 from stic_ray.recipes import stic
+from stic_ray.stages.dpo import DPO
 from stic_ray.stages.training.batches import AnswersOnlyCollator
 from stic_ray.stages.training.building import make_dpo_trainer
-from stic_ray.stages.training.launch import train_dpo
 from stic_ray.stages.training.models import model_of
 from tests.stages.builders import draw_pictures, pairs_in, run_stages, step_of
 from tests.stages.test_training_batches import config_for, picture, write_pairs
@@ -91,7 +91,7 @@ def test_too_few_pairs_are_told_in_one_line(tmp_path: Path, tiny_llava: Path) ->
     ):
         config = config_for(tiny_llava, dpo={"pairs": other.uri, **settings})
         with pytest.raises(SourceError, match=message):
-            train_dpo(step_of(config, RunDir.of(str(tmp_path / "run")), "dpo"))
+            DPO.run(step_of(config, RunDir.of(str(tmp_path / "run")), "dpo"))
 
 
 @pytest.mark.usefixtures("ray_session")

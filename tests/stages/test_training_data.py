@@ -6,15 +6,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
+from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
-from stic_ray.stages.training.batches import WEIGHT
-from stic_ray.stages.training.data import Conversations, Example, ParquetRows, num_lanes, read_pairs
+from stic_ray.engines.loading import load_processor
+from stic_ray.stages.training.batches import WEIGHT, AnswersOnlyCollator
+from stic_ray.stages.training.data import Example, ParquetRows, num_lanes, read_pairs
 from stic_ray.stages.training.index import ONE_IN, Rows, is_held_out
 from tests.stages.builders import pairs_in
 from tests.stages.test_training_batches import config_for, encoded, picture
@@ -211,10 +214,11 @@ def test_shuffled_pictures_are_all_there_and_none_is_at_home(tmp_path: Path) -> 
     assert all(mine != theirs for mine, theirs in zip(own.values(), found, strict=True))
 
 
-def test_conversations_are_the_prompts_with_the_preferred_answers(tmp_path: Path) -> None:
-    rows = Conversations(read(tmp_path, image="shuffled", num_images=1000))
-    assert rows[1]["messages"] == [
-        {"role": "user", "content": "Describe."},
-        {"role": "assistant", "content": "good 2"},
-    ]
+def test_conversations_are_the_prompts_with_the_preferred_answers(tmp_path: Path, tiny_llava: Path) -> None:
+    rows = read(tmp_path, image="shuffled", num_images=1000)
     assert rows[1]["image"].size == picture(3).size and len(rows) == rows.num_rows == 6
+    talk = [{"role": "user", "content": "Describe."}, {"role": "assistant", "content": "good 2"}]
+    collate = AnswersOnlyCollator(load_processor(ModelConfig(path=str(tiny_llava))))
+    batches = collate([rows[1]]), collate([{"image": rows[1]["image"], "messages": talk}])
+    for name in ("input_ids", "labels", "pixel_values"):
+        assert torch.equal(batches[0][name], batches[1][name])

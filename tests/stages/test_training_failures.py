@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 
 from stic_ray.core.errors import Failed, ModelError, SourceError, StageError
-from stic_ray.stages.training.failures import Restarts, WorkerFailure, explain
+from stic_ray.stages.training.launch import Restarts, WorkerFailure, explain
 
 LOST = RayActorError()
 GLOO = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")

@@ -17,9 +17,9 @@ from moto.server import ThreadedMotoServer
 
 from stic_ray.core.errors import StageError
 from stic_ray.core.rundir import RunDir
+from stic_ray.stages.dpo import DPO
 from stic_ray.stages.training.building import make_dpo_trainer
-from stic_ray.stages.training.checkpoints import is_needed
-from stic_ray.stages.training.launch import train_dpo
+from stic_ray.stages.training.worker import is_needed
 from tests.stages.builders import pairs_in, step_of
 from tests.stages.test_training import losses
 from tests.stages.test_training_batches import config_for, write_pairs
@@ -118,7 +118,7 @@ def test_a_training_that_is_killed_ends_as_one_that_is_not(
     killer = threading.Thread(target=kill_workers, args=(run, 2, killed), daemon=True)
     killer.start()
     with pytest.raises(StageError, match="restarts were used up.*The same command goes on"):
-        train_dpo(step_of(config, run, "dpo"))
+        DPO.run(step_of(config, run, "dpo"))
     killer.join()
     assert len(killed) == 2 and (run / "dpo").read_json("result.json") is None
     assert len(checkpoints(run)) == 2, "the last two are kept"
@@ -129,7 +129,7 @@ def test_a_training_that_is_killed_ends_as_one_that_is_not(
         "evaluation": {"benchmarks": [str(tmp_path / "other.jsonl")]},
     }
     half = config_for(tiny_llava, workers={**WORKERS, "num_workers": 1, "micro_batch": 4}, **SETTINGS, **later)
-    train_dpo(step_of(half, run, "dpo"))
+    DPO.run(step_of(half, run, "dpo"))
     result = (run / "dpo").read_json("result.json")
     assert result["num_steps"] == NUM_STEPS
     assert result["resumed_from_step"] >= 6, "the second victim died behind a checkpoint of its own"

@@ -12,10 +12,10 @@ from transformers import get_scheduler
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, ModelError
-from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
+from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer, training_arguments
+from stic_ray.stages.training.index import RowGroup, Rows
 from stic_ray.stages.training.launch import scaling_of
 from stic_ray.stages.training.models import describe_parts, model_of
-from stic_ray.stages.training.settings import training_arguments
 from tests import tiny_models
 from tests.stages.builders import check, conversations_in, pairs_in
 from tests.stages.test_training_batches import config_for, write_pairs, write_rows
@@ -109,7 +109,7 @@ def test_a_schedule_begins_behind_the_warm_up(
 ) -> None:
     settings = {"schedule": schedule, "num_steps": 6, "warmup_share": 1 / 3, "learning_rate": 1.0}
     config = config_for(tiny_llava, dpo=settings)
-    arguments = training_arguments(config, config.dpo, tmp_path, 4)
+    arguments = training_arguments(config, config.dpo, tmp_path, Rows([RowGroup("", 0, range(4))], []))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments["learning_rate"])
     scheduler = get_scheduler(
         arguments["lr_scheduler_type"], optimizer, arguments["warmup_steps"], num_training_steps=6
@@ -140,7 +140,7 @@ def test_gradients_are_clipped(tmp_path: Path, tiny_llava: Path) -> None:
 def test_what_is_for_gpus_reaches_trl_and_deepspeed(tmp_path: Path, tiny_llava: Path) -> None:
     workers = {"num_gpus": 1, "zero_stage": 3, "offload_activations": True, "offload_parameters": True}
     config = config_for(tiny_llava, workers=workers)
-    found = training_arguments(config, config.dpo, tmp_path, 4)
+    found = training_arguments(config, config.dpo, tmp_path, Rows([RowGroup("", 0, range(4))], []))
     assert found["activation_offloading"] and found["bf16"] and not found["use_cpu"]
     zero = found["deepspeed"]["zero_optimization"]
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True} and "offload_optimizer" not in zero

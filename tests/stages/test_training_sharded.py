@@ -18,8 +18,8 @@ from stic_ray.core.storage import Location
 from stic_ray.engines.adapters import parts_of_adapter
 from stic_ray.engines.weight_names import has_hub_names, use_hub_names
 from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
-from stic_ray.stages.training.checkpoints import FirstSave, check_changed, make_universal, save
 from stic_ray.stages.training.models import describe_parts, model_of
+from stic_ray.stages.training.worker import FirstSave, check_changed, make_universal, save
 from tests import tiny_models
 from tests.stages.builders import conversations_in, pairs_in
 from tests.stages.groups import run_group

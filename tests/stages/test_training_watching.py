@@ -21,8 +21,18 @@ from stic_ray.stages.training.batches import WEIGHT
 from stic_ray.stages.training.building import make_dpo_trainer
 from stic_ray.stages.training.metrics import flops_per_token, totals
 from stic_ray.stages.training.models import model_of
-from stic_ray.stages.training.progress import METRICS, MetricsFile, Progress, summarise, warn_of_easy_pairs
-from stic_ray.stages.training.trackers import FOLDER, IDS, add_trackers, start_trackers
+from stic_ray.stages.training.reporting import (
+    METRICS,
+    TENSORBOARD,
+    TRACKER_IDS,
+    MetricsFile,
+    Progress,
+    add_trackers,
+    start_trackers,
+    summarise,
+    warn_of_easy_pairs,
+)
+from stic_ray.stages.training.trainers import means
 from tests.stages.builders import check, pairs_in
 from tests.stages.test_training_batches import config_for
 from tests.stages.test_training_data import write_positions
@@ -36,8 +46,9 @@ def make_trainer(config: RunConfig, folder: Path, output: RunDir) -> Any:
     run = write_positions(folder / "pairs", range(40), range(40, 80))
     set_seed(config.seed)
     trainer = make_dpo_trainer(config, pairs_in(config, *(Path(s.path) for s in run.shards("pairs"))), folder / "out")
-    trainer.add_callback(Progress("dpo", "dpo", MetricsFile(output, folder)))
-    add_trackers(trainer, config, output)
+    metrics = MetricsFile(output, folder)
+    trainer.add_callback(Progress("dpo", "dpo", metrics))
+    add_trackers(trainer, config, output, metrics.folder)
     return trainer
 
 
@@ -72,7 +83,7 @@ def test_held_out_rows_are_evaluated_along_the_way_and_at_the_end(
     lines = lines_of(output)
     assert [line["step"] for line in lines] == [1, 2, 3] and all("loss" in line for line in lines)
     assert ["eval_loss" in line for line in lines] == [False, True, True]
-    assert not (output.location / FOLDER).exists()
+    assert not (output.location / TENSORBOARD).exists()
     for line in lines:
         assert set(line) >= SPEED | SECONDS and "mfu" not in line
         parts = [line[f"seconds/{part}"] for part in ("data", "forward", "backward", "optimizer")]
@@ -119,9 +130,9 @@ def test_rows_of_weight_0_train_nothing(tmp_path: Path, tiny_llava: Path) -> Non
         model.zero_grad()
         loss = trainer.compute_loss(model, trainer.data_collator(batch))
         loss.backward()
-        means = trainer.means["eval"].take()
-        assert means.values[0] == 3, "rows of weight 0 count in no figure"
-        figures.append(means.figures(means.values))
+        names, sums = trainer.sums.pop("eval")
+        assert sums[0] == 3, "rows of weight 0 count in no figure"
+        figures.append(means(names, sums))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         losses.append(loss.item())
     assert gradients[0].abs().max() > 0
@@ -150,7 +161,9 @@ def test_metrics_and_event_files_go_on_after_a_resume(tmp_path: Path, tiny_llava
     )
     for before, after in zip(undisturbed, resumed, strict=True):
         assert after == pytest.approx(before, rel=1e-5)
-    first, second = sorted((tmp_path / "killed" / "dpo" / FOLDER).iterdir(), key=lambda file: file.stat().st_ctime_ns)
+    first, second = sorted(
+        (tmp_path / "killed" / "dpo" / TENSORBOARD).iterdir(), key=lambda file: file.stat().st_ctime_ns
+    )
     steps = [
         [event.step for event in events_of(file) for value in event.summary.value if value.tag == "train/loss"]
         for file in (first, second)
@@ -312,7 +325,7 @@ def test_other_trackers_go_on_in_the_same_run(
         trainer = make_trainer(config, tmp_path, output)
         trainer.args.max_steps = steps
         trainer.train(resume_from_checkpoint=steps == 3)
-        ids.append(output.read_json(IDS)[tracker])
+        ids.append(output.read_json(TRACKER_IDS)[tracker])
     assert ids[0] == ids[1]
     if tracker == "wandb":
         runs = list((tmp_path / "dpo" / "wandb").glob(f"offline-run-*-{ids[0]}"))

@@ -22,7 +22,7 @@ from stic_ray.engines.opening import check_engine, open_engine
 from stic_ray.engines.vllm_engine import VllmEngine
 from stic_ray.engines.weight_names import has_hub_names
 from stic_ray.method.images import decode
-from stic_ray.stages.training.launch import train_dpo
+from stic_ray.stages.dpo import DPO
 from tests import tiny_models
 from tests.engines.families import mixed_requests
 from tests.stages.builders import draw_pictures, fake_config, pairs_of, rejected_of, run_stages, step_of
@@ -96,7 +96,7 @@ def test_what_dpo_saved_loads(method: str, tmp_path: Path, tiny_llava: Path) -> 
     """It answers as in the transformers engine, and not as the base model."""
     run = prepare(tmp_path / "run", 8)
     config = config_for(tiny_llava, tuning={"method": method}, dpo={"learning_rate": 0.01})
-    train_dpo(step_of(config, run, "dpo"))
+    DPO.run(step_of(config, run, "dpo"))
     checkpoint = tmp_path / "run" / "dpo" / "checkpoint"
     model = ModelConfig(path=str(tiny_llava))
     base, expected = (

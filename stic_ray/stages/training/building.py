@@ -1,21 +1,22 @@
 """From the configuration, the rows and the model that training starts from to a trainer."""
 
 import logging
+import multiprocessing
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import nn
 from trl.trainer.dpo_config import DPOConfig as TRLDPOConfig
 from trl.trainer.sft_config import SFTConfig as TRLSFTConfig
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import RunConfig, WorkersConfig
+from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.training import OptimisationConfig
-from stic_ray.engines.loading import load_processor
+from stic_ray.engines.loading import choose_dtype, load_processor
 from stic_ray.engines.shared_prefix import reason_against
 from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
-from stic_ray.stages.training.data import Conversations, VisionInEveryBatch, read_conversations, read_pairs
+from stic_ray.stages.training.data import ParquetRows, read_pairs
 from stic_ray.stages.training.index import Rows
 from stic_ray.stages.training.models import (
     Start,
@@ -27,7 +28,6 @@ from stic_ray.stages.training.models import (
     prepare_start,
     set_trainable,
 )
-from stic_ray.stages.training.settings import loader_arguments, training_arguments
 from stic_ray.stages.training.trainers import LikelihoodTrainer, RegularisedDPOTrainer, StepTrainer
 
 logger = logging.getLogger(__name__)
@@ -41,15 +41,15 @@ def make_dpo_trainer(
     `universal` says that it will go on from a checkpoint of its own in DeepSpeed's universal form.
     """
     trained, held_out = read_pairs(config, rows)
+    arguments = training_arguments(config, config.dpo, folder, rows, universal=universal)
     if config.dpo.objective == "sft":
-        datasets = Conversations(trained), Conversations(held_out)
-        return _likelihood(config, config.dpo, rows, datasets, folder, checkpoint, universal=universal)
+        return _make_likelihood_trainer(config, trained, held_out, arguments, checkpoint)
     start = prepare_start(config, checkpoint, folder)
     processor = load_processor(start.model)
-    arguments = TRLDPOConfig(**_arguments(config, config.dpo, rows, folder, universal=universal), disable_dropout=False)
+    arguments = TRLDPOConfig(**arguments, disable_dropout=False)
     policy, reference = start.load(), start.load() if config.tuning.method == "full" else None
     if reference is not None:
-        _set_trainable(policy, config, start)
+        set_trainable(policy, config, start.dtype)
         if config.workers.zero_stage == 0:
             match_dtypes(reference, policy)
     trainer = RegularisedDPOTrainer(
@@ -67,7 +67,12 @@ def make_dpo_trainer(
     _finish(trainer, start)
     if isinstance(policy, PeftModel):  # an adapter that was there before, of which TRL has made a frozen copy
         prepare_reference_adapter(policy)
-    reason = _reason_against_shared_prefix(config, policy)
+    if not config.workers.share_prefix:
+        reason = "workers.share_prefix=false"
+    elif config.dpo.objective != "paper":
+        reason = f"dpo.objective={config.dpo.objective} scores the logits of whole sequences"
+    else:
+        reason = reason_against(cast(Any, policy).config)
     if reason is None:
         trainer.data_collator = SharedPrefixCollator(processor)
     else:
@@ -79,61 +84,125 @@ def make_sft_trainer(
     config: RunConfig, rows: Rows, folder: Path, checkpoint: Path | None = None, *, universal: bool = False
 ) -> LikelihoodTrainer:
     """Return a trainer on the answers of conversations, starting as that of `make_dpo_trainer`."""
-    datasets = read_conversations(config, rows)
-    return _likelihood(config, config.sft, rows, datasets, folder, checkpoint, universal=universal)
+    arguments = training_arguments(config, config.sft, folder, rows, universal=universal)
+    columns = ["image", "messages"]
+    trained = ParquetRows(rows.trained, columns, seed=config.seed, global_batch=config.sft.global_batch)
+    return _make_likelihood_trainer(config, trained, ParquetRows(rows.held_out, columns), arguments, checkpoint)
 
 
-def _likelihood(
-    config: RunConfig,
-    settings: OptimisationConfig,
-    rows: Rows,
-    datasets: tuple[Any, Any],
-    folder: Path,
-    checkpoint: Path | None,
-    *,
-    universal: bool,
+def _make_likelihood_trainer(
+    config: RunConfig, trained: ParquetRows, held_out: ParquetRows, arguments: dict[str, Any], checkpoint: Path | None
 ) -> LikelihoodTrainer:
-    start = prepare_start(config, checkpoint, folder)
+    start = prepare_start(config, checkpoint, Path(arguments["output_dir"]))
     processor = load_processor(start.model)
-    arguments = TRLSFTConfig(**_arguments(config, settings, rows, folder, universal=universal))
+    collator = AnswersOnlyCollator(processor)
+    args = TRLSFTConfig(**arguments)
     trainer = LikelihoodTrainer(
         config=config,
         model=start.load(),
-        args=arguments,
-        train_dataset=datasets[0],
-        eval_dataset=datasets[1],
+        args=args,
+        train_dataset=trained,
+        eval_dataset=held_out,
         processing_class=processor,
-        data_collator=AnswersOnlyCollator(processor),
+        data_collator=collator,
         peft_config=start.new_adapter,
     )
     _finish(trainer, start)
     trains_vision = bool({"vision_tower", "projector"} & set(describe_parts(trainer)["trained"]))
-    if trains_vision or config.workers.zero_stage == 3:
-        trainer.data_collator = VisionInEveryBatch(trainer.data_collator)
+    collator.needs_image = trains_vision or config.workers.zero_stage == 3
     return trainer
-
-
-def _arguments(
-    config: RunConfig, settings: OptimisationConfig, rows: Rows, folder: Path, *, universal: bool
-) -> dict[str, Any]:
-    arguments = training_arguments(config, settings, folder, rows.num_trained, universal=universal)
-    return {**arguments, **loader_arguments(config, settings, rows)}
 
 
 def _finish(trainer: StepTrainer, start: Start) -> None:
     """Draw a new adapter from the seed, and choose what is trained, once TRL has built around the model."""
     if start.new_adapter is not None:
         initialise_adapter(model_of(trainer), trainer.config.seed)
-    _set_trainable(model_of(trainer), trainer.config, start)
+    set_trainable(model_of(trainer), trainer.config, start.dtype)
 
 
-def _set_trainable(model: nn.Module, config: RunConfig, start: Start) -> None:
-    set_trainable(model, config.tuning, start.dtype if config.workers.zero_stage else torch.float32)
+def training_arguments(
+    config: RunConfig, stage: OptimisationConfig, folder: Path, rows: Rows, *, universal: bool = False
+) -> dict[str, Any]:
+    """Return the settings of a stage that trains on these rows, under the names of transformers.
+
+    `universal` says that training goes on from a checkpoint in DeepSpeed's universal form.
+    """
+    workers = config.workers
+    num_steps = stage.num_steps or -(-rows.num_trained // stage.global_batch) * stage.num_epochs
+    on_gpu = workers.num_gpus > 0
+    num_loaders = (4 if on_gpu else 0) if workers.num_loaders is None else workers.num_loaders
+    if num_loaders:
+        # A fork would copy the state of object store clients, CUDA and Ray, none of which lives on in a child.
+        multiprocessing.set_forkserver_preload([ParquetRows.__module__])
+    return {
+        "output_dir": str(folder),
+        "seed": config.seed,
+        "num_train_epochs": stage.num_epochs,
+        "max_steps": stage.num_steps or -1,
+        "learning_rate": stage.learning_rate,
+        # The plain `constant` of transformers has no warm-up.
+        "lr_scheduler_type": "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
+        # The first warm-up step has a learning rate of 0, so a run of one step must not be all warm-up.
+        "warmup_steps": min(int(stage.warmup_share * num_steps), num_steps - 1),
+        "weight_decay": stage.weight_decay,
+        "max_grad_norm": stage.max_grad_norm,
+        "per_device_train_batch_size": workers.micro_batch,
+        "per_device_eval_batch_size": workers.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(stage.global_batch, workers),
+        "gradient_checkpointing": workers.gradient_checkpointing,
+        "activation_offloading": workers.offload_activations,
+        "max_length": None,  # TRL would cut through image tokens; lengths were bounded when the rows were written
+        "bf16": choose_dtype(config.model, on_gpu=on_gpu) is torch.bfloat16,
+        "use_cpu": not on_gpu,
+        "save_steps": workers.save_every_steps,
+        "eval_strategy": "steps" if rows.held_out else "no",
+        "eval_steps": workers.evaluate_every_steps or -(-num_steps // 4),
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",  # the dataset itself is in a seeded order
+        "dataloader_num_workers": num_loaders,
+        "dataloader_multiprocessing_context": "forkserver" if num_loaders else None,
+        "deepspeed": deepspeed_settings(workers, universal=universal) if workers.zero_stage else None,
+    }
 
 
-def _reason_against_shared_prefix(config: RunConfig, policy: Any) -> str | None:
-    if not config.workers.share_prefix:
-        return "workers.share_prefix=false"
-    if config.dpo.objective != "paper":
-        return f"dpo.objective={config.dpo.objective} scores the logits of whole sequences"
-    return reason_against(cast(Any, policy).config)
+def deepspeed_settings(workers: WorkersConfig, *, universal: bool = False) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; transformers fills in what is "auto"."""
+    zero: dict[str, Any] = {
+        "stage": workers.zero_stage,
+        "overlap_comm": workers.num_gpus > 0,
+        "contiguous_gradients": True,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    }
+    in_memory = {"device": "cpu", "pin_memory": workers.num_gpus > 0}
+    if workers.offload_optimizer:
+        zero["offload_optimizer"] = in_memory
+    if workers.offload_parameters:
+        zero["offload_param"] = in_memory
+    return {
+        "zero_optimization": zero,
+        # torch's fused AdamW works on CPUs, too; DeepSpeed's own would be compiled on first use, with the CUDA toolkit.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": "auto"},
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "checkpoint": {"load_universal": universal},
+    }
+
+
+def start_deepspeed(workers: WorkersConfig) -> None:
+    """Bring up DeepSpeed's own communication, which ZeRO-3 needs before a model is built."""
+    if workers.zero_stage == 0:
+        return
+    import deepspeed
+    import deepspeed.ops
+
+    if workers.num_gpus == 0:
+        # The shared-memory operator would be compiled on first use (39 s); plain gloo gives the same results.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if workers.num_gpus else "gloo", verbose=False)

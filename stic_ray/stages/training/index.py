@@ -1,8 +1,10 @@
 """On the driver: which rows of the shards are trained on and which are held out, from footers and a few columns."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import pyarrow as pa
@@ -60,20 +62,20 @@ def index_pairs(config: RunConfig, shards: Iterable[Location], start: Location |
     Raises SourceError for a shard that is no whole Parquet file, and where no pair is left, or too few to exchange
     their pictures.
     """
-    settings, found = config.dpo, list(_read_footers(shards))
+    settings = config.dpo
+    found = _read_footers(shards, settings.num_images)
     if not found:
         raise SourceError("Stage preferences left no pairs to train on; see its rejected-*.parquet.")
-    if settings.num_images is not None:
-        cut = [(_below(group, facts, settings.num_images), facts) for group, facts in found]
-        found = [(group, facts) for group, facts in cut if group.rows]
-    groups = [group for group, _ in found]
+    groups = [group for group, _ in found if group.rows]
+    revisions = {revision for group, revision in found if group.rows}
     num_pairs = sum(len(group.rows) for group in groups)
     if not num_pairs:
         raise SourceError(f"dpo.num_images={settings.num_images} leaves none of the pairs; use more images.")
     if num_pairs == 1 and settings.image == "shuffled":
         raise SourceError("dpo.image=shuffled needs at least 2 pairs to exchange their pictures, there is 1.")
-    has_stored = settings.image == "own" and settings.objective != "sft"
-    has_stored = has_stored and _have_reference_logps(config, start, [facts for _, facts in found])
+    has_stored = settings.image == "own" and settings.objective != "sft" and None not in revisions
+    if has_stored:
+        has_stored = revisions == {fingerprint(model_at(config.model, start.local_copy() if start else None))}
     return Rows(*_hold_out(groups, "image_id", settings.num_held_out), has_reference_logps=has_stored)
 
 
@@ -102,73 +104,59 @@ def is_held_out(row_id: str) -> bool:
     return seed_for(0, row_id, "held-out") % ONE_IN == 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What a footer says about the columns of a row group: the least and the greatest value, None if it does not."""
-
-    position: tuple[int, int] | None
-    model_revision: tuple[str, str] | None
-    num_without_logps: int | None
-
-
-def _read_footers(shards: Iterable[Location]) -> Iterator[tuple[RowGroup, _Facts]]:
+def _read_footers(shards: Iterable[Location], limit: int | None = None) -> list[tuple[RowGroup, str | None]]:
+    """Return the row groups with their rows at positions below `limit`, each with what `_read_footer` says of it."""
     with ThreadPoolExecutor(_NUM_READERS) as readers:
-        yield from chain.from_iterable(readers.map(_read_footer, shards))
+        return [*chain.from_iterable(readers.map(partial(_read_footer, limit=limit), shards))]
 
 
-def _read_footer(shard: Location) -> list[tuple[RowGroup, _Facts]]:
+def _read_footer(shard: Location, limit: int | None) -> list[tuple[RowGroup, str | None]]:
+    """Return the row groups of a shard, each with the revision of the model whose REFERENCE_LOGPS all its rows have."""
     try:
         with shard.open() as stream:
             footer = pq.read_metadata(stream)
     except (pa.ArrowException, OSError) as error:
         raise _explain(shard.uri, error) from error
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    found = [(RowGroup(shard.uri, n, range(group.num_rows)), _facts(group)) for n, group in enumerate(groups)]
-    return [(group, facts) for group, facts in found if group.rows]
+    found = []
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        columns = [group.column(place) for place in range(group.num_columns)]
+        known = {column.path_in_schema: column.statistics for column in columns if column.is_stats_set}
+        limits = {name: (s.min, s.max) for name, s in known.items() if s.has_min_max and s.null_count == 0}
+        has_logps = all(name in known and known[name].null_count == 0 for name in REFERENCE_LOGPS)
+        least, greatest = limits.get("model_revision", (None, None))
+        rows = RowGroup(shard.uri, number, range(group.num_rows))
+        if limit is not None:
+            rows = _below(rows, limits.get("position", (-math.inf, math.inf)), limit)
+        if group.num_rows:
+            found.append((rows, least if has_logps and least == greatest else None))
+    return found
 
 
-def _facts(group: pq.RowGroupMetaData) -> _Facts:
-    columns = [group.column(number) for number in range(group.num_columns)]
-    known = {column.path_in_schema: column.statistics for column in columns if column.is_stats_set}
-    limits = {name: (s.min, s.max) if s.has_min_max and s.null_count == 0 else None for name, s in known.items()}
-    absent = [known[name].null_count for name in REFERENCE_LOGPS if name in known]
-    num_absent = sum(absent) if len(absent) == len(REFERENCE_LOGPS) else None
-    return _Facts(limits.get("position"), limits.get("model_revision"), num_absent)
-
-
-def _below(group: RowGroup, facts: _Facts, limit: int) -> RowGroup:
-    """Return the group with the rows at positions below the limit; most are decided by the footer."""
-    if facts.position is not None and facts.position[1] < limit:
+def _below(group: RowGroup, positions: tuple[float, float], limit: int) -> RowGroup:
+    """Return the group with the rows at positions below the limit; most are decided by the least and the greatest."""
+    least, greatest = positions
+    if greatest < limit:
         return group
-    if facts.position is not None and facts.position[0] >= limit:
-        return RowGroup(group.uri, group.number, ())
-    positions = read_group(group, ["position"])["position"].to_pylist()
-    return RowGroup(group.uri, group.number, tuple(row for row in group.rows if positions[row] < limit))
+    rows: Sequence[int] = ()
+    if least < limit:
+        found = read_group(group, ["position"])["position"].to_pylist()
+        rows = tuple(row for row in group.rows if found[row] < limit)
+    return RowGroup(group.uri, group.number, rows)
 
 
-def _have_reference_logps(config: RunConfig, start: Location | None, facts: Sequence[_Facts]) -> bool:
-    if any(each.num_without_logps != 0 for each in facts):
-        return False
-    model = model_at(config.model, start.local_copy() if start else None)
-    revision = fingerprint(model)
-    return all(each.model_revision == (revision, revision) for each in facts)
-
-
-def _hold_out(groups: list[RowGroup], id_column: str, number: int) -> tuple[list[RowGroup], list[RowGroup]]:
+def _hold_out(groups: Iterable[RowGroup], id_column: str, number: int) -> tuple[list[RowGroup], list[RowGroup]]:
     """Split the groups into what is trained on and what is held out: the first `number` rows that may be.
 
     Rows are added behind, so a pool that has grown keeps what it held out, and never holds out what it trained on.
     """
     trained, held_out = [], []
     for group in groups:
-        if number == 0:
-            trained.append(group)
-            continue
-        ids = read_group(group, [id_column])[id_column].to_pylist()
-        out = tuple(row for row in group.rows if is_held_out(ids[row]))[:number]
+        ids = read_group(group, [id_column])[id_column].to_pylist() if number else []
+        out = tuple(row for row in group.rows if ids and is_held_out(ids[row]))[:number]
         number -= len(out)
-        parts = (trained, tuple(row for row in group.rows if row not in out)), (held_out, out)
-        for part, rows in parts if out else ((trained, group.rows),):
+        rest = tuple(row for row in group.rows if row not in out) if out else group.rows
+        for part, rows in ((trained, rest), (held_out, out)):
             if rows:
                 part.append(RowGroup(group.uri, group.number, rows))
     return (trained, held_out) if trained else (held_out, trained)  # a handful may all be eligible

@@ -1,8 +1,9 @@
 """The model of a training: what it starts from, which of its weights are trained, and its reference."""
 
 import importlib.util
-from collections.abc import Mapping
-from contextlib import nullcontext
+import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,17 +110,16 @@ def make_quantization(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
-def set_trainable(model: nn.Module, tuning: TuningConfig, dtype: torch.dtype) -> None:
+def set_trainable(model: nn.Module, config: RunConfig, dtype: torch.dtype) -> None:
     """Leave frozen parts out of training, where a model is trained whole, and hold what is trained in `dtype`.
 
-    That is float32 without DeepSpeed, which keeps copies in float32 of what it trains: small steps vanish in bfloat16.
+    Without DeepSpeed, which keeps copies in float32 of what it trains, in float32: small steps vanish in bfloat16.
     """
-    parts = _prefixes(model)
-    for name, parameter in model.named_parameters():
-        if tuning.method == "full" and _part_of(name, parts) in tuning.frozen:
+    for part, parameter in _parameters(model):
+        if config.tuning.method == "full" and part in config.tuning.frozen:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype if config.workers.zero_stage else torch.float32)
 
 
 def match_dtypes(reference: nn.Module, policy: nn.Module) -> None:
@@ -139,19 +139,13 @@ def prepare_reference_adapter(policy: PeftModel) -> None:
         if f".{REFERENCE}." not in name:
             continue
         own = policy.get_parameter(name.replace(f".{REFERENCE}.", ".default."))
-        with _gathered([parameter, own]):
-            if hasattr(parameter, "ds_id"):
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter, own], modifier_rank=0):
                 parameter.data.copy_(own.data)
-            else:
-                parameter.data = own.data.clone()
-
-
-def _gathered(parameters: list[nn.Parameter]) -> Any:
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+        else:
+            parameter.data = own.data.clone()
 
 
 def initialise_adapter(model: nn.Module, seed: int) -> None:
@@ -175,31 +169,30 @@ def model_of(trainer: Trainer) -> nn.Module:
 
 def projector_of(model: nn.Module) -> list[nn.Parameter]:
     """Return the weights of the projector."""
-    parts = _prefixes(model)
-    return [parameter for name, parameter in model.named_parameters() if _part_of(name, parts) == "projector"]
+    return [parameter for part, parameter in _parameters(model) if part == "projector"]
 
 
 def describe_parts(trainer: Trainer) -> dict[str, Any]:
-    """Say which parts of the model are trained, and which are frozen; the head belongs to the language model."""
-    model = model_of(trainer)
-    parts = _prefixes(model)
-    num_trainable = dict.fromkeys([*parts.values(), "language_model"], 0)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            num_trainable[_part_of(name, parts)] += getattr(parameter, "ds_numel", parameter.numel())
+    """Return which parts of the model are trained, and which are frozen; the head belongs to the language model."""
+    num_trainable: Counter[Part] = Counter()
+    for part, parameter in _parameters(model_of(trainer)):
+        num_trainable[part] += num_weights(parameter) if parameter.requires_grad else 0
     return {
-        "num_trainable_parameters": sum(num_trainable.values()),
+        "num_trainable_parameters": num_trainable.total(),
         "trained": sorted(part for part, number in num_trainable.items() if number),
         "frozen": sorted(part for part, number in num_trainable.items() if not number),
     }
 
 
-def _prefixes(model: nn.Module) -> dict[str, Part]:
-    """Return the part that each prefix of parameter names stands for."""
-    return {prefix: part for part, prefixes in parts_of(model).items() for prefix in prefixes}
+def num_weights(parameter: nn.Parameter) -> int:
+    """Return the number of weights, of which this process may hold a part (ZeRO-3), or packed (4 bits)."""
+    packed = getattr(parameter, "quant_state", None)
+    return math.prod(packed.shape) if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
-def _part_of(name: str, parts: Mapping[str, Part]) -> Part:
-    """Return the part that a parameter belongs to; what is in no other belongs to the language model, as its head."""
-    found: list[Part] = [part for prefix, part in parts.items() if name.startswith(prefix)]
-    return found[0] if found else "language_model"
+def _parameters(model: nn.Module) -> Iterator[tuple[Part, nn.Parameter]]:
+    """Return all parameters with their parts; what is in no other belongs to the language model, as its head."""
+    parts: dict[str, Part] = {prefix: part for part, prefixes in parts_of(model).items() for prefix in prefixes}
+    for name, parameter in model.named_parameters():
+        found: list[Part] = [part for prefix, part in parts.items() if name.startswith(prefix)]
+        yield found[0] if found else "language_model", parameter

@@ -5,14 +5,13 @@ the loop: it takes the micro-batches of a step (`get_batch_samples`), goes forwa
 (`training_step`, `compute_loss`), lets the optimiser take its step, and logs (`log`).
 """
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import datasets
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import nn
 from transformers import Trainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
@@ -21,10 +20,10 @@ from trl.trainer.utils import use_adapter
 from stic_ray.core.config import RunConfig
 from stic_ray.engines.sequences import labels_of
 from stic_ray.engines.shared_prefix import model_inputs, sum_by_answer
-from stic_ray.method.objectives import ObjectiveTerms, PairLogps, answer_logps, noisy_argmax_logps, regularised_dpo
+from stic_ray.method.objectives import PairLogps, answer_logps, noisy_argmax_logps, regularised_dpo
 from stic_ray.stages.training import models
 from stic_ray.stages.training.batches import IGNORED, REFERENCE_LOGPS, WEIGHT
-from stic_ray.stages.training.metrics import Means, Speed
+from stic_ray.stages.training.metrics import Speed
 
 _COLUMNS = datasets.Dataset.from_list(
     [{"image": None, "prompt": None, "chosen": None, "rejected": None, "messages": None}]
@@ -41,7 +40,13 @@ class StepTrainer(Trainer):
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.config = config
         self.speed = Speed(self)
-        self.means = {"train": Means(), "eval": Means()}
+        self.sums: dict[str, tuple[list[str], torch.Tensor]] = {}
+        """Of "train" and "eval": names, and behind the number of rows the sum of each over those since the last log."""
+
+    @property
+    def mode(self) -> str:
+        """Whether the model is in training ("train") or in evaluation ("eval")."""
+        return "train" if models.model_of(self).training else "eval"
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
         """Wait for the micro-batches of a step; there is none behind the last step.
@@ -50,7 +55,8 @@ class StepTrainer(Trainer):
         """
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        with self.speed.waiting_for_data():
+        self.speed.begin()
+        with self.speed.measure("data"):
             return super().get_batch_samples(*arguments, **keywords)
 
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
@@ -63,9 +69,10 @@ class StepTrainer(Trainer):
     ) -> Any:
         """Go forward through a micro-batch and return its loss."""
         assert not return_outputs, "evaluation asks for the loss only"
-        if cast(nn.Module, self.model).training:
-            self.speed.count(inputs)
-        with self.speed.measure("forward") if cast(nn.Module, self.model).training else nullcontext():
+        if self.mode == "eval":
+            return self.loss_of(model, inputs, num_items_in_batch)
+        self.speed.count(inputs)
+        with self.speed.measure("forward"):
             return self.loss_of(model, inputs, num_items_in_batch)
 
     def loss_of(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any) -> torch.Tensor:
@@ -76,8 +83,11 @@ class StepTrainer(Trainer):
         """Return transformers' optimiser with the projector in parameter groups of its own."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
+        if not is_new:
+            return optimizer
+        self.speed.watch(optimizer)
         rate = self.config.tuning.projector_learning_rate
-        if rate is not None and is_new:
+        if rate is not None:
             own = {id(parameter) for parameter in models.projector_of(models.model_of(self))}
             for group in [*optimizer.param_groups]:  # the schedule scales the rate of each
                 params = group["params"]
@@ -91,23 +101,27 @@ class StepTrainer(Trainer):
         `counts` is by how much each row counts, and a value is what it adds. Training sums up on each worker and
         exchanges nothing; evaluation drops the rows that only fill up its last batch, which one worker cannot know.
         """
-        is_training = cast(nn.Module, self.model).training
         rows = torch.stack([counts, *values.values()], dim=1).double()
-        if not is_training:
+        if self.mode == "eval":
             rows = cast(torch.Tensor, self.accelerator.gather_for_metrics(rows))
-        self.means["train" if is_training else "eval"].add(["", *values], rows.sum(0))
+        before = self.sums[self.mode][1] if self.mode in self.sums else 0
+        self.sums[self.mode] = [*values], rows.sum(0) + before
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """Log, and with a step or an evaluation its figures. Called by all workers, which exchange them here once."""
-        if "loss" in logs and self.speed.is_running:
-            speed, sums = self.speed.own(), self.means["train"].take()
-            own = torch.cat([speed, sums.values.to(speed.device)])
+        if "loss" in logs and self.speed.began_s is not None:
+            speed, (names, sums) = self.speed.own(), self.sums.pop("train")
+            own = torch.cat([speed, sums.to(speed.device)])
             every = cast(torch.Tensor, self.accelerator.gather(own[None])).cpu()
-            logs |= self.speed.figures(every[:, : len(speed)]) | sums.figures(every[:, len(speed) :].sum(0))
-        elif not cast(nn.Module, self.model).training:
-            sums = self.means["eval"].take()
-            logs |= {f"eval_{name}": value for name, value in sums.figures(sums.values.cpu()).items()}
+            logs |= self.speed.figures(every[:, : len(speed)]) | means(names, every[:, len(speed) :].sum(0))
+        elif "eval" in self.sums:
+            logs |= {f"eval_{name}": value for name, value in means(*self.sums.pop("eval")).items()}
         super().log(logs, *arguments, **keywords)
+
+
+def means(names: Sequence[str], sums: torch.Tensor) -> dict[str, float]:
+    """Return the mean of each name, given the number of rows and the sum of each over them."""
+    return dict(zip(names, (sums[1:] / sums[0]).tolist(), strict=True)) if sums[0] else {}
 
 
 class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -116,10 +130,11 @@ class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncom
     def loss_of(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any) -> torch.Tensor:
         """Return the summed negative log-probability, divided by the answers' tokens."""
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        sizes = {"train": self.args.per_device_train_batch_size, "eval": self.args.per_device_eval_batch_size}
         with torch.no_grad():
             found = (outputs.label_mask, outputs.entropy, outputs.is_top1)
-            # A blank picture's row stands behind the others (data.py), and not in every worker's batch.
-            num_tokens, entropy, correct = (x.detach().float().sum(1)[: self._num_rows()] for x in found)
+            # A blank picture's row stands behind the others (batches.py), and not in every worker's batch.
+            num_tokens, entropy, correct = (x.detach().float().sum(1)[: sizes[self.mode]] for x in found)
             self.record(num_tokens, {"entropy": entropy, "mean_token_accuracy": correct})
         loss = -outputs.log_probs.sum()
         num_micro_batches = 1
@@ -131,10 +146,6 @@ class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncom
         if self.aux_loss_enabled:  # of a mixture of experts: TRL's balance of their load
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / num_micro_batches
         return loss
-
-    def _num_rows(self) -> int:
-        is_training = cast(nn.Module, self.model).training
-        return self.args.per_device_train_batch_size if is_training else self.args.per_device_eval_batch_size
 
 
 class AnswerLogps(NamedTuple):
@@ -148,46 +159,51 @@ class AnswerLogps(NamedTuple):
 
 
 class RegularisedDPOTrainer(StepTrainer, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Minimises `method.objectives.regularised_dpo`.
-
-    Batches are `SharedPrefixCollator`'s, or `PreferenceCollator`'s: the B chosen sequences first and the B rejected
-    ones behind them.
-    """
+    """Minimises `method.objectives.regularised_dpo` on batches of `SharedPrefixCollator` or `PreferenceCollator`."""
 
     def loss_of(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
         """Return the mean over the pairs of a micro-batch, by their weights."""
-        settings = self.config.dpo
-        inputs = dict(inputs)
-        weights = inputs.pop(WEIGHT, None)
-        stored = [inputs.pop(name) for name in REFERENCE_LOGPS if name in inputs]
+        settings, weights = self.config.dpo, inputs.get(WEIGHT)
         policy = self.logps(model, inputs)
         with torch.no_grad():
+            stored = [inputs[name] for name in REFERENCE_LOGPS if name in inputs]
             reference = AnswerLogps(stored[0], stored[1], None) if stored else self.reference_logps(inputs)
         logps = PairLogps(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
         terms = regularised_dpo(logps, beta=settings.beta, alpha=settings.alpha, weights=weights)
         with torch.no_grad():
-            counts = torch.ones_like(policy.chosen) if weights is None else (weights > 0).float()
-            values = {**self._metrics_of(logps, terms), **_drift(policy, reference, inputs)}
+            margins = terms.chosen_rewards - terms.rejected_rewards
+            values = {
+                "loss/dpo": F.softplus(-margins),
+                "loss/regulariser": -settings.alpha * policy.chosen,
+                "rewards/chosen": terms.chosen_rewards,
+                "rewards/rejected": terms.rejected_rewards,
+                "rewards/margins": margins,
+                "rewards/accuracies": (margins > 0).float(),
+                "logps/chosen": policy.chosen,
+                "logps/rejected": policy.rejected,
+                **_drift(policy, reference, inputs),
+            }
+            counts = torch.ones_like(margins) if weights is None else (weights > 0).float()
             self.record(counts, {name: value * counts for name, value in values.items()})
         return terms.loss
 
     def logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> AnswerLogps:
         """Return the log-probabilities of the answers under a model."""
-        inputs = {name: value for name, value in inputs.items() if name not in (WEIGHT, *REFERENCE_LOGPS)}
-        if "segments" in inputs:
-            config = cast(Any, self.accelerator.unwrap_model(model)).config
-            arguments = model_inputs(inputs, config)
-            outputs = model(**arguments, labels=labels_of(inputs, IGNORED), use_cache=False, fused_lm_head=True)
-            return AnswerLogps(*_by_answer(outputs.log_probs, inputs), outputs.log_probs)
-        arguments = {name: value for name, value in inputs.items() if name != "completion_mask"}
-        mask_BT = inputs["completion_mask"][:, 1:]
-        if self.config.dpo.objective == "paper":
-            labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+        arguments = {
+            name: value for name, value in inputs.items() if name not in ("completion_mask", WEIGHT, *REFERENCE_LOGPS)
+        }
+        is_shared = "segments" in inputs
+        if is_shared or self.config.dpo.objective == "paper":
+            if is_shared:
+                labels = labels_of(arguments, IGNORED)
+                arguments = model_inputs(arguments, cast(Any, self.accelerator.unwrap_model(model)).config)
+            else:
+                labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
             # TRL's fused head gives log-probabilities without holding the logits of all positions.
             outputs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
             return AnswerLogps(*_by_answer(outputs.log_probs, inputs), outputs.log_probs)
         logits_BTV = model(**arguments, use_cache=False).logits[:, :-1]
-        labels_BT = inputs["input_ids"][:, 1:]
+        labels_BT, mask_BT = inputs["input_ids"][:, 1:], inputs["completion_mask"][:, 1:]
         chosen_half, rejected_half = zip(*(x.chunk(2) for x in (logits_BTV, labels_BT, mask_BT)), strict=True)
         return AnswerLogps(answer_logps(*chosen_half), noisy_argmax_logps(*rejected_half), None)
 
@@ -203,19 +219,6 @@ class RegularisedDPOTrainer(StepTrainer, DPOTrainer):  # pyright: ignore[reportI
         assert isinstance(policy, PeftModel), "without a reference model the policy must carry an adapter"
         with use_adapter(policy, models.REFERENCE if models.REFERENCE in policy.peft_config else None):
             return self.logps(self.model, inputs)
-
-    def _metrics_of(self, logps: PairLogps, terms: ObjectiveTerms) -> dict[str, torch.Tensor]:
-        margins = terms.chosen_rewards - terms.rejected_rewards
-        return {
-            "loss/dpo": F.softplus(-margins),
-            "loss/regulariser": -self.config.dpo.alpha * logps.policy_chosen,
-            "rewards/chosen": terms.chosen_rewards,
-            "rewards/rejected": terms.rejected_rewards,
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).float(),
-            "logps/chosen": logps.policy_chosen,
-            "logps/rejected": logps.policy_rejected,
-        }
 
 
 def _by_answer(values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
