@@ -116,7 +116,7 @@ def repeat(sizes: list[int]) -> dict[str, object]:
                 name.touch()
             config = build_config({"name": "benchmark", "pool": {"source": f"{folder}/source"}})
             pool = RunDir.of(f"{folder}/pool")
-            listing.write_listing(config.pool.source, config.pool.image_column, pool, pool)
+            listing.write_listing(config.pool, pool, pool)
             pool.write_manifest({"num_listing_shards": len(pool.shards(listing.FAMILY)), "num_rows_written": size})
             began_s = time.perf_counter()
             assert not takes_in_more(config, pool, has_trained=False)

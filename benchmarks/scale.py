@@ -34,7 +34,7 @@ from stic_ray.core.schemas import INDEX
 from stic_ray.core.storage import Location
 from stic_ray.engines.guarded import GuardedEngine
 from stic_ray.stages import cluster, flow, shards
-from stic_ray.stages.extents import index_shards
+from stic_ray.stages.ordering import index_shards
 from stic_ray.stages.windows import Rows
 
 

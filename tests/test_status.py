@@ -11,7 +11,7 @@ from stic_ray.core.errors import RunError
 from stic_ray.core.publishing import publish
 from stic_ray.core.rundir import STARTED, RunDir, row_counts
 from stic_ray.recipes import recipe
-from stic_ray.stages.extents import index_shards
+from stic_ray.stages.ordering import index_shards
 from stic_ray.status import run_status
 
 

@@ -1,16 +1,15 @@
 """JSON read value by value, a list or JSON Lines in any encoding; a damaged value does not stop the others."""
 
 import ast
-import codecs
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
 
-_CHUNK_BYTES = 1 << 20
+_BUFFER_BYTES = _CHUNK_CHARACTERS = 1 << 20
 _MAX_VALUE_CHARACTERS = 1 << 25
 _DECODER = json.JSONDecoder(strict=False)  # line ends and tabs inside strings do no harm
 _BLANK = re.compile(r"[\s\ufeff]*")
@@ -20,35 +19,31 @@ _FIRST_KEY = re.compile(r'\{\s*"[^"]*"\s*:')
 _LONGEST_WORD = len("-Infinity")
 
 
-def _decoded(stream: pa.NativeFile) -> Iterator[str]:
-    """Yield the text of a file in pieces, every line end as a line feed."""
-    piece = stream.read(_CHUNK_BYTES)
-    encoding = json.detect_encoding(piece)
-    # A byte that is no UTF-8 becomes a lone surrogate, by which its row is found; of UTF-16 these are the only errors.
-    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape" if "utf-8" in encoding else "replace")
-    lines = io.IncrementalNewlineDecoder(decoder, translate=True)
-    while piece:
-        yield lines.decode(piece)
-        piece = stream.read(_CHUNK_BYTES)
-    yield lines.decode(b"", final=True)
+def as_text(stream: pa.NativeFile) -> io.TextIOWrapper:
+    """Return a file as text, in the encoding that its first bytes show, with a line feed at every line's end.
+
+    A byte that is no UTF-8 becomes a lone surrogate, by which its line is found; of UTF-16 these are the only errors.
+    """
+    buffered = io.BufferedReader(stream, _BUFFER_BYTES)
+    encoding = json.detect_encoding(buffered.peek(4)[:4])
+    return io.TextIOWrapper(buffered, encoding, "surrogateescape" if "utf-8" in encoding else "replace")
 
 
 class _Text:
     """A text of which `text[at:]` waits to be parsed and more is read when it is needed."""
 
-    def __init__(self, pieces: Iterable[str]) -> None:
-        self.pieces = iter(pieces)
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self._rest = as_text(stream)
         self.text, self.at, self.line = "", 0, 1
         self.indent: str | None = None
         """What stands in front of the next value on its line; None where it does not begin one."""
 
     def read_on(self) -> bool:
         """Read as much again as is waiting. Returns False at the end of the text."""
-        waiting, new = self.text[self.at :], []
-        while sum(map(len, new)) < max(len(waiting), 1) and (piece := next(self.pieces, None)) is not None:
-            new.append(piece)
-        self.text, self.at = waiting + "".join(new), 0
-        return len(self.text) > len(waiting)
+        waiting = self.text[self.at :]
+        new = self._rest.read(max(len(waiting), _CHUNK_CHARACTERS))
+        self.text, self.at = waiting + new, 0
+        return bool(new)
 
     def skip_to(self, end: int) -> None:
         """Go forward, and count the lines."""
@@ -125,7 +120,7 @@ def json_values(stream: pa.NativeFile) -> Iterator[tuple[int, Any, str | None]]:
     A few are in memory at a time. A value that cannot be read has a problem; reading goes on with the next line or,
     in a list, behind its last bracket.
     """
-    text = _Text(_decoded(stream))
+    text = _Text(stream)
     in_list = text.next_character() == "["
     is_closed, problem = not in_list, None
     while character := text.next_character():

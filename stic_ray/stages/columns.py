@@ -1,20 +1,24 @@
-"""Images in a column of a table: which types hold them, what a value is, and the batches and pieces of a file."""
+"""Images in a column of a table: which types hold them, what a value is, and the batches of a file."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stic_ray.core.errors import Failed, Rejected, SourceError, nearest
+from stic_ray.core.errors import Failed, Rejected, SourceError, nearest, one_line
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
-from stic_ray.stages.reading import Stream
+from stic_ray.stages.reading import Stream, unreadable
 
 _ARROW_FILE = b"ARROW1\0\0"
 _ARROW_MESSAGE = b"\xff\xff\xff\xff"
-_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
-_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+_BATCH_ROWS = 64
+_BYTES = re.compile(r"(large_|fixed_size_)?binary")
+_TEXT = re.compile(r"(large_)?string|null")
+"""How types of bytes and of text are called."""
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
 
 
@@ -26,16 +30,21 @@ def check_column(file: Location, schema: pa.Schema, column: str) -> bool:
             f"{', '.join(schema.names)}. Name the one with the images with pool.image_column."
         )
     kind = _plain(schema.field(column).type)
-    fields = {kind.field(i).name: _plain(kind.field(i).type) for i in range(kind.num_fields)}
-    kinds = fields if pa.types.is_struct(kind) else {"bytes": kind, "path": kind}
-    if "bytes" in kinds and any(test(kinds["bytes"]) for test in _BYTES):
+    kinds = _fields(kind) or {"bytes": kind, "path": kind}
+    if _BYTES.match(str(kinds.get("bytes"))):
         return True
-    if "path" in kinds and any(test(kinds["path"]) for test in _TEXT):
+    if _TEXT.match(str(kinds.get("path"))):
         return False
     raise SourceError(
         f"Column '{column}' of '{file.uri}' is {schema.field(column).type}; images are bytes, a path or URI, or a "
         "struct with a field 'bytes' or 'path'; each alone, or in a list of one."
     )
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether values of a type are bytes, or have bytes in them."""
+    kind = _plain(kind)
+    return any(map(holds_bytes, _fields(kind).values())) if pa.types.is_struct(kind) else "binary" in str(kind)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -45,6 +54,11 @@ def _plain(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind) or any(test(kind) for test in _LISTS):
         return _plain(kind.value_type)
     return kind
+
+
+def _fields(kind: pa.DataType) -> dict[str, pa.DataType]:
+    """Return the fields of a struct, by name; none of other types."""
+    return {field.name: _plain(field.type) for field in kind} if pa.types.is_struct(kind) else {}
 
 
 def image_value(value: Any) -> bytes | str | None:
@@ -61,10 +75,47 @@ def image_value(value: Any) -> bytes | str | None:
     return None if value == "" else value
 
 
-def arrow_batches(stream: Stream) -> Iterator[tuple[int, int, pa.RecordBatch | Exception]]:
-    """Yield the record batches of an Arrow stream, or file, with their first and last byte; errors for damaged ones."""
+class Verbatim:
+    """A part of a file that may hold images as they are, one behind the other; it is read when it is first asked."""
+
+    def __init__(self, stream: Stream, start: int, stop: int) -> None:
+        self._stream, self._start, self._stop = stream, start, stop
+        self._behind = 0
+
+    @cached_property
+    def _raw(self) -> bytes:
+        return self._stream.read_at(self._stop - self._start, self._start)
+
+    def offset_of(self, encoded: bytes) -> int | None:
+        """Return where in the file the bytes are; None when they are compressed there."""
+        at = self._raw.find(encoded, self._behind)
+        if at < 0:  # of equal images, a dictionary holds one
+            at = self._raw.find(encoded, 0, self._behind)
+        if at < 0:
+            return None
+        self._behind = max(self._behind, at + len(encoded))
+        return self._start + at
+
+
+class Batch(NamedTuple):
+    """Some values of the image column, or why a part of the file cannot be read."""
+
+    rows: range
+    """Their numbers in the file."""
+    values: pa.Array | Rejected
+    verbatim: Verbatim | None = None
+    """Where they may lie as they are."""
+
+
+def arrow_batches(stream: Stream, file: Location, column: str) -> Iterator[Batch]:
+    """Yield the record batches of an Arrow stream, or file; damaged ones have no numbers.
+
+    Raises SourceError without an image column.
+    """
     stream.seek(len(_ARROW_FILE) if stream.read_at(len(_ARROW_FILE), 0) == _ARROW_FILE else 0)  # a stream follows
     reader = pa.ipc.open_stream(pa.PythonFile(stream, "r"))
+    check_column(file, reader.schema, column)
+    row = 0
     while True:
         start = stream.tell()
         try:
@@ -74,37 +125,43 @@ def arrow_batches(stream: Stream) -> Iterator[tuple[int, int, pa.RecordBatch | E
         except (Rejected, Failed):
             raise
         except Exception as error:
-            yield start, stream.tell(), error
+            yield Batch(range(0), unreadable(f"bytes {start} to {stream.tell()}: {one_line(error)}"))
             if stream.read_at(len(_ARROW_MESSAGE), stream.tell()) != _ARROW_MESSAGE:
                 return
             continue
-        yield start, stream.tell(), batch
+        rows = range(row, row + batch.num_rows)
+        yield Batch(rows, batch[column], Verbatim(stream, start, stream.tell()))
+        row = rows.stop
 
 
-class Verbatim:
-    """Finds images in a part of a file that may hold them as they are, one behind the other."""
+def parquet_batches(
+    stream: Stream, parquet: pq.ParquetFile, column: str, is_wanted: Callable[[range], bool]
+) -> Iterator[Batch]:
+    """Yield the row groups of a Parquet file whose rows are wanted, in batches; a damaged one costs its own rows."""
+    stop = 0
+    for group in range(parquet.num_row_groups):
+        metadata = parquet.metadata.row_group(group)
+        row, stop = stop, stop + metadata.num_rows
+        if not is_wanted(range(row, stop)):
+            continue
+        chunk = verbatim_chunk(metadata, column)
+        verbatim = None if chunk is None else Verbatim(stream, *chunk)
+        try:
+            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[column]):
+                yield Batch(range(row, row + batch.num_rows), batch[column], verbatim)
+                row += batch.num_rows
+        except (Rejected, Failed):
+            raise
+        except Exception as error:
+            yield Batch(range(row, stop), unreadable(f"rows {row} to {stop - 1}: {one_line(error)}"))
 
-    def __init__(self, raw: bytes, start: int) -> None:
-        self.raw, self.start, self.behind = raw, start, 0
 
-    def offset_of(self, encoded: bytes) -> int | None:
-        """Return where in the file the bytes are; None when they are compressed there."""
-        at = self.raw.find(encoded, self.behind)
-        if at < 0:  # of equal images, a dictionary holds one
-            at = self.raw.find(encoded, 0, self.behind)
-        if at < 0:
-            return None
-        self.behind = max(self.behind, at + len(encoded))
-        return self.start + at
-
-
-def uncompressed_chunk(stream: Stream, parquet: pq.ParquetFile, group: int, column: str) -> Verbatim | None:
-    """Return the image bytes of a row group as they are in the file, or None where they are compressed."""
-    metadata = parquet.metadata.row_group(group)
-    chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+def verbatim_chunk(group: pq.RowGroupMetaData, column: str) -> tuple[int, int] | None:
+    """Return first and last byte of a row group's images, or None where they are compressed."""
+    chunks = [group.column(i) for i in range(group.num_columns)]
     chunks = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
     chunk = max(chunks, key=lambda chunk: chunk.total_compressed_size, default=None)
     if chunk is None or chunk.compression != "UNCOMPRESSED":
         return None
     start = min(page for page in (chunk.data_page_offset, chunk.dictionary_page_offset) if page)
-    return Verbatim(stream.read_at(chunk.total_compressed_size, start), start)
+    return start, start + chunk.total_compressed_size

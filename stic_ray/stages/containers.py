@@ -8,7 +8,7 @@ Everything that could not be read is one image that was rejected, or failed; it 
 import io
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,12 +18,12 @@ from typing import IO, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stic_ray.core.errors import Failed, Rejected, SourceError, one_line
+from stic_ray.core.errors import Failed, Rejected, SourceError
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
 from stic_ray.method.images import is_image
-from stic_ray.stages.columns import Verbatim, arrow_batches, check_column, image_value, uncompressed_chunk
-from stic_ray.stages.reading import Patience, Stream, check_size, read_file, too_large, unreadable
+from stic_ray.stages.columns import Batch, arrow_batches, check_column, image_value, parquet_batches
+from stic_ray.stages.reading import Patience, Stream, check_size, read_file, unreadable
 
 Kind = Literal["image", "parquet", "tar", "arrow", "list"]
 
@@ -73,14 +73,17 @@ class Reading:
 
 def kind_of(uri: str) -> Kind:
     """Return what a file is by its name; what has no ending of a container is an image."""
-    path = uri.partition("?")[0] if "://" in uri else uri
-    return _KINDS.get(PurePosixPath(path).suffix.lower(), "image")
+    return _KINDS.get(_name_of(uri).suffix.lower(), "image")
 
 
 def may_be_image(uri: str) -> bool:
     """Whether a file looks by its name like an image, or like a tar of images."""
-    name = PurePosixPath(uri.partition("?")[0] if "://" in uri else uri)
+    name = _name_of(uri)
     return kind_of(uri) == "tar" or (name.name[:1] not in "._" and bool(_IMAGE_ENDINGS.fullmatch(name.suffix)))
+
+
+def _name_of(uri: str) -> PurePosixPath:
+    return PurePosixPath(uri.partition("?")[0] if "://" in uri else uri)
 
 
 def images_in(
@@ -119,27 +122,6 @@ def _locate(uri: str, reading: Reading) -> Location:
         raise unreadable(error) from error
 
 
-def _in_container(file: Location, reading: Reading, piece: int, num_pieces: int) -> Iterator[Found]:
-    """Yield the images of a container. Raises Rejected, where nothing more of it can be read, and Failed."""
-    try:
-        stream = Stream(file, reading.patience)
-        kind = kind_of(file.uri)
-        if not stream.size:
-            raise Rejected(Reason.EMPTY_FILE, "0 bytes")
-        if is_image(stream.read_at(16, 0)):
-            yield Found(file.uri, read_file(file, reading.max_bytes, reading.patience))
-        elif kind == "tar":
-            yield from _in_tar(file, stream, reading.max_bytes)
-        elif kind == "arrow":
-            yield from _in_arrow(file, stream, reading)
-        else:
-            yield from _in_parquet(file, stream, reading, piece, num_pieces)
-    except (Rejected, Failed):
-        raise
-    except Exception as error:  # whatever a damaged file makes its reader raise
-        raise unreadable(error) from error
-
-
 def _read_all(files: Iterable[str | Location], reading: Reading) -> Iterator[Found]:
     """Read files that are images, several at a time, and yield them in order."""
 
@@ -157,114 +139,61 @@ def _read_all(files: Iterable[str | Location], reading: Reading) -> Iterator[Fou
             yield from threads.map(read, some)
 
 
-def _in_tar(file: Location, stream: Stream, max_bytes: int) -> Iterator[Found]:
-    """Read a tar from its beginning to its end, as object stores like it; behind a damaged header it goes on."""
-    buffered, at, damaged_from, long_name = io.BufferedReader(stream, _BUFFER_BYTES), 0, None, None
-    while at < stream.size:
-        buffered.seek(at)
-        header = buffered.read(_BLOCK_BYTES)
-        try:
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            if header.strip(b"\0") and damaged_from is None:
-                damaged_from = at
-            at += _BLOCK_BYTES
-            continue
-        if damaged_from is not None:
-            yield Found(file.uri, _not_read(f"bytes {damaged_from} to {at} are no member of a tar"))
-            damaged_from = None
-        begin = at + _BLOCK_BYTES
-        if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in _TAR_NAMES:
-            at = begin + -(-member.size // _BLOCK_BYTES) * _BLOCK_BYTES
+def _in_container(file: Location, reading: Reading, piece: int, num_pieces: int) -> Iterator[Found]:
+    """Yield the images of a container. Raises Rejected, where nothing more of it can be read, and Failed."""
+    try:
+        stream = Stream(file, reading.patience)
+        if not stream.size:
+            raise Rejected(Reason.EMPTY_FILE, "0 bytes")
+        kind = kind_of(file.uri)
+        if is_image(stream.read_at(16, 0)):
+            yield Found(file.uri, read_file(file, reading.max_bytes, reading.patience))
+        elif kind == "tar":
+            yield from _in_tar(file, stream, reading.max_bytes)
+        elif kind == "arrow":
+            for batch in arrow_batches(stream, file, reading.column):
+                yield from _in_batch(file, batch, batch.rows, reading)
         else:
-            at = begin
-        if at > stream.size:
-            yield Found(file.uri, _not_read(f"the file is cut off within its member '{member.name}'"))
-            return
-        if member.type in _TAR_NAMES:
-            long_name = _long_name(buffered.read(member.size)) or long_name
-        elif member.isreg():
-            yield from _member(file, buffered, PurePosixPath(long_name or member.name), begin, member.size, max_bytes)
-            long_name = None
-    if damaged_from is not None:
-        yield Found(file.uri, _not_read(f"bytes {damaged_from} to {at} are no member of a tar"))
-    elif stream.read_at(_BLOCK_BYTES, max(stream.size - _BLOCK_BYTES, 0)).strip(b"\0"):
-        yield Found(file.uri, _not_read("ends without the mark of its end, as a file that was cut off does"))
-
-
-def _member(
-    file: Location, stream: IO[bytes], name: PurePosixPath, begin: int, size: int, max_bytes: int
-) -> Iterator[Found]:
-    """Yield the image that a member of a tar is or should be: its content says so, or its ending."""
-    beginning = stream.read(min(size, 16))
-    if not is_image(beginning) and not _IMAGE_ENDINGS.fullmatch(name.suffix):
-        return
-    if size > max_bytes:
-        yield Found(file.uri, too_large(size, max_bytes), offset=begin)
-    else:
-        yield Found(file.uri, beginning + stream.read(size - len(beginning)), offset=begin)
-
-
-def _long_name(content: bytes) -> str | None:
-    """Return the name of the next member that a tar holds apart: as it is (GNU), or as a record (pax)."""
-    record = re.search(rb"^\d+ path=(.*)$", content, re.MULTILINE)
-    is_records = re.match(rb"\d+ [\w.]+=", content)
-    name = record[1] if record else b"" if is_records else content.rstrip(b"\0")
-    return name.decode("utf-8", "replace") or None
-
-
-def _in_arrow(file: Location, stream: Stream, reading: Reading) -> Iterator[Found]:
-    row = 0
-    for start, end, batch in arrow_batches(stream):
-        if isinstance(batch, Exception):
-            yield Found(file.uri, _not_read(f"bytes {start} to {end}: {one_line(batch)}"))
-            continue
-        check_column(file, batch.schema, reading.column)
-        verbatim = Verbatim(stream.read_at(end - start, start), start)
-        yield from _values(file, batch[reading.column].to_pylist(), row, verbatim, reading)
-        row += batch.num_rows
+            yield from _in_parquet(file, stream, reading, piece, num_pieces)
+    except (Rejected, Failed):
+        raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        raise unreadable(error) from error
 
 
 def _in_parquet(file: Location, stream: Stream, reading: Reading, piece: int, num_pieces: int) -> Iterator[Found]:
+    """Yield the images of a piece of a Parquet file.
+
+    Bytes are taken by whole row groups, those that begin in the piece; addresses, cheap to read twice, by row.
+    """
     parquet = pq.ParquetFile(pa.PythonFile(stream, "r"))
     holds_bytes = check_column(file, parquet.schema_arrow, reading.column)
-    num_rows = parquet.metadata.num_rows
-    begin, stop = piece * num_rows // num_pieces, (piece + 1) * num_rows // num_pieces
-    first = 0
-    for group in range(parquet.num_row_groups):
-        behind = first + parquet.metadata.row_group(group).num_rows
-        # Bytes are taken by whole row groups, those that begin in this piece; addresses are cheap to read twice.
-        wanted = range(first, behind) if holds_bytes else range(max(begin, first), min(stop, behind))
-        if begin <= first < stop if holds_bytes else wanted:
-            row = first
-            try:
-                verbatim = uncompressed_chunk(stream, parquet, group, reading.column) if holds_bytes else None
-                for batch in parquet.iter_batches(batch_size=64, row_groups=[group], columns=[reading.column]):
-                    values = batch[reading.column].to_pylist()
-                    inner = slice(max(wanted.start - row, 0), max(wanted.stop - row, 0))
-                    yield from _values(file, values[inner], row + inner.start, verbatim, reading)
-                    row += len(values)
-            except (Rejected, Failed):
-                raise
-            except Exception as error:
-                yield Found(file.uri, _not_read(f"rows {row} to {behind - 1}: {one_line(error)}"), row)
-        first = behind
+    begin, stop = (each * parquet.metadata.num_rows // num_pieces for each in (piece, piece + 1))
+
+    def in_piece(rows: range) -> range:
+        if holds_bytes:
+            return rows if begin <= rows.start < stop else range(0)
+        return range(max(begin, rows.start), min(stop, rows.stop))
+
+    for batch in parquet_batches(stream, parquet, reading.column, lambda rows: bool(in_piece(rows))):
+        yield from _in_batch(file, batch, batch.rows if holds_bytes else in_piece(batch.rows), reading)
 
 
-def _values(
-    file: Location, values: Sequence[Any], first_row: int, verbatim: Verbatim | None, reading: Reading
-) -> Iterator[Found]:
-    """Yield the images of a column's values, from the row `first_row` on."""
-    for start in range(0, len(values), 2 * NUM_THREADS):
-        some = [_image_or_place(file, value, reading) for value in values[start : start + 2 * NUM_THREADS]]
-        addressed = _read_all([value for value in some if isinstance(value, Location)], reading)
-        for row, value in enumerate(some, start=first_row + start):
-            if isinstance(value, Location):
-                found = next(addressed)  # of what has failed, the table is to be read again
-                yield Found(file.uri, found.encoded, row) if isinstance(found.encoded, Failed) else found
-            else:
-                offset = verbatim.offset_of(value) if verbatim and isinstance(value, bytes) and value else None
-                yield Found(file.uri, value, row, offset)
+def _in_batch(file: Location, batch: Batch, rows: range, reading: Reading) -> Iterator[Found]:
+    """Yield the images of some rows of a batch; what cannot be read of it is one image."""
+    if isinstance(batch.values, Rejected):
+        yield Found(file.uri, batch.values, batch.rows.start if batch.rows else None)
+        return
+    values = batch.values.slice(rows.start - batch.rows.start, len(rows)).to_pylist()
+    some = [_image_or_place(file, value, reading) for value in values]
+    addressed = _read_all((value for value in some if isinstance(value, Location)), reading)
+    for row, value in zip(rows, some, strict=True):
+        if isinstance(value, Location):
+            found = next(addressed)  # of what has failed, the table is to be read again
+            yield Found(file.uri, found.encoded, row) if isinstance(found.encoded, Failed) else found
+        else:
+            offset = batch.verbatim.offset_of(value) if batch.verbatim and isinstance(value, bytes) and value else None
+            yield Found(file.uri, value, row, offset)
 
 
 def _image_or_place(file: Location, value: Any, reading: Reading) -> bytes | Location | Rejected:
@@ -283,5 +212,57 @@ def _image_or_place(file: Location, value: Any, reading: Reading) -> bytes | Loc
         return rejected
 
 
-def _not_read(message: str) -> Rejected:
-    return Rejected(Reason.UNREADABLE_FILE, message)
+def _in_tar(file: Location, stream: Stream, max_bytes: int) -> Iterator[Found]:
+    """Read a tar from its beginning to its end, as object stores like it; behind a damaged header it goes on."""
+    buffered, at, damaged_from, long_name = io.BufferedReader(stream, _BUFFER_BYTES), 0, None, None
+    while at < stream.size:
+        buffered.seek(at)
+        header = buffered.read(_BLOCK_BYTES)
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            if header.strip(b"\0") and damaged_from is None:
+                damaged_from = at
+            at += _BLOCK_BYTES
+            continue
+        if damaged_from is not None:
+            yield Found(file.uri, unreadable(f"bytes {damaged_from} to {at} are no member of a tar"))
+            damaged_from = None
+        begin = at = at + _BLOCK_BYTES
+        if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in _TAR_NAMES:
+            at += -(-member.size // _BLOCK_BYTES) * _BLOCK_BYTES
+        if at > stream.size:
+            yield Found(file.uri, unreadable(f"the file is cut off within its member '{member.name}'"))
+            return
+        if member.type in _TAR_NAMES:
+            long_name = _long_name(buffered.read(member.size)) or long_name
+        elif member.isreg():
+            yield from _member(file, buffered, PurePosixPath(long_name or member.name), begin, member.size, max_bytes)
+            long_name = None
+    if damaged_from is not None:
+        yield Found(file.uri, unreadable(f"bytes {damaged_from} to {at} are no member of a tar"))
+    elif stream.read_at(_BLOCK_BYTES, max(stream.size - _BLOCK_BYTES, 0)).strip(b"\0"):
+        yield Found(file.uri, unreadable("ends without the mark of its end, as a file that was cut off does"))
+
+
+def _member(
+    file: Location, stream: IO[bytes], name: PurePosixPath, begin: int, size: int, max_bytes: int
+) -> Iterator[Found]:
+    """Yield the image that a member of a tar is or should be: its content says so, or its ending."""
+    beginning = stream.read(min(size, 16))
+    if not is_image(beginning) and not _IMAGE_ENDINGS.fullmatch(name.suffix):
+        return
+    try:
+        check_size(size, max_bytes)
+    except Rejected as rejected:
+        yield Found(file.uri, rejected, offset=begin)
+    else:
+        yield Found(file.uri, beginning + stream.read(size - len(beginning)), offset=begin)
+
+
+def _long_name(content: bytes) -> str | None:
+    """Return the name of the next member that a tar holds apart: as it is (GNU), or as a record (pax)."""
+    record = re.search(rb"^\d+ path=(.*)$", content, re.MULTILINE)
+    is_records = re.match(rb"\d+ [\w.]+=", content)
+    name = record[1] if record else b"" if is_records else content.rstrip(b"\0")
+    return name.decode("utf-8", "replace") or None

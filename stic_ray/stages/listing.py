@@ -1,33 +1,47 @@
 """The files of a source, listed once into the run and cut into parts that one task scans.
 
-The listing stays in the run (`pool/listing-*.parquet`), so that a later invocation can tell what is new.
+A source is a folder, a list of paths, a folder that `datasets` saved, or a single file. The listing stays in the run
+(`pool/listing-*.parquet`), so that a later invocation can tell what is new.
 """
 
+import json
+import logging
 import math
+import os
+import stat
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import fs
 
-from stic_ray.core.errors import SourceError
-from stic_ray.core.rundir import RunDir, read_shard
+from stic_ray.core.config import PoolConfig
+from stic_ray.core.errors import Rejected, SourceError
+from stic_ray.core.json_stream import as_text
+from stic_ray.core.rundir import RunDir, read_shard, shard_name
 from stic_ray.core.storage import Location
-from stic_ray.stages.columns import check_column
+from stic_ray.stages.columns import check_column, verbatim_chunk
 from stic_ray.stages.containers import kind_of, may_be_image
-from stic_ray.stages.sources import LISTING, entries
 
-pc: Any = pyarrow.compute
-"""Its functions are made when it is imported, which type checkers cannot see."""
+logger = logging.getLogger(__name__)
 
+LISTING = pa.schema([("uri", pa.string()), ("num_bytes", pa.int64()), ("mtime_ns", pa.int64())])
+"""A file of the source; size and time are unknown (null) where a list of paths names it."""
 BUILDING = "building"
 """Folder below pool/ that is there while the index is being built."""
 FAMILY = "listing"
 PARTS = "parts.json"
 """Written last, so that its presence means that the listing is whole."""
+
+_NUM_THREADS = 8
+"""Folders that are listed at a time."""
 _ROWS_PER_SHARD = 50_000
 _NUM_TABLES_LOOKED_INTO = 8
 _NUM_PARTS = 1024
@@ -58,31 +72,27 @@ class Change:
     num_gone: int = 0
 
 
-def write_listing(uri: str, image_column: str, output: RunDir, known: RunDir) -> list[Part]:
+def write_listing(pool: PoolConfig, output: RunDir, known: RunDir) -> list[Part]:
     """Write the files of a source that `known` does not list as shards of `output`, and return the parts to scan.
 
-    Numbers go on behind the shards of `known`. Raises SourceError as `entries` does, and for a table without the
-    image column.
+    Numbers go on behind the shards of `known`. Raises SourceError, also for a table without the image column.
     """
-    listed = _all_of(read_shard(shard, LISTING) for shard in known.shards(FAMILY))["uri"]
-    found = entries(uri)
+    listed = known.read_table(FAMILY, LISTING, ["uri"])["uri"]
+    found = entries(pool.source)
     if len(listed):
-        found = iter([_without(_all_of(found), listed)])
+        found = iter([_all_of(found).filter(~pc.field("uri").isin(listed.combine_chunks()))])
     number = first = 1 + max(known.shard_numbers(FAMILY), default=-1)
-    num_files = num_bytes = 0
-    weight = None
+    num_files = num_bytes = weight = 0
     for table in _rebatched(found):
-        if weight is None:
-            weight = _weight_of_tables(table, image_column)
+        weight = weight or _look_into_tables(table["uri"].to_pylist(), pool)
         output.write_shard(FAMILY, number, table, LISTING)
         num_files, num_bytes = num_files + table.num_rows, num_bytes + sum(_sizes(table, weight))
         number += 1
-    max_files = _clip(math.ceil(num_files / _NUM_PARTS), _FILES_PER_PART)
-    max_bytes = _clip(math.ceil(num_bytes / _NUM_PARTS), _BYTES_PER_PART)
-    parts = []
+    bounds = _per_part(num_files, _FILES_PER_PART), _per_part(num_bytes, _BYTES_PER_PART)
+    parts: list[Part] = []
     for shard in range(first, number):
-        table = read_shard(output.location / f"{FAMILY}-{shard:06d}.parquet", LISTING)
-        parts += list(_cut(shard, table, _sizes(table, weight or 1), max_files, max_bytes))
+        table = read_shard(output.location / shard_name(FAMILY, shard), LISTING)
+        parts += _cut(shard, table, _sizes(table, weight), *bounds)
     output.write_json(PARTS, [asdict(part) for part in parts])
     return parts
 
@@ -94,23 +104,130 @@ def read_parts(output: RunDir) -> list[Part] | None:
 
 
 def compare(uri: str, known: RunDir, num_shards: int) -> Change:
-    """Say how a source differs from the first shards of the listing in `known`; in one join, so in linear time."""
-    listed = _all_of(read_shard(shard, LISTING) for shard in known.shards(FAMILY)[:num_shards])
-    found = _all_of(entries(uri))
-    places = pc.index_in(found["uri"], value_set=listed["uri"])
-    now, places_before = found.filter(pc.is_valid(places)), places.drop_null()
-    before = {name: listed[name].take(places_before) for name in ("num_bytes", "mtime_ns")}
-    same = [pc.fill_null(pc.equal(now[name], column), True) for name, column in before.items()]
-    num_changed = now.num_rows - (pc.sum(pc.and_(*same)).as_py() or 0)
-    return Change(places.null_count, num_changed, listed.num_rows - now.num_rows)
+    """Say how a source differs from the first shards of the listing in `known`; in linear time, by joins."""
+    before = _all_of(read_shard(shard, LISTING) for shard in known.shards(FAMILY)[:num_shards])
+    now = _all_of(entries(uri))
+    both = now.join(before, "uri", join_type="inner", right_suffix="_before")
+    differs = [pc.field(name) != pc.field(f"{name}_before") for name in ("num_bytes", "mtime_ns")]  # null for null
+    return Change(
+        num_new=now.join(before, "uri", join_type="left anti").num_rows,
+        num_changed=both.filter(differs[0] | differs[1]).num_rows,
+        num_gone=before.join(now, "uri", join_type="left anti").num_rows,
+    )
 
 
 def _all_of(tables: Iterable[pa.Table]) -> pa.Table:
     return pa.concat_tables([LISTING.empty_table(), *tables])
 
 
-def _without(table: pa.Table, listed: pa.ChunkedArray) -> pa.Table:
-    return table.filter(pc.invert(pc.is_in(table["uri"], value_set=listed)))
+def entries(uri: str) -> Iterator[pa.Table]:
+    """Yield the files of a source as tables of LISTING, in an order of their own; no more than a folder at a time.
+
+    Raises SourceError when the source is missing or empty.
+    """
+    source = Location.of(uri)
+    info = source.info()
+    if info.type == fs.FileType.NotFound:
+        raise SourceError(f"pool.source='{uri}' does not exist.")
+    if info.type == fs.FileType.Directory:
+        tables = _saved_dataset(source) or (_walk_disk if source.is_local else _walk_store)(source)
+        problem = "is an empty folder; it needs at least one image"
+    elif kind_of(source.path) == "list":
+        tables, problem = _listed(source), "names no file; it needs one path or URI per line"
+    else:
+        tables, problem = [_table(source, [info])], ""
+    num_files = 0
+    for table in tables:
+        num_files += table.num_rows
+        yield table
+    if not num_files:
+        raise SourceError(f"pool.source='{uri}' {problem}.")
+
+
+def _walk_disk(folder: Location) -> Iterator[pa.Table]:
+    """List a local folder and all below it, several folders at a time; what cannot be read is listed, too."""
+    waiting, entered = deque([folder.path]), set[tuple[int, int]]()
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        while waiting:
+            some = [waiting.popleft() for _ in range(min(len(waiting), 8 * _NUM_THREADS))]
+            for found in threads.map(_scan_folder, some):
+                rows = []
+                for name, info, is_link in found:
+                    inode = (info.st_dev, info.st_ino) if info and stat.S_ISDIR(info.st_mode) else None
+                    if inode is None or (is_link and inode in entered):  # links may go round in circles
+                        rows.append((name, info and info.st_size, info and info.st_mtime_ns))
+                    else:
+                        entered.add(inode)
+                        waiting.append(name)
+                yield _rows(rows)
+
+
+def _scan_folder(path: str) -> list[tuple[str, os.stat_result | None, bool]]:
+    """Return what is in a folder: path, state, whether it is a link. What cannot be read is there without its state."""
+    try:
+        with os.scandir(path) as entered:
+            inside = sorted(entered, key=lambda entry: entry.name)
+    except OSError:
+        return [(path, None, False)]
+    found = []
+    for entry in inside:
+        name, info = os.fsencode(entry.path).decode("utf-8", "backslashreplace"), None
+        with suppress(OSError):  # a link to nowhere, for one
+            info = entry.stat() if name == entry.path else None
+        found.append((name, info, entry.is_symlink()))
+    return found
+
+
+def _walk_store(folder: Location) -> Iterator[pa.Table]:
+    """List the files of a folder, then each of its folders with all below it, several at a time."""
+    found = folder.below()
+    yield _table(folder, [info for info in found if info.type != fs.FileType.Directory])
+    inner = [info.path for info in found if info.type == fs.FileType.Directory]
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        for start in range(0, len(inner), 64):  # bounds what is held
+            below = threads.map(lambda path: folder.at(path).files(recursive=True), inner[start : start + 64])
+            yield from (_table(folder, infos) for infos in below)
+
+
+def _table(place: Location, infos: Iterable[fs.FileInfo]) -> pa.Table:
+    return _rows([(place.at(info.path).uri, info.size, info.mtime_ns) for info in infos])
+
+
+def _rows(rows: list[tuple[str, int | None, int | None]]) -> pa.Table:
+    return pa.table([list(column) for column in zip(*rows, strict=True)] or [[], [], []], schema=LISTING)
+
+
+def _listed(source: Location) -> Iterator[pa.Table]:
+    """Read paths and URIs, one per line; relative ones are below the file's folder. Bad bytes are those of Windows."""
+    folder = source.folder
+    with source.open() as stream:
+        lines = (_in_windows(line).strip() for line in as_text(stream))
+        uris = (folder.address_of(line) for line in lines if line and not line.startswith("#"))
+        while some := list(islice(uris, _ROWS_PER_SHARD)):
+            yield _rows([(uri, None, None) for uri in some])
+
+
+def _in_windows(line: str) -> str:
+    """Return a line that is UTF-8, or else was written in the code page of Western Windows."""
+    try:
+        return line.encode().decode()
+    except UnicodeEncodeError:
+        return line.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+
+
+def _saved_dataset(folder: Location) -> list[pa.Table]:
+    """Return the Arrow files that `save_to_disk` of `datasets` wrote; none when the folder holds something else."""
+
+    def read(file: Location) -> dict[str, Any]:
+        return json.loads(file.read()) if file.info().is_file else {}
+
+    try:
+        inner = [folder.inside(name) for name in read(folder / "dataset_dict.json").get("splits", [])] or [folder]
+        states = [(each, read(each / "state.json")) for each in inner]
+        files = [each.inside(file["filename"]) for each, state in states for file in state.get("_data_files", [])]
+    except (AttributeError, ValueError, LookupError, TypeError, Rejected):  # of another program
+        return []
+    return [_table(file, [file.info()]) for file in files]
 
 
 def _rebatched(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -119,64 +236,51 @@ def _rebatched(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     for table in tables:
         held = pa.concat_tables([held, table])
         while held.num_rows >= _ROWS_PER_SHARD:
-            yield held.slice(0, _ROWS_PER_SHARD).combine_chunks()
+            yield held.slice(0, _ROWS_PER_SHARD)
             held = held.slice(_ROWS_PER_SHARD)
     if held.num_rows:
-        yield held.combine_chunks()
+        yield held
 
 
-def _weight_of_tables(table: pa.Table, image_column: str) -> int:
-    """Look into the first tables: a wrong image column is found now, not after hours of scanning.
+def _look_into_tables(uris: list[str], pool: PoolConfig) -> int:
+    """Return what a byte of the tables weighs, by the first of them; warn where images are compressed together.
 
-    Raises SourceError where no table has the column and no other file looks like an image.
+    Raises SourceError, before the scan, where no table has the column and no other file looks like an image.
     """
     problem = None
-    for file in _first_tables(table):
+    for uri in islice((uri for uri in uris if kind_of(uri) == "parquet"), _NUM_TABLES_LOOKED_INTO):
+        file = Location.of(uri)
         try:
             with file.open() as stream:
-                return 1 if check_column(file, pq.read_schema(stream), image_column) else _BYTES_PER_ADDRESS
+                parquet = pq.ParquetFile(stream)
+                if not check_column(file, parquet.schema_arrow, pool.image_column):
+                    return _BYTES_PER_ADDRESS
+                group = parquet.metadata.row_group(0)
         except SourceError as error:
             problem = problem or error
+            continue
         except Exception:  # it is damaged, and becomes a rejected row
             return 1
-    if problem is not None and not any(may_be_image(uri) for uri in table["uri"].to_pylist()):
+        if group.num_rows > 1 and not pool.copy_compressed and verbatim_chunk(group, pool.image_column) is None:
+            logger.warning(
+                "pool: images lie in compressed row groups of %d, and for each image that is used, later stages read "
+                "and decompress that many. pool.copy_compressed=true copies them once, so that each is read by itself.",
+                group.num_rows,
+            )
+        return 1
+    if problem is not None and not any(map(may_be_image, uris)):
         raise problem
     return 1
 
 
-def images_read_for_one(output: RunDir, image_column: str) -> int | None:
-    """Return the images in a row group of the listed tables, where they are compressed; None where they are not."""
-    for file in _first_tables(_all_of(read_shard(shard, LISTING) for shard in output.shards(FAMILY)[:1])):
-        try:
-            with file.open() as stream:
-                metadata, schema = pq.read_metadata(stream), pq.read_schema(stream)
-            if not check_column(file, schema, image_column):
-                return None
-            group = metadata.row_group(0)
-            chunks = [group.column(i) for i in range(group.num_columns)]
-            kinds = {chunk.compression for chunk in chunks if chunk.path_in_schema.split(".")[0] == image_column}
-            return None if kinds == {"UNCOMPRESSED"} else group.num_rows
-        except Exception:  # side files and damaged ones become rejected rows
-            continue
-    return None
-
-
-def _first_tables(table: pa.Table) -> Iterator[Location]:
-    """Yield some of the Parquet files of a listing."""
-    uris = (uri for uri in table["uri"].to_pylist() if kind_of(uri) == "parquet")
-    return (Location.of(uri) for uri in islice(uris, _NUM_TABLES_LOOKED_INTO))
-
-
 def _sizes(table: pa.Table, weight: int) -> list[int]:
-    sizes = pc.fill_null(table["num_bytes"], 0).to_pylist()
-    if weight == 1:
-        return sizes
-    uris = table["uri"].to_pylist()
-    return [size * (weight if kind_of(uri) == "parquet" else 1) for uri, size in zip(uris, sizes, strict=True)]
+    """Return the bytes of files; those of tables count `weight` times."""
+    files = zip(table["uri"].to_pylist(), table["num_bytes"].to_pylist(), strict=True)
+    return [(size or 0) * (weight if weight > 1 and kind_of(uri) == "parquet" else 1) for uri, size in files]
 
 
-def _clip(value: int, bounds: tuple[int, int]) -> int:
-    return min(max(value, bounds[0]), bounds[1])
+def _per_part(total: int, bounds: tuple[int, int]) -> int:
+    return min(max(math.ceil(total / _NUM_PARTS), bounds[0]), bounds[1])
 
 
 def _cut(shard: int, table: pa.Table, sizes: list[int], max_files: int, max_bytes: int) -> Iterator[Part]:

@@ -4,114 +4,101 @@ A shuffle through files. A task gathers the rows of some scanned parts and split
 bits of their place in the order, a seeded hash of the image id; a second task per bucket sorts it and rejects
 duplicates, which share an id and so a bucket; when all buckets are counted, a third writes the shards that begin in
 the bucket. No process holds more than a bucket or a group of parts, and the driver holds counts.
+
+Near-duplicates are images whose perceptual hash is close to that of an image earlier in the order. The rule looks at
+two images only, so it depends on no worker and no layout, and a pool that grows behind its end keeps all that it had.
+Each mask of `method.near_duplicates` is a task that holds the hashes of the whole pool, about 60 bytes per image; the
+buckets then take out what was found.
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, shard_name
 from stic_ray.core.schemas import INDEX, REJECTED, Reason, table_of
 from stic_ray.core.storage import Location
+from stic_ray.method.near_duplicates import NUM_BITS, block_masks, earlier_neighbours
 from stic_ray.stages.tasks import map_tasks
-
-pc: Any = pyarrow.compute
-"""Its functions are made when it is imported, which type checkers cannot see."""
 
 SCAN = pa.schema([field for field in INDEX if field.name != "position"], metadata=INDEX.metadata)
 """An image of the source that can be used."""
+ORDERED = "ordered"
 
 _KEYED = pa.schema([*INDEX, pa.field("key", pa.int64())])
 """A row on its way: images that are in the index already have a position, new ones have none."""
-
-ORDERED = "ordered"
+_KEY_BITS = 63
+_HASHED = pa.schema([("image_id", pa.string()), ("perceptual_hash", pa.int64())])
+_CLOSE = pa.schema([("rank", pa.int64()), ("close_to", pa.string()), ("distance", pa.int64())])
 _ROWS_PER_BUCKET = 50_000
 _FILES_PER_GROUP = 64
-_KEY_BITS = 63
+_NUM_SEARCHES = 64
+"""Tasks that look for near-duplicates."""
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """A part of the order: its number and how many new images it has, without duplicates."""
+class IndexShard:
+    """A shard of the index, and how many of its images are used."""
 
     number: int
+    location: Location
     num_rows: int
+    num_bytes: int
+    """At most so many bytes of images; 0 where the manifest does not say it."""
 
 
-def order_images(seed: int, scan: RunDir, indexed: list[Location], output: RunDir) -> list[Bucket]:
-    """Order the rows of `scan` that are not in the shards `indexed`; return the buckets written to `output`.
+def index_shards(pool: RunDir, shard_size: int, num_images: int | None = None) -> list[IndexShard]:
+    """Return the shards of a finished index that hold the first `num_images` images (all when None).
 
-    Leaves `ordered-*.parquet` and `rejected-*.parquet` (duplicates) per bucket. What is there is not made again.
+    The last shard of each time that the pool was built or grown may be short. No file is read but the manifest.
+    """
+    manifest = pool.manifest
+    assert manifest is not None, "the pool is finished before its index is read"
+    shards, left = [], manifest["num_rows_written"] if num_images is None else num_images
+    for extent in manifest["extents"]:
+        for number, begin in enumerate(range(0, extent["num_rows"], shard_size), start=extent["first_shard"]):
+            num_rows = min(shard_size, extent["num_rows"] - begin, left)
+            if num_rows:
+                file = pool.location / shard_name("index", number)
+                shards.append(IndexShard(number, file, num_rows, extent.get("max_shard_bytes", 0)))
+                left -= num_rows
+    return shards
+
+
+def order_images(seed: int, scan: RunDir, indexed: list[Location], num_rows: int, output: RunDir) -> list[int]:
+    """Order the rows of `scan` that are not in the shards `indexed`; return how many each bucket in `output` has.
+
+    Both have `num_rows` together. Leaves `ordered-*.parquet` and `rejected-*.parquet` (duplicates) per bucket. What is
+    there is not made again.
     """
     files = [*indexed, *scan.shards("scan")]
-    groups = [files[start : start + _FILES_PER_GROUP] for start in range(0, len(files), _FILES_PER_GROUP)]
-    num_rows = sum(map_tasks("pool", count_rows, [(group,) for group in groups]))
     num_buckets = max(1, math.ceil(num_rows / _ROWS_PER_BUCKET))
-    split = [(seed, group, num_buckets, output.location / f"group-{i:06d}.arrow") for i, group in enumerate(groups)]
-    map_tasks("pool", _split, split)
-    parts = [place for *_, place in split]
-    counts = map_tasks("pool", _sort_bucket, [(parts, number, output) for number in range(num_buckets)])
-    return [Bucket(number, count) for number, count in enumerate(counts)]
-
-
-def write_index(
-    buckets: list[Bucket], ordered: RunDir, output: RunDir, shard_size: int, first_shard: int, first_position: int
-) -> int:
-    """Write the ordered images as index shards behind those that are there; return the bytes of the largest one."""
-    begins = [0]
-    for bucket in buckets:
-        begins.append(begins[-1] + bucket.num_rows)
-    tasks = []
-    for bucket, begin in zip(buckets, begins, strict=False):
-        shards = range(math.ceil(begin / shard_size), math.ceil((begin + bucket.num_rows) / shard_size))
-        if bucket.num_rows and shards:
-            reach = shards.stop * shard_size  # the last shard may go on in the buckets behind
-            needed = [
-                b.number for b, at in zip(buckets, begins, strict=False) if at < reach and b.number >= bucket.number
-            ]
-            tasks.append((needed, begin, shards, ordered, output, shard_size, first_shard, first_position))
-    return max(map_tasks("pool", _write_shards, tasks), default=0)
-
-
-def count_rows(files: list[Location]) -> int:
-    """Count the rows of Parquet files from their footers."""
-    total = 0
-    for file in files:
-        with file.open() as stream:
-            total += pq.read_metadata(stream).num_rows
-    return total
+    starts = range(0, len(files), _FILES_PER_GROUP)
+    groups = [output.location / f"group-{start:06d}.arrow" for start in starts]
+    splits = zip(starts, groups, strict=True)
+    map_tasks("pool", _split, [(seed, files[at : at + _FILES_PER_GROUP], num_buckets, group) for at, group in splits])
+    return map_tasks("pool", _sort_bucket, [(groups, number, output) for number in range(num_buckets)])
 
 
 def _split(seed: int, files: list[Location], num_buckets: int, target: Location) -> None:
-    """Write the rows of some files as an Arrow file with one record batch per bucket."""
+    """Write the rows of some files as an Arrow file with one record batch per bucket: a range of keys."""
     if target.exists():
         return
-    rows = pa.concat_tables([_keyed(seed, file) for file in files])
-    numbers = np.array([bucket_of(key, num_buckets) for key in rows["key"].to_pylist()], np.int64)
-    order = np.argsort(numbers, kind="stable")
-    rows = rows.take(pa.array(order)).combine_chunks()
-    edges = np.searchsorted(numbers[order], np.arange(num_buckets + 1))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, _KEYED) as writer:
-        for begin, end in zip(edges[:-1], edges[1:], strict=True):
-            batches = rows.slice(begin, end - begin).to_batches()
-            writer.write_batch(batches[0] if batches else _no_rows())
-    target.write(sink.getvalue())
-
-
-def bucket_of(key: int, num_buckets: int) -> int:
-    """Return the bucket of a key: buckets are ranges of keys, in their order."""
-    return key * num_buckets >> _KEY_BITS
-
-
-def _no_rows() -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([], schema=_KEYED)
+    rows = pa.concat_tables([_keyed(seed, file) for file in files]).sort_by("key")
+    buckets = [key * num_buckets >> _KEY_BITS for key in rows["key"].to_pylist()]
+    edges = np.searchsorted(buckets, np.arange(num_buckets + 1))
+    batch = pa.RecordBatch.from_arrays([column.combine_chunks() for column in rows.columns], schema=_KEYED)
+    with target.writing() as sink, pa.ipc.new_file(sink, _KEYED) as writer:
+        for begin, end in pairwise(edges):
+            writer.write_batch(batch.slice(begin, end - begin))
 
 
 def _keyed(seed: int, file: Location) -> pa.Table:
@@ -123,45 +110,112 @@ def _keyed(seed: int, file: Location) -> pa.Table:
     return rows.append_column("key", pa.array(keys, pa.int64())).select(_KEYED.names).cast(_KEYED)
 
 
-def _sort_bucket(parts: list[Location], number: int, output: RunDir) -> int:
+def _sort_bucket(groups: list[Location], number: int, output: RunDir) -> int:
     """Sort a bucket, reject what is in it twice, and return how many new images remain."""
     target = output.location / shard_name(ORDERED, number)
     if target.exists():
-        return count_rows([target])
+        with target.open() as stream:
+            return pq.read_metadata(stream).num_rows
     batches = []
-    for part in parts:
-        with part.open() as stream:
+    for group in groups:
+        with group.open() as stream:
             batches.append(pa.ipc.open_file(stream).get_batch(number))
-    rows = pa.Table.from_batches(batches, schema=_KEYED)
     # Of equal images one that is in the index stays (nulls sort last), else the first in the source.
-    rows = rows.sort_by([(name, "ascending") for name in ("image_id", "position", "path", "row", "offset")])
-    identities = rows["image_id"].combine_chunks()
-    if rows.num_rows:
-        is_first = pa.concat_arrays([pa.array([True]), pc.not_equal(identities[1:], identities[:-1])])
-        output.write_shard(REJECTED_FAMILY, number, _duplicates(rows, np.asarray(is_first)), REJECTED)
-        rows = rows.filter(pc.and_(is_first, pc.is_null(rows["position"])))
-    rows = rows.sort_by([("key", "ascending"), ("image_id", "ascending")])
+    order = [(name, "ascending") for name in ("image_id", "position", "path", "row", "offset")]
+    rows = pa.Table.from_batches(batches, schema=_KEYED).sort_by(order)
+    is_kept, rejected, first = [], [], {}
+    for row in rows.select(["image_id", "path", "position"]).to_pylist():
+        is_new, is_again = row.pop("position") is None, row["image_id"] == first.get("image_id")
+        first = first if is_again else row
+        is_kept.append(is_new and not is_again)
+        if is_new and is_again:
+            rejected.append({**row, "reason": Reason.DUPLICATE, "message": f"same bytes as '{first['path']}'"})
+    output.write_shard(REJECTED_FAMILY, number, table_of(rejected, REJECTED), REJECTED)
+    rows = rows.filter(pa.array(is_kept, pa.bool_())).sort_by([("key", "ascending"), ("image_id", "ascending")])
     output.write_shard(ORDERED, number, rows.select(SCAN.names), SCAN)
     return rows.num_rows
 
 
-def _duplicates(rows: pa.Table, is_first: np.ndarray) -> pa.Table:
-    """Return the new rows behind the first of each id as rejected rows that name it."""
-    originals = np.maximum.accumulate(np.where(is_first, np.arange(len(is_first)), 0))
-    again = np.flatnonzero(~is_first & np.asarray(pc.is_null(rows["position"])))
-    paths = rows["path"].take(originals[again]).to_pylist()
-    twice = rows.select(["image_id", "path"]).take(again).to_pylist()
-    return table_of(
-        [
-            {**row, "reason": Reason.DUPLICATE, "message": f"same bytes as '{path}'"}
-            for row, path in zip(twice, paths, strict=True)
-        ],
-        REJECTED,
-    )
+def reject_near_duplicates(
+    max_bits: int, counts: list[int], ordered: RunDir, indexed: list[Location], num_indexed: int, output: RunDir
+) -> list[int]:
+    """Write the ordered images without near-duplicates, and these as rejected rows, to `output`; return new counts.
+
+    The `num_indexed` images of the shards `indexed` come before all others in the order.
+    """
+    files = [*indexed, *(ordered.location / shard_name(ORDERED, number) for number in range(len(counts)))]
+    *begins, num_rows = accumulate(counts, initial=num_indexed)
+    masks = block_masks(max_bits, num_rows)
+    shares = [masks[first::_NUM_SEARCHES] for first in range(min(_NUM_SEARCHES, len(masks)))]
+    map_tasks("pool", _find_close, [(files, share, max_bits, number, output) for number, share in enumerate(shares)])
+    buckets = [(number, begin, len(shares), ordered, output) for number, begin in enumerate(begins)]
+    return map_tasks("pool", _take_out_close, buckets)
+
+
+def _find_close(files: list[Location], masks: list[int], max_bits: int, number: int, output: RunDir) -> None:
+    """Write which images have an earlier neighbour under these masks, by their rank in the order."""
+    if (output.location / shard_name("close", number)).exists():
+        return
+    hashed = pa.concat_tables([read_shard(file, _HASHED) for file in files])
+    hashes = hashed["perceptual_hash"].to_numpy().view(np.uint64)
+    # Equal hashes are merged first: thousands of blank pages would otherwise be compared with one another.
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
+    found = [(again, first[inverse][again])]
+    ranks = np.sort(first)
+    for mask in masks:
+        places, neighbours = earlier_neighbours(hashes[ranks], mask, max_bits)
+        found.append((ranks[places], ranks[neighbours]))
+    close, to = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(close, kind="stable")
+    close, to = close[order], to[order]
+    distances = np.bitwise_count(hashes[close] ^ hashes[to]).astype(np.int64)
+    table = pa.table([close, hashed["image_id"].take(pa.array(to)), distances], schema=_CLOSE)
+    output.write_shard("close", number, table, _CLOSE)
+
+
+def _take_out_close(bucket: int, begin: int, num_searches: int, ordered: RunDir, output: RunDir) -> int:
+    """Take the near-duplicates out of a bucket whose first row has the rank `begin`; return how many rows remain."""
+    rows = read_shard(ordered.location / shard_name(ORDERED, bucket), SCAN)
+    within = (pc.field("rank") >= begin) & (pc.field("rank") < begin + rows.num_rows)
+    tables = []
+    for number in range(num_searches):
+        with (output.location / shard_name("close", number)).open() as stream:
+            tables.append(pq.read_table(stream, filters=within, schema=_CLOSE))
+    # Of several neighbours the nearest is named.
+    close = pa.concat_tables(tables).sort_by([(name, "descending") for name in ("rank", "distance", "close_to")])
+    nearest = {each["rank"] - begin: each for each in close.to_pylist()}
+    images = rows.select(["image_id", "path"]).to_pylist()
+    rejected = [
+        {
+            **images[place],
+            "reason": Reason.NEAR_DUPLICATE,
+            "message": f"{near['distance']} of {NUM_BITS} bits from image {near['close_to']}, which comes earlier",
+        }
+        for place, near in sorted(nearest.items())
+    ]
+    rows = rows.filter(pa.array([place not in nearest for place in range(rows.num_rows)], pa.bool_()))
+    output.write_shard(REJECTED_FAMILY, bucket, table_of(rejected, REJECTED), REJECTED)
+    output.write_shard(ORDERED, bucket, rows, SCAN)
+    return rows.num_rows
+
+
+def write_index(
+    counts: list[int], ordered: RunDir, output: RunDir, shard_size: int, first_shard: int, first_position: int
+) -> int:
+    """Write the ordered images as index shards behind those that are there; return the bytes of the largest one."""
+    begins = list(accumulate(counts, initial=0))
+    tasks: list[tuple[Any, ...]] = []
+    for number, (begin, end) in enumerate(pairwise(begins)):
+        shards = range(math.ceil(begin / shard_size), math.ceil(end / shard_size))
+        if shards:  # the last of them may go on in the buckets behind
+            needed = range(number, bisect_left(begins, min(shards.stop * shard_size, begins[-1])))
+            tasks.append((needed, begin, shards, ordered, output, shard_size, first_shard, first_position))
+    return max(map_tasks("pool", _write_shards, tasks), default=0)
 
 
 def _write_shards(
-    needed: list[int],
+    needed: range,
     begin: int,
     shards: range,
     ordered: RunDir,
@@ -174,12 +228,12 @@ def _write_shards(
 
     Returns how many bytes the images of the largest of them have.
     """
-    max_shard_bytes = 0
-    rows = pa.concat_tables([read_shard(ordered.location / shard_name(ORDERED, n), SCAN) for n in needed])
+    sizes = []
+    rows = pa.concat_tables([read_shard(ordered.location / shard_name(ORDERED, number), SCAN) for number in needed])
     for shard in shards:
         table = rows.slice(shard * shard_size - begin, shard_size)
         positions = first_position + shard * shard_size + np.arange(table.num_rows)
         table = table.append_column(INDEX.field("position"), pa.array(positions, pa.int64()))
         output.write_shard("index", first_shard + shard, table, INDEX)
-        max_shard_bytes = max(max_shard_bytes, pc.sum(table["num_bytes"]).as_py())
-    return max_shard_bytes
+        sizes.append(sum(table["num_bytes"].to_pylist()))
+    return max(sizes)

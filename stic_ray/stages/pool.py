@@ -11,14 +11,13 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 
-from stic_ray.core.config import PoolConfig, RunConfig, is_toy
+from stic_ray.core.config import RunConfig, is_toy
 from stic_ray.core.errors import SourceError
 from stic_ray.core.placement import tasks_need
 from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, ROWS_NOW, RunDir, read_shard, row_counts, shard_name
@@ -27,21 +26,15 @@ from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import Sizes, Work
 from stic_ray.stages import listing
-from stic_ray.stages.listing import BUILDING, FAMILY
-from stic_ray.stages.near_duplicates import reject_near_duplicates
-from stic_ray.stages.ordering import ORDERED, Bucket, order_images, write_index
+from stic_ray.stages.listing import BUILDING, FAMILY, LISTING
+from stic_ray.stages.ordering import ORDERED, order_images, reject_near_duplicates, write_index
 from stic_ray.stages.scanning import scan_parts
-from stic_ray.stages.sources import LISTING
 from stic_ray.stages.tasks import map_tasks
 
 logger = logging.getLogger(__name__)
 
-pc: Any = pyarrow.compute
-"""Its functions are made when it is imported, which type checkers cannot see."""
-
 _BUILT = "built.json"
 """What the last build returned for the manifest, with its settings."""
-_DISTINCT = "distinct"
 _FILES_PER_TASK = 64
 _INDEX_BYTES = 120
 """Of a row of the index."""
@@ -53,63 +46,51 @@ def build_pool(step: StepRun) -> dict[str, Any]:
     What a finished manifest accounts for stays as it is; images that are new in the source go behind it. Raises
     SourceError when the source is missing, empty, or holds no image that can be used.
     """
-    config, output = step.config, step.output
+    config, output, building = step.config, step.output, step.output / BUILDING
     if (built := finished_build(config, output)) is not None:
-        (output / BUILDING).location.delete_folder()
+        building.location.delete_folder()
         return {**built, ROWS_NOW: 0}
-    building, before = output / BUILDING, output.manifest or {"extents": [], "rejected_by_reason": {}}
+    before = {**row_counts(0, 0, {}), "extents": [], **(output.manifest or {})}
+    num_rows_before = before["num_rows_in"] - before["num_rows_failed"]  # those that failed are tried again
+    num_images = sum(extent["num_rows"] for extent in before["extents"])
     first_shard = sum(-(-extent["num_rows"] // config.pool.shard_size) for extent in before["extents"])
     parts = listing.read_parts(building)
     if parts is None:
         building.location.delete_folder()
         _delete_behind(output, first_shard, before)
-        [parts] = map_tasks(
-            "pool", listing.write_listing, [(config.pool.source, config.pool.image_column, building, output)]
-        )
-    _warn_of_compressed(config.pool, building)
-    scan = building / "scan"
-    scanned = scan_parts(config.pool, parts, building, output, scan, config.cluster.max_failed_share)
+        [parts] = map_tasks("pool", listing.write_listing, [(config.pool, building, output)])
+    scan, ordered, distinct = (building / name for name in ("scan", ORDERED, "distinct"))
+    scanned = scan_parts(config, parts, num_rows_before, building, output, scan)
     if scanned.throughput is not None:  # what was ordered before may lack rows that had failed
         _delete_behind(output, first_shard, before)
-        (building / ORDERED).location.delete_folder()
-        (building / _DISTINCT).location.delete_folder()
+        ordered.location.delete_folder()
+        distinct.location.delete_folder()
     indexed = [output.location / shard_name("index", number) for number in range(first_shard)]
-    buckets, steps = _order(config, scan, indexed, building)
-    num_new = sum(bucket.num_rows for bucket in buckets)
-    num_images = sum(extent["num_rows"] for extent in before["extents"])
-    rejected = _reject([scan, *steps], output, before.get("num_rejected_shards", 0))
-    reasons = Counter(before["rejected_by_reason"]) + rejected.by_reason
+    num_scanned = scanned.num_rows.get("scan", 0)
+    counts, last = order_images(config.seed, scan, indexed, num_images + num_scanned, ordered), ordered
+    if (max_bits := config.pool.near_duplicate_bits) is not None:
+        counts, last = reject_near_duplicates(max_bits, counts, ordered, indexed, num_images, distinct), distinct
+    num_new = sum(counts)
+    rejected, example = _gather_rejected([scan, ordered, distinct], output, before.get("num_rejected_shards", 0))
+    reasons = dict(sorted((Counter(before["rejected_by_reason"]) + rejected).items()))
     if not num_images + num_new:
         _finish(building)
         _delete_behind(output, 0, {})
-        raise _nothing_to_use(config.pool.source, reasons, rejected.example)
-    max_shard_bytes = write_index(buckets, steps[-1], output, config.pool.shard_size, first_shard, num_images)
+        raise _nothing_to_use(config.pool.source, reasons, example)
+    extent = {"first_shard": first_shard, "first_position": num_images, "num_rows": num_new}
+    extent["max_shard_bytes"] = write_index(counts, last, output, config.pool.shard_size, first_shard, num_images)
     failed = scan.shards(FAILED_FAMILY)
     map_tasks("pool", _copy_listing, [(building, number, failed, output) for number in building.shard_numbers(FAMILY)])
-    extent = {"first_shard": first_shard, "first_position": num_images, "num_rows": num_new}
-    extent["max_shard_bytes"] = max_shard_bytes
-    num_rows_before = before.get("num_rows_in", 0) - before.get("num_rows_failed", 0)  # those were tried again
     num_rows_in = num_rows_before + sum(scanned.num_rows.values()) + scanned.num_failed
     accounts = {
-        **row_counts(num_rows_in, num_images + num_new, dict(sorted(reasons.items())), scanned.num_failed),
+        **row_counts(num_rows_in, num_images + num_new, reasons, scanned.num_failed),
         "extents": [*before["extents"], *([extent] if num_new else [])],
-        "num_rejected_shards": rejected.num_shards,
+        "num_rejected_shards": 1 + max(output.shard_numbers(REJECTED_FAMILY), default=-1),
         "num_listing_shards": len(output.shards(FAMILY)),
     }
     output.write_json(_BUILT, {"settings": _settings(config), "accounts": accounts})
     _finish(building)
     return {**accounts, ROWS_NOW: scanned.num_rows_now}
-
-
-def _order(
-    config: RunConfig, scan: RunDir, indexed: list[Location], building: RunDir
-) -> tuple[list[Bucket], list[RunDir]]:
-    """Order what was scanned, without duplicates; return the buckets, and the folders of the steps, theirs last."""
-    ordered, distinct, max_bits = building / ORDERED, building / _DISTINCT, config.pool.near_duplicate_bits
-    buckets = order_images(config.seed, scan, indexed, ordered)
-    if max_bits is None:
-        return buckets, [ordered]
-    return reject_near_duplicates(max_bits, buckets, ordered, indexed, distinct), [ordered, distinct]
 
 
 def finished_build(config: RunConfig, output: RunDir) -> dict[str, Any] | None:
@@ -166,31 +147,16 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {"seed": config.seed, "pool": config.pool.model_dump(mode="json")}
 
 
-def _warn_of_compressed(pool: PoolConfig, building: RunDir) -> None:
-    [number] = map_tasks("pool", listing.images_read_for_one, [(building, pool.image_column)])
-    if number and number > 1 and not pool.copy_compressed:
-        logger.warning(
-            "pool: images lie in compressed row groups of %d; for each image that is used, later stages read and "
-            "decompress up to %d. pool.copy_compressed=true copies them once, so that each is read by itself.",
-            number,
-            number,
-        )
+def _gather_rejected(folders: list[RunDir], output: RunDir, first: int) -> tuple[Counter[str], str]:
+    """Gather the rejected rows of all steps in shards of `output`, from number `first` on.
 
-
-@dataclass(frozen=True)
-class _Rejected:
-    by_reason: Counter[str]
-    num_shards: int
-    example: str
-
-
-def _reject(folders: list[RunDir], output: RunDir, first: int) -> _Rejected:
-    """Gather the rejected rows of all steps in shards of `output`, from number `first` on."""
+    Returns their number by reason, and a sentence about one of them.
+    """
     files = [file for folder in folders for file in folder.shards(REJECTED_FAMILY)]
     groups = [files[start : start + _FILES_PER_TASK] for start in range(0, len(files), _FILES_PER_TASK)]
     gathered = map_tasks("pool", _gather, [(group, output, first + i) for i, group in enumerate(groups)])
-    counts = sum((Counter(count) for count, _ in gathered), Counter[str]())
-    return _Rejected(counts, first + len(groups), next((example for _, example in gathered if example), ""))
+    reasons = sum((reasons for reasons, _ in gathered), Counter[str]())
+    return reasons, next((example for _, example in gathered if example), "")
 
 
 def _gather(files: list[Location], output: RunDir, number: int) -> tuple[Counter[str], str]:
@@ -207,8 +173,7 @@ def _copy_listing(building: RunDir, number: int, failed: list[Location], output:
     table = read_shard(building.location / shard_name(FAMILY, number), LISTING)
     paths = pa.schema([FAILED.field("path")])
     again = pa.concat_tables([paths.empty_table(), *(read_shard(file, paths) for file in failed)])
-    kept = pc.invert(pc.is_in(table["uri"], value_set=again["path"]))
-    output.write_shard(FAMILY, number, table.filter(kept), LISTING)
+    output.write_shard(FAMILY, number, table.filter(~pc.field("uri").isin(again["path"].combine_chunks())), LISTING)
 
 
 def _finish(building: RunDir) -> None:
@@ -230,10 +195,10 @@ def _delete_behind(output: RunDir, num_index_shards: int, before: Mapping[str, A
                 shard.delete()
 
 
-def _nothing_to_use(source: str, reasons: Counter[str], example: str) -> SourceError:
+def _nothing_to_use(source: str, reasons: Mapping[str, int], example: str) -> SourceError:
     if not reasons:
         return SourceError(f"pool.source='{source}' is empty: its tables and tar files hold no images.")
-    counts = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+    counts = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
     return SourceError(f"pool.source='{source}' holds no image that can be used: {counts}.{example}")
 
 

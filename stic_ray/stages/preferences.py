@@ -21,8 +21,8 @@ from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import AnswerText, PairPlan, judge_pair, pair_row, picture_for_rejected, plan_pair
 from stic_ray.method.prompts import PromptSet, load_prompts
-from stic_ray.stages.extents import index_shards
 from stic_ray.stages.fetch import fetch_indexed, fetched, with_images
+from stic_ray.stages.ordering import index_shards
 from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
 from stic_ray.stages.windows import Rows
 

@@ -44,34 +44,26 @@ class Patience:
     def read(self, file: Location, read: Callable[[], _T]) -> _T:
         """Return what `read` does. Raises Rejected for a file that is not there or is none, Failed when time is up."""
 
-        def attempt() -> _T:
-            is_again = False
-            while True:
-                try:
-                    return read()
-                except ValueError as error:  # a name that no file can have
+        def attempt(*, is_again: bool = False) -> _T:
+            try:
+                return read()
+            except ValueError as error:  # a name that no file can have
+                raise unreadable(error) from error
+            except OSError as error:
+                if not file_is_at_fault(file, error, self._root):
+                    raise
+                if is_again:
                     raise unreadable(error) from error
-                except OSError as error:
-                    if not file_is_at_fault(file, error, self._root):
-                        raise
-                    if is_again:
-                        raise unreadable(error) from error
-                is_again = True  # the storage may have come back between the read and the look at its folder
+            return attempt(is_again=True)  # the storage may have come back between the read and the look at its folder
 
-        tries = Retrying(
-            retry=retry_if_exception_type(OSError),
-            wait=wait_random_exponential(multiplier=0.5, max=15),
-            stop=self._is_over,
-            sleep=self._sleep,
-            reraise=True,
-        )
         try:
             try:
                 return attempt()
             except OSError:
                 if self._is_over():
                     raise
-            result = tries(attempt)
+            retry, wait = retry_if_exception_type(OSError), wait_random_exponential(multiplier=0.5, max=15)
+            result = Retrying(retry=retry, wait=wait, stop=self._is_over, sleep=self._sleep, reraise=True)(attempt)
         except OSError as error:
             raise Failed(f"'{file.uri}': {one_line(error)}") from error
         self._since = None
@@ -98,23 +90,19 @@ class Stream(io.RawIOBase):
         buffer[: len(found)] = found
         return len(found)
 
-    def read_at(self, num_bytes: int, offset: int) -> bytes:
-        """Return a part of the content, fewer bytes where the file ends. Raises Rejected and Failed."""
-        return self._try(lambda stream: stream.read_at(num_bytes, offset))
-
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next bytes. Raises Rejected and Failed."""
         found = self.read_at(self.size - self._at if size is None or size < 0 else size, self._at)
         self._at += len(found)
         return found
 
+    def read_at(self, num_bytes: int, offset: int) -> bytes:
+        """Return a part of the content, fewer bytes where the file ends. Raises Rejected and Failed."""
+        return self._try(lambda stream: stream.read_at(num_bytes, offset))
+
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Go to a place and return it."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        """Return the place of the next byte."""
         return self._at
 
     def readable(self) -> bool:
@@ -155,12 +143,7 @@ def read_file(file: Location, max_bytes: int, patience: Patience) -> bytes:
 def check_size(num_bytes: int, max_bytes: int) -> None:
     """Raise Rejected for what has more bytes than any image within the limits."""
     if num_bytes > max_bytes:
-        raise too_large(num_bytes, max_bytes)
-
-
-def too_large(num_bytes: int, max_bytes: int) -> Rejected:
-    """Return the rejection of what has more bytes than any image within the limits."""
-    return Rejected(Reason.TOO_MANY_BYTES, f"{num_bytes} bytes; no image within the limits has over {max_bytes}")
+        raise Rejected(Reason.TOO_MANY_BYTES, f"{num_bytes} bytes; no image within the limits has over {max_bytes}")
 
 
 def file_is_at_fault(file: Location, error: OSError, root: Location | None = None) -> bool:
@@ -182,6 +165,6 @@ def file_is_at_fault(file: Location, error: OSError, root: Location | None = Non
     return error.errno in _ODD_NAMES or (isinstance(error, PermissionError) and os.access(file.folder.path, os.X_OK))
 
 
-def unreadable(error: Exception) -> Rejected:
-    """Return the rejection of a file that cannot be read."""
-    return Rejected(Reason.UNREADABLE_FILE, one_line(error))
+def unreadable(why: Exception | str) -> Rejected:
+    """Return the rejection of a file, or of a part of it, that cannot be read."""
+    return Rejected(Reason.UNREADABLE_FILE, one_line(why))

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from stic_ray.core.config import PoolConfig
+from stic_ray.core.config import PoolConfig, RunConfig
 from stic_ray.core.errors import Failed, Rejected
 from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, RunDir, read_shard, shard_name
 from stic_ray.core.schemas import FAILED, REJECTED, table_of
@@ -25,9 +25,13 @@ _PART = pa.schema([(name, pa.int64()) for name in Part.__dataclass_fields__])
 
 
 def scan_parts(
-    pool: PoolConfig, parts: Sequence[Part], listing: RunDir, output: RunDir, scan: RunDir, max_failed_share: float
+    config: RunConfig, parts: Sequence[Part], num_rows_before: int, listing: RunDir, output: RunDir, scan: RunDir
 ) -> Shards:
-    """Scan the parts that were not scanned yet, each by a task, to `scan`; copies of images go to `output`."""
+    """Scan the parts that were not scanned yet, each by a task, to `scan`; copies of images go to `output`.
+
+    The `num_rows_before` that the pool has from earlier count when it is judged how many may fail.
+    """
+    pool = config.pool
     source = Location.of(pool.source)
     reading = Reading(
         column=pool.image_column,
@@ -42,7 +46,8 @@ def scan_parts(
         families={"scan": SCAN},
         load=lambda task: pa.Table.from_pylist([dict(task.payload)], schema=_PART),
         make_worker=lambda: partial(_scan_part, pool=pool, reading=reading, listing=listing, output=output),
-        max_failed_share=max_failed_share,
+        max_failed_share=config.cluster.max_failed_share,
+        num_rows_before=num_rows_before,
     )
     return run_shards(job, [ShardTask(number, asdict(part)) for number, part in enumerate(parts)], actors=None)
 
@@ -66,12 +71,11 @@ def _scan_part(part: pa.Table, pool: PoolConfig, reading: Reading, listing: RunD
                 facts = inspect(encoded, limits, with_hash=with_hash)
             except Failed as error:
                 failed.append({**identity, "message": error.message})
-                continue
             except Rejected as error:
                 rejected.append({**identity, "reason": error.reason, "message": error.message})
-                continue
-            place = _place_of(image, encoded, copies, stream)
-            accepted.append({**identity, **vars(facts), **place, "num_bytes": len(encoded)})
+            else:
+                place = _place_of(image, encoded, copies, stream)
+                accepted.append({**identity, **vars(facts), **place, "num_bytes": len(encoded)})
     return {
         REJECTED_FAMILY: table_of(rejected, REJECTED),
         FAILED_FAMILY: table_of(failed, FAILED),

@@ -58,6 +58,8 @@ class ShardJob:
     """Tells jobs apart that share a folder; a part of the names of their files."""
     max_failed_share: float = 0.0
     """Share of the rows that may fail for the job to be done."""
+    num_rows_before: int = 0
+    """Rows that the step has from earlier, which count for that share."""
 
     @property
     def all_families(self) -> dict[str, pa.Schema]:
@@ -146,14 +148,14 @@ def _record_num_shards(job: ShardJob, num_shards: int) -> None:
 
 def _check_failed(job: ShardJob, records: Mapping[int, ShardRecord]) -> None:
     """Raise StageError where more rows have failed than may."""
-    num_rows = _total(records, "num_rows")
-    num_failed = num_rows[FAILED_FAMILY]
-    if num_failed <= job.max_failed_share * num_rows.total():
+    counts = _total(records, "num_rows")
+    num_failed, num_rows = counts[FAILED_FAMILY], job.num_rows_before + counts.total()
+    if num_failed <= job.max_failed_share * num_rows:
         return
     messages = _total(records, "failed_by_message").most_common(3)
     reasons = "; ".join(f"{number} x {message}" for message, number in messages)
     raise StageError(
-        f"{job.stage}: {num_failed} of {num_rows.total()} rows failed, more than cluster.max_failed_share="
+        f"{job.stage}: {num_failed} of {num_rows} rows failed, more than cluster.max_failed_share="
         f"{job.max_failed_share:g} allows: {reasons}. What is finished stays; the same command tries those rows again."
     )
 

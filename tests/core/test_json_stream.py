@@ -43,7 +43,7 @@ LAYOUTS = {
 def test_every_layout_in_every_encoding(
     layout: str, encoding: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_stream, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(json_stream, "_CHUNK_CHARACTERS", chunk_bytes)
     assert good_of(LAYOUTS[layout].encode(encoding)) == GOOD
 
 
@@ -127,7 +127,7 @@ def test_lists_one_behind_the_other_are_one() -> None:
 
 
 def test_a_row_without_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_stream, "_CHUNK_BYTES", 100)
+    monkeypatch.setattr(json_stream, "_CHUNK_CHARACTERS", 100)
     monkeypatch.setattr(json_stream, "_MAX_VALUE_CHARACTERS", 1000)
     content = b'{"a": 1}\n{"a": "' + b"x" * 5000 + b'"}\n{"a": 2}'
     assert good_of(content) == [{"a": 1}, {"a": 2}]

@@ -7,13 +7,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from stic_ray.core.config import PoolConfig
 from stic_ray.core.errors import Rejected, SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.method.images import image_id
 from stic_ray.stages.containers import Found, Reading, images_in
 from stic_ray.stages.fetch import fetch_indexed
-from stic_ray.stages.listing import Part, compare, read_parts, write_listing
-from stic_ray.stages.sources import entries
+from stic_ray.stages.listing import Part, compare, entries, read_parts, write_listing
 from tests.stages.sources import SOURCES, as_arrow, as_files, as_list, as_parquet, as_tar, tiny_pictures
 
 PICTURES = tiny_pictures(13)
@@ -143,7 +143,9 @@ def test_another_picture_in_the_place_is_not_taken_for_the_indexed_one(tmp_path:
 def test_a_column_that_holds_no_images_is_refused(values: list, told: str, tmp_path: Path) -> None:
     source = as_parquet(tmp_path / "source", values)
     with pytest.raises(SourceError, match=told):
-        write_listing(str(source), "image", RunDir.of(str(tmp_path / "new")), RunDir.of(str(tmp_path / "none")))
+        write_listing(
+            PoolConfig(source=str(source)), RunDir.of(str(tmp_path / "new")), RunDir.of(str(tmp_path / "none"))
+        )
     assert reasons(found_in(source)) == ["unreadable_file"]
 
 
@@ -154,7 +156,7 @@ def test_the_listing_is_cut_by_files_and_bytes(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("stic_ray.stages.listing._FILES_PER_PART", (4, 4))
     monkeypatch.setattr("stic_ray.stages.listing._BYTES_PER_PART", (size // 2, size // 2))
     output = RunDir.of(str(tmp_path / "out"))
-    parts = write_listing(str(source), "image", output, RunDir.of(str(tmp_path / "none")))
+    parts = write_listing(PoolConfig(source=str(source)), output, RunDir.of(str(tmp_path / "none")))
     assert read_parts(output) == parts
     assert [(part.start, part.stop) for part in parts if part.num_pieces == 1] == [(0, 4), (4, 8), (8, 12), (12, 13)]
     assert [part for part in parts if part.num_pieces > 1] == [Part(0, 13, 14, piece, 3) for piece in range(3)]
@@ -162,7 +164,7 @@ def test_the_listing_is_cut_by_files_and_bytes(tmp_path: Path, monkeypatch: pyte
 
 def test_a_source_is_compared_with_its_listing(tmp_path: Path) -> None:
     source, known = as_files(tmp_path / "source", PICTURES), RunDir.of(str(tmp_path / "known"))
-    write_listing(str(source), "image", known, known)
+    write_listing(PoolConfig(source=str(source)), known, known)
     assert compare(str(source), known, 1).num_new == 0
     as_files(source, tiny_pictures(2, first=50), first=50)
     (source / "0000.png").unlink()
@@ -170,4 +172,6 @@ def test_a_source_is_compared_with_its_listing(tmp_path: Path) -> None:
     change = compare(str(source), known, 1)
     assert (change.num_new, change.num_changed, change.num_gone) == (2, 1, 1)
     new = RunDir.of(str(tmp_path / "new"))
-    assert write_listing(str(source), "image", new, known) == [Part(1, 0, 2)], "only what is new, behind what is known"
+    assert write_listing(PoolConfig(source=str(source)), new, known) == [Part(1, 0, 2)], (
+        "only what is new, behind what is known"
+    )

@@ -177,6 +177,29 @@ def test_files_of_a_disk_that_is_away_are_tried_again_by_the_same_command(tmp_pa
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_all_rows_of_a_grown_pool_count_for_the_share_that_may_fail(tmp_path: Path) -> None:
+    """Six pictures are there, and of two that are new none can be read: two of eight rows have failed."""
+    there, away = draw_pictures(tmp_path / "there", 6), draw_pictures(tmp_path / "away", 8)
+    (tmp_path / "list.txt").write_text("\n".join(map(str, sorted(there.iterdir()))))
+    config = fake_config(tmp_path, tmp_path / "list.txt", cluster={"max_failed_share": 0.2})
+    first = index_of(run_stages(config, tmp_path / "run", "pool"))
+    new = [away / f"{number:03d}.jpg" for number in (6, 7)]
+    (tmp_path / "list.txt").write_text("\n".join(map(str, [*sorted(there.iterdir()), *new])))
+    away.rename(tmp_path / "elsewhere")
+    with pytest.raises(StageError, match=r"2 of 8 rows failed, more than cluster.max_failed_share=0.2 allows"):
+        run_stages(config, tmp_path / "run", "pool")
+    lenient = config.model_copy(update={"cluster": config.cluster.model_copy(update={"max_failed_share": 0.3})})
+    for _ in range(2):  # the files that failed are new to the second command, too
+        run = run_stages(lenient, tmp_path / "run", "pool")
+        manifest = (run / "pool").manifest or {}
+        assert [manifest[f"num_rows_{name}"] for name in ("in", "written", "failed")] == [8, 6, 2]
+    (tmp_path / "elsewhere").rename(away)
+    run = run_stages(config, tmp_path / "run", "pool")
+    assert index_of(run).num_rows == 8 and index_of(run).slice(0, 6).equals(first)
+    assert ((run / "pool").manifest or {})["num_rows_failed"] == 0
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_the_order_is_that_of_one_bucket_whatever_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are spread over buckets and cut into shards that do not end where buckets do."""
     pictures = tiny_pictures(60)

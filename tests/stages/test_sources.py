@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -14,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stic_ray.core.config import PoolConfig
 from stic_ray.core.errors import Failed, Rejected, SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.storage import Location
 from stic_ray.stages.containers import Found, Reading, images_in
 from stic_ray.stages.fetch import fetch_indexed
-from stic_ray.stages.listing import images_read_for_one, write_listing
-from stic_ray.stages.sources import entries
+from stic_ray.stages.listing import Part, entries, write_listing
 from tests.method.pictures import encode, photo
 from tests.stages.sources import as_arrow, as_files, as_parquet, as_tar, tiny_pictures
 from tests.stages.test_containers import place_of
@@ -36,6 +37,11 @@ def found_in(source: Path, column: str = "image", **reading: Any) -> list[Found]
     given: dict[str, Any] = {"root": root if source.is_dir() else None, **reading}
     rows = pa.concat_tables(entries(str(source))).to_pylist()
     return list(images_in([(row["uri"], row["num_bytes"]) for row in rows], Reading(column, 10**6, **given)))
+
+
+def listed(source: Path, output: Path, **settings: Any) -> list[Part]:
+    pool = PoolConfig(source=str(source), **settings)
+    return write_listing(pool, RunDir.of(str(output)), RunDir.of(str(output.parent / "none")))
 
 
 def used(found: list[Found]) -> list[bytes]:
@@ -294,7 +300,7 @@ def test_side_files_are_rejected_rows_and_stop_nothing(tmp_path: Path) -> None:
     assert "has no column 'image'" in messages["metadata.parquet"]
     assert "is int64" in messages["numbers.parquet"]
     assert messages["empty.parquet"] == "0 bytes"
-    parts = write_listing(str(source), "image", RunDir.of(str(tmp_path / "new")), RunDir.of(str(tmp_path / "none")))
+    parts = listed(source, tmp_path / "new")
     assert sum(part.stop - part.start for part in parts) == len(files)
 
 
@@ -303,9 +309,7 @@ def test_a_table_without_the_column_is_an_error_where_nothing_else_is(tmp_path: 
         as_parquet(tmp_path / "source", [b"x"], name=f"{number}.parquet")
     (tmp_path / "source" / "README.md").write_text("Our pictures.")
     with pytest.raises(SourceError, match="no column 'photo'.*Its columns: id, image"):
-        write_listing(
-            str(tmp_path / "source"), "photo", RunDir.of(str(tmp_path / "new")), RunDir.of(str(tmp_path / "none"))
-        )
+        listed(tmp_path / "source", tmp_path / "new", image_column="photo")
 
 
 def test_what_cannot_be_opened_in_a_folder_is_listed_and_rejected(tmp_path: Path) -> None:
@@ -379,9 +383,12 @@ def test_a_damaged_record_batch_costs_its_own_rows(tmp_path: Path) -> None:
     check_fetched(found)
 
 
-def test_compressed_tables_are_told_with_what_they_cost(tmp_path: Path) -> None:
-    for compression, expected in (("none", None), ("zstd", 5)):
-        output = RunDir.of(str(tmp_path / f"{compression} listing"))
-        source = as_parquet(tmp_path / compression, PICTURES, compression=compression)
-        write_listing(str(source), "image", output, RunDir.of(str(tmp_path / "none listed")))
-        assert images_read_for_one(output, "image") == expected
+@pytest.mark.parametrize(
+    ("compression", "copied", "expected"),
+    [("none", False, None), ("zstd", False, "row groups of 5, .*pool.copy_compressed=true"), ("zstd", True, None)],
+)
+def test_compressed_tables_are_reported_with_what_they_cost(
+    compression: str, copied: bool, expected: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed(as_parquet(tmp_path / "a", PICTURES, compression=compression), tmp_path / "new", copy_compressed=copied)
+    assert re.search(expected, caplog.text) if expected else not caplog.text
