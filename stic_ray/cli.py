@@ -16,8 +16,7 @@ from stic_ray.core.errors import ConfigError, SourceError, SticError, one_line
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import Recipe, Step, Steps, check_given
-from stic_ray.estimate.steps import estimate_run
-from stic_ray.estimate.table import table
+from stic_ray.estimate.steps import estimate_run, table
 from stic_ray.pipeline import names_of, run_evaluation_alone, run_pipeline
 from stic_ray.plan import check_room, machines_for, placement, plan
 from stic_ray.recipes import RECIPES, recipe, stic

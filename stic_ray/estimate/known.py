@@ -110,13 +110,15 @@ def model_size(config: RunConfig) -> ModelSize | None:
     folder = WEIGHTS if path == TOYWORLD else Path(path).expanduser()
     file = folder / "config.json"
     described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    num_parameters = given.num_parameters or _stored_parameters(folder) or _named_parameters(path)
+    billions = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)b(?![a-z0-9])", path.rstrip("/").rsplit("/", 1)[-1].lower())
+    named = float(billions[1]) * 1e9 if billions else None  # 7e9 for "llava-hf/llava-v1.6-mistral-7b-hf"
+    num_parameters = given.num_parameters or _stored_parameters(folder) or named
     if num_parameters is None:
         return None
-    named = (tokens for pattern, tokens in _IMAGE_TOKENS.items() if re.search(pattern, path.lower()))
+    image_tokens = (tokens for pattern, tokens in _IMAGE_TOKENS.items() if re.search(pattern, path.lower()))
     return ModelSize(
         num_parameters,
-        given.num_image_tokens or _image_tokens(described) or next(named, _OTHER_IMAGE_TOKENS),
+        given.num_image_tokens or _image_tokens(described) or next(image_tokens, _OTHER_IMAGE_TOKENS),
         _cache_bytes(described) or num_parameters * _CACHE_BYTES_PER_PARAMETER,
     )
 
@@ -129,12 +131,6 @@ def _stored_parameters(folder: Path) -> int | None:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
     return total or None
-
-
-def _named_parameters(path: str) -> float | None:
-    """Return 7e9 for "llava-hf/llava-v1.6-mistral-7b-hf"."""
-    found = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)b(?![a-z0-9])", path.rstrip("/").rsplit("/", 1)[-1].lower())
-    return float(found[1]) * 1e9 if found else None
 
 
 def _image_tokens(described: dict[str, Any]) -> int | None:

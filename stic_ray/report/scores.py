@@ -119,12 +119,13 @@ def headline(scores: Mapping[str, Any], status: str) -> dict[str, Any]:
         for cell in model["cells"].values()
         if cell is not None and cell["difference"] is not None
     ]
+    if status == "finished" and changes:
+        best, sentence = best_change(changes, scores["confidence"])
+        return {"best": best, "num_changes": len(changes), "sentence": sentence}
+    reason = "No trained model was compared with the base model."
     if status != "finished":
-        return {"best": None, "num_changes": 0, "sentence": f"Not evaluated (evaluation {status})."}
-    if not changes:
-        return {"best": None, "num_changes": 0, "sentence": "No trained model was compared with the base model."}
-    best, sentence = best_change(changes, scores["confidence"])
-    return {"best": best, "num_changes": len(changes), "sentence": sentence}
+        reason = f"Not evaluated (evaluation {status})."
+    return {"best": None, "num_changes": 0, "sentence": reason}
 
 
 def best_change(

@@ -9,6 +9,7 @@ import hashlib
 import math
 import random
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -66,23 +67,17 @@ _MAX_TURN_DEGREES = 9.0
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: colour, kind and size by name, and its cell (rows from the top, columns from the left)."""
+    """One shape: colour, shape and size by name, and its cell, numbered in reading order from 0."""
 
     colour: str
     shape: str
     size: str
-    row: int
-    column: int
+    cell: int
 
     @property
     def kind(self) -> Kind:
         """Colour and shape."""
         return self.colour, self.shape
-
-    @property
-    def cell(self) -> int:
-        """Number of the cell in reading order, from 0."""
-        return self.row * GRID_SIDE + self.column
 
 
 @dataclass(frozen=True)
@@ -100,19 +95,19 @@ class Scene:
 
 
 def random_for(seed: int, index: int, purpose: str) -> random.Random:
-    """A generator that depends on these three values only."""
+    """Return a generator that depends on these three values only."""
     return random.Random(int.from_bytes(_digest(seed, index, purpose, num_bytes=16), "big"))
 
 
 def sample_scene(seed: int, index: int) -> Scene:
-    """The scene of this seed and index: one to four objects."""
+    """Return the scene of this seed and index: one to four objects."""
     generator = random_for(seed, index, "scene")
     num_objects = generator.randint(1, MAX_NUM_OBJECTS)
     kinds = _sample_kinds(generator, num_objects)
     generator.shuffle(kinds)
     cells = sorted(generator.sample(range(NUM_CELLS), num_objects))
     objects = [
-        SceneObject(colour, shape, generator.choice(list(SIZES)), cell // GRID_SIDE, cell % GRID_SIDE)
+        SceneObject(colour, shape, generator.choice(list(SIZES)), cell)
         for (colour, shape), cell in zip(kinds, cells, strict=True)
     ]
     return Scene(seed, index, tuple(objects))
@@ -132,18 +127,18 @@ def _sample_kinds(generator: random.Random, num_objects: int) -> list[Kind]:
 
 
 def draw_scene(scene: Scene, side_px: int = PICTURE_SIDE_PX, max_noise: int = CLEAN_NOISE) -> Image.Image:
-    """The scene as a square RGB picture, with jittered shapes, a background of its own and pixel noise.
+    """Return the scene as a square RGB picture, with jittered shapes, a background of its own and pixel noise.
 
-    How strong the noise is, from `CLEAN_NOISE` to `max_noise`, differs from scene to scene.
-
-    Raises:
-        ValueError: if ``side_px`` gives a grid cell less than four pixels.
+    How strong the noise is, from `CLEAN_NOISE` to `max_noise`, differs from scene to scene. Raises ValueError when
+    `side_px` gives a grid cell less than four pixels.
     """
     if side_px < 4 * GRID_SIDE:
         raise ValueError(f"side_px is {side_px}; a picture needs at least {4 * GRID_SIDE} pixels a side")
     generator = random_for(scene.seed, scene.index, "drawing")
     canvas_side_px = side_px * _SUPERSAMPLING
-    canvas = Image.new("RGB", (canvas_side_px, canvas_side_px), _background(generator))
+    grey = generator.choice((40, 120, 200, 235))
+    background = _jittered((grey, grey, grey), generator, largest_change=18)
+    canvas = Image.new("RGB", (canvas_side_px, canvas_side_px), background)
     brush = ImageDraw.Draw(canvas)
     for item in scene.objects:
         corners = _outline(item, canvas_side_px / GRID_SIDE, generator)
@@ -152,23 +147,16 @@ def draw_scene(scene: Scene, side_px: int = PICTURE_SIDE_PX, max_noise: int = CL
     return _with_noise(picture, scene, random_for(scene.seed, scene.index, "noise").randint(CLEAN_NOISE, max_noise))
 
 
-def _background(generator: random.Random) -> Colour:
-    grey = generator.choice((40, 120, 200, 235))
-    return _jittered((grey, grey, grey), generator, largest_change=18)
-
-
-def _jittered(colour: Colour, generator: random.Random, largest_change: int) -> Colour:
-    red, green, blue = (
-        min(255, max(0, channel + generator.randint(-largest_change, largest_change))) for channel in colour
-    )
-    return red, green, blue
+def _jittered(colour: Colour, generator: random.Random, largest_change: int) -> tuple[int, ...]:
+    return tuple(min(255, max(0, value + generator.randint(-largest_change, largest_change))) for value in colour)
 
 
 def _outline(item: SceneObject, cell_px: float, generator: random.Random) -> list[Point]:
-    """Corners of the shape on the canvas, in pixels."""
+    """Return the corners of the shape on the canvas, in pixels."""
+    row, column = divmod(item.cell, GRID_SIDE)
     radius_px = cell_px * SIZES[item.size] * generator.uniform(0.92, 1.0) / 2
-    centre_x_px = cell_px * (item.column + 0.5 + generator.uniform(-_MAX_SHIFT, _MAX_SHIFT))
-    centre_y_px = cell_px * (item.row + 0.5 + generator.uniform(-_MAX_SHIFT, _MAX_SHIFT))
+    centre_x_px = cell_px * (column + 0.5 + generator.uniform(-_MAX_SHIFT, _MAX_SHIFT))
+    centre_y_px = cell_px * (row + 0.5 + generator.uniform(-_MAX_SHIFT, _MAX_SHIFT))
     turn = math.radians(generator.uniform(-_MAX_TURN_DEGREES, _MAX_TURN_DEGREES))
     cosine, sine = math.cos(turn) * radius_px, math.sin(turn) * radius_px
     return [
@@ -178,13 +166,9 @@ def _outline(item: SceneObject, cell_px: float, generator: random.Random) -> lis
 
 
 def _ring(num_corners: int, first_degrees: float, radii: tuple[float, ...] = (1.0,)) -> list[Point]:
-    """Corners around the origin at equal angles, their distances taken from ``radii`` in turn."""
-    corners: list[Point] = []
-    for corner in range(num_corners):
-        angle = math.radians(first_degrees + 360 * corner / num_corners)
-        radius = radii[corner % len(radii)]
-        corners.append((radius * math.cos(angle), radius * math.sin(angle)))
-    return corners
+    """Return corners around the origin at equal angles, their distances taken from `radii` in turn."""
+    angles = [math.radians(first_degrees + 360 * corner / num_corners) for corner in range(num_corners)]
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for angle, radius in zip(angles, cycle(radii))]
 
 
 _ARM = 0.32  # half the width of the cross's arms

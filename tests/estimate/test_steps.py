@@ -13,8 +13,7 @@ from stic_ray.core.overrides import apply_overrides
 from stic_ray.core.rundir import ESTIMATE, RunDir
 from stic_ray.core.steps import identity
 from stic_ray.estimate.known import measure, model_size
-from stic_ray.estimate.steps import StageEstimate, estimate_run, record_estimate
-from stic_ray.estimate.table import table
+from stic_ray.estimate.steps import StageEstimate, estimate_run, record_estimate, table
 from stic_ray.recipes import recipe, stic
 
 STEPS = stic(recipe("demo").config)

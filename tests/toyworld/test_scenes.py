@@ -60,7 +60,7 @@ def test_a_scene_depends_on_seed_and_index_alone() -> None:
 def test_a_picture_shows_each_object_in_its_colour_and_cell() -> None:
     cell_px = PICTURE_SIDE_PX // 3
     for cell in range(NUM_CELLS):
-        item = SceneObject("red", "square", "large", cell // 3, cell % 3)
+        item = SceneObject("red", "square", "large", cell)
         pixels = np.asarray(draw_scene(Scene(0, cell, (item,))), dtype=float)
         cells = pixels.reshape(3, cell_px, 3, cell_px, 3).mean(axis=(1, 3)).reshape(NUM_CELLS, 3)
         redness = cells[:, 0] - cells[:, 1:].max(axis=1)
@@ -68,7 +68,7 @@ def test_a_picture_shows_each_object_in_its_colour_and_cell() -> None:
 
 
 def test_pictures_of_the_same_objects_differ_in_background_and_noise() -> None:
-    objects = (SceneObject("blue", "star", "small", 1, 1),)
+    objects = (SceneObject("blue", "star", "small", 4),)
     corners = [np.asarray(draw_scene(Scene(0, index, objects)))[:3, :3].mean() for index in range(20)]
     assert np.ptp(corners) > 100
     flat = np.asarray(draw_scene(Scene(0, 0, objects)))[:8, :8, 0]
