@@ -14,11 +14,12 @@ from stic_ray.core.config import RunConfig, is_toy
 from stic_ray.core.console import configure
 from stic_ray.core.errors import ConfigError, SourceError, SticError, one_line
 from stic_ray.core.overrides import apply_overrides, load_config
+from stic_ray.core.placement import check_fits, format_unplaced, unplaced
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import Recipe, Step, Steps, check_given
 from stic_ray.estimate.steps import estimate_run, table
 from stic_ray.pipeline import names_of, run_evaluation_alone, run_pipeline
-from stic_ray.plan import check_room, machines_for, placement, plan
+from stic_ray.plan import machines_for, needs_of, plan
 from stic_ray.recipes import RECIPES, recipe, stic
 from stic_ray.report.scores import in_words
 from stic_ray.stages.evaluation import EVALUATION
@@ -138,9 +139,12 @@ def print_plan(config: RunConfig, steps: Steps, address: str, names: Sequence[st
         run, note = None, f" (what is done is not known: {error})"
     print(f"run: {run.uri if run else address}{note}", *plan(config, steps, run, names), sep="\n")
     machines = machines_for(config)
-    print(*placement(config, steps, names, machines), sep="\n")
+    print(machines)
+    needs = needs_of(config, steps, names)
+    if machines.may_grow and (missing := unplaced(needs, machines)):
+        print(f"to be started first: {format_unplaced(missing, machines)}")
     print("", *table(estimate_run(config, steps, run, names), config), sep="\n")
-    check_room(config, steps, names, machines)
+    check_fits(needs, machines)
 
 
 def print_results(run: RunDir, steps: Steps) -> None:

@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 REPORT = "report"
 """What may be named beside the steps; it is written anew when a step was made."""
-_ACCOUNTS = {"in": "rows in", "written": "written", "rejected": "rejected", "failed": "failed"}
 GROWN_FROM = "grown_from"
 """In the manifest of a step that has grown: the hashes of its manifests before."""
 
@@ -54,7 +53,11 @@ def run_pipeline(config: RunConfig, steps: Steps, run: RunDir, names: Sequence[s
         logger.info("%s: already done, skipped", name)
     todo = [step for step in steps if step.name in names and step.name not in done]
     if todo:
-        _check_inputs(todo, done, run)
+        ready = {step.name for step in todo} | done
+        for step in todo:
+            if missing := [name for name in step.earlier_steps if name not in ready]:
+                lacking = f"stage {missing[0]}, which '{run.uri}' does not have; run it first."
+                raise RunError(f"Stage {step.name} needs {lacking}")
         _run(todo, steps, config, run, facts)
     if REPORT in names and not _report_is_current(steps, run):
         from stic_ray.report.write import write_report  # matplotlib is for the report only
@@ -96,14 +99,16 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
 
     for name, value in cluster.process_environment(config).items():
         os.environ.setdefault(name, value)  # before torch and its friends are imported
-    from stic_ray.preparation import check_before_work, make_sources, prepare, with_commit
+    from stic_ray.preparation import check_before_work, prepare, with_commit
+    from stic_ray.toyworld.assets import make_toyworld
 
     with lease.held(run) as cut_off_at:
         for step in steps:
             history.end_attempt(run / step.name, history.KILLED, at=cut_off_at)
         prepared = list(zip(todo, prepare(todo, config, run), strict=True))
         _write_config(config, steps, run, facts)
-        make_sources(todo, config, run)
+        for step in todo:
+            make_toyworld(step.stage.sources, step.configured(config), run)
         record_estimate(config, steps, run, [step.name for step in todo])
         # Where a cluster does the work, this machine need not have the model, nor what an engine needs.
         checked = check_before_work(prepared, engine_too=cluster.cluster_address() is None)
@@ -127,7 +132,8 @@ def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> 
     output, need = prepared.output, step.stage.need(prepared.config)
     settings = {"config": identity(step, config), "inputs": input_hashes(step, run)}
     output.write_json(STARTED, settings)
-    history.begin_attempt(output, need, _num_processes(prepared.config, need.what))
+    actors, workers = prepared.config.actors.num_actors, prepared.config.workers.num_workers
+    history.begin_attempt(output, need, {"actors": actors, "workers": workers}.get(need.what, 1))
     try:
         with processes.released(), processes.watched(step.name, need, config.cluster.resource_timeout_s):
             accounts = step.stage.run(prepared)
@@ -149,12 +155,8 @@ def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> 
         made[GROWN_FROM] = [*smaller.get(GROWN_FROM, []), digest(smaller)]
     output.write_manifest(made)
     (output.location / STARTED).delete()
-    counts = ", ".join(f"{accounts[f'num_rows_{what}']} {words}" for what, words in _ACCOUNTS.items())
-    logger.info("%s: done in %.1f s, %s", step.name, took.seconds, counts)
-
-
-def _num_processes(config: RunConfig, what: str) -> int:
-    return {"actors": config.actors.num_actors, "workers": config.workers.num_workers}.get(what, 1)
+    counts = ", ".join(f"{accounts[f'num_rows_{what}']} {what}" for what in ("written", "rejected", "failed"))
+    logger.info("%s: done in %.1f s, %d rows in, %s", step.name, took.seconds, accounts["num_rows_in"], counts)
 
 
 def _is_done(step: Step, config: RunConfig, run: RunDir) -> bool:
@@ -164,37 +166,29 @@ def _is_done(step: Step, config: RunConfig, run: RunDir) -> bool:
     made = manifest or output.read_json(STARTED)
     if made is None:
         return False
-    how = "finished" if manifest else "begun"
-    way_out = f"delete '{output.uri}' and the stages behind it, or use another --run."
+
+    def refused(why: str) -> RunError:
+        how = "finished" if manifest else "begun"
+        way_out = f"delete '{output.uri}' and the stages behind it, or use another --run."
+        return RunError(f"Stage {step.name} of '{run.uri}' was {how} {why} {way_out}")
+
     before, now = made["config"], identity(step, config)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         differences = "; ".join(f"{key} was {before.get(key)!r}, is now {now.get(key)!r}" for key in changed)
-        raise RunError(
-            f"Stage {step.name} of '{run.uri}' was {how} with other settings: {differences}. "
-            f"Set the old value, {way_out}"
-        )
+        raise refused(f"with other settings: {differences}. Set the old value,")
     before, now = made["inputs"], input_hashes(step, run)
     if {role: each["from"] for role, each in before.items()} != {role: each["from"] for role, each in now.items()}:
         sources = [" and ".join(sorted(i["from"] for i in inputs.values())) or "no other" for inputs in (before, now)]
-        raise RunError(
-            f"Stage {step.name} of '{run.uri}' was {how} from {sources[0]}, these settings make it from "
-            f"{sources[1]}: {way_out}"
-        )
+        raise refused(f"from {sources[0]}, these settings make it from {sources[1]}:")
     changed = [role for role in now if now[role] != before[role]]
-    goes_on = all(before[role]["manifest"] in _earlier_states(step, role, run) for role in changed)
+    # What an input was before it grew stands in its manifest.
+    grown_from = {role: (step.place(role, run).manifest or {}).get(GROWN_FROM, []) for role in changed}
+    goes_on = all(before[role]["manifest"] in grown_from[role] for role in changed)
     if not changed or (goes_on and (manifest or step.stage.grows)):
         # Training stays with the rows that it was made from.
         return manifest is not None and not (changed and step.stage.grows)
-    raise RunError(
-        f"Stage {step.name} of '{run.uri}' was {how} from another {now[changed[0]]['from']} than the one that is "
-        f"there now: {way_out}"
-    )
-
-
-def _earlier_states(step: Step, role: str, run: RunDir) -> list[str]:
-    """Return the hashes of the manifests that an input had before it grew."""
-    return (step.place(role, run).manifest or {}).get(GROWN_FROM, [])
+    raise refused(f"from another {now[changed[0]]['from']} than the one that is there now:")
 
 
 def _that_grow(done: Collection[str], steps: Steps, config: RunConfig, run: RunDir) -> set[str]:
@@ -208,14 +202,10 @@ def _that_grow(done: Collection[str], steps: Steps, config: RunConfig, run: RunD
         elif step.name in done and step.stage.grows and step.stage.sources:
             behind = [each for each in steps if step.name in with_inputs({each.name}, steps)]
             trained = [each for each in behind if each.stage.need(config).what == "workers"]
-            has_trained = any(_is_begun(run / each.name) for each in trained)
+            has_trained = any((run / each.name).manifest or (run / each.name).read_json(STARTED) for each in trained)
             if takes_in_more(step.configured(config), run / step.name, has_trained=has_trained):
                 growing.add(step.name)
     return growing
-
-
-def _is_begun(output: RunDir) -> bool:
-    return output.manifest is not None or output.read_json(STARTED) is not None
 
 
 def _report_is_current(steps: Steps, run: RunDir) -> bool:
@@ -223,14 +213,6 @@ def _report_is_current(steps: Steps, run: RunDir) -> bool:
     report = (run.location / "report.html").info()
     manifests = [((run / step.name).location / MANIFEST).info() for step in steps]
     return report.is_file and all(report.mtime_ns >= manifest.mtime_ns for manifest in manifests if manifest.is_file)
-
-
-def _check_inputs(todo: Sequence[Step], done: Collection[str], run: RunDir) -> None:
-    ready = {step.name for step in todo} | set(done)
-    for step in todo:
-        for name in step.earlier_steps:
-            if name not in ready:
-                raise RunError(f"Stage {step.name} needs stage {name}, which '{run.uri}' does not have; run it first.")
 
 
 def _write_config(config: RunConfig, steps: Steps, run: RunDir, facts: dict[str, Any]) -> None:

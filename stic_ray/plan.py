@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.placement import Machines, Need, check_fits, format_unplaced, unplaced
+from stic_ray.core.placement import Machines, Need
 from stic_ray.core.resources import LabelSelector, accumulation_steps
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import Step, Steps
@@ -34,17 +34,6 @@ def machines_for(config: RunConfig) -> Machines:
     from stic_ray.stages import cluster  # Ray is for this only
 
     return cluster.machines(config)
-
-
-def placement(config: RunConfig, steps: Steps, names: Collection[str], machines: Machines) -> list[str]:
-    """Return lines about the machines, and about steps for which others have to be started."""
-    missing = unplaced(needs_of(config, steps, names), machines) if machines.may_grow else {}
-    return [f"{machines}", *([f"to be started first: {format_unplaced(missing, machines)}"] if missing else [])]
-
-
-def check_room(config: RunConfig, steps: Steps, names: Collection[str], machines: Machines, num_runs: int = 1) -> None:
-    """Raise ConfigError when so many runs at once can never have what one of the steps needs."""
-    check_fits(needs_of(config, steps, names), machines, num_runs)
 
 
 def needs_of(config: RunConfig, steps: Steps, names: Collection[str]) -> dict[str, Need]:

@@ -13,7 +13,7 @@ from stic_ray.core.steps import Step, StepRun, prepare_step
 from stic_ray.core.storage import Location
 from stic_ray.engines.opening import check_engine
 from stic_ray.method.prompts import load_prompts
-from stic_ray.toyworld.assets import make_toyworld, resolve_toyworld
+from stic_ray.toyworld.assets import resolve_toyworld
 
 COMMITS = "model_commits.json"
 """The commit that a hub id and revision stood for when the run began: a branch may move."""
@@ -22,12 +22,6 @@ COMMITS = "model_commits.json"
 def prepare(steps: Sequence[Step], config: RunConfig, run: RunDir) -> list[StepRun]:
     """Return the steps as their functions get them. Raises UserError for settings that cannot be."""
     return [prepare_step(step, config, run, resolve(step.configured(config), run)) for step in steps]
-
-
-def make_sources(steps: Sequence[Step], config: RunConfig, run: RunDir) -> None:
-    """Make what the steps read from the toy world, if they do."""
-    for step in steps:
-        make_toyworld(step.stage.sources, step.configured(config), run)
 
 
 def resolve(config: RunConfig, run: RunDir) -> RunConfig:

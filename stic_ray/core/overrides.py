@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def apply_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         key, separator, text = assignment.partition("=")
         if not separator:
             raise ConfigError(f"--set needs section.field=value, got '{assignment}'.")
-        _assign(data, key.strip().split("."), text)
+        section, name, kind = _find(data, key.strip())
+        section[name] = _read_value(text, kind)
     return build_config(data)
 
 
@@ -82,8 +84,8 @@ def apply_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """
     data = config.model_dump()
     for key, value in values.items():
-        keys = key.split(".")
-        _section_of(data, keys)[keys[-1]] = value
+        section, name, _ = _find(data, key)
+        section[name] = value
     return build_config(data)
 
 
@@ -95,24 +97,17 @@ def build_config(data: dict[str, Any]) -> RunConfig:
         raise ConfigError("; ".join(_explain(dict(detail)) for detail in error.errors())) from error
 
 
-def _assign(data: dict[str, Any], keys: list[str], text: str) -> None:
-    """Set data[keys...] to the YAML value of `text`."""
-    section = _section_of(data, keys)
-    section[keys[-1]] = _read_value(text, _fields_of(keys[:-1])[keys[-1]].annotation)
-
-
-def _section_of(data: dict[str, Any], keys: list[str]) -> dict[str, Any]:
-    """Return the mapping in which the last of `keys` is a field. Raises ConfigError when there is none."""
-    section = data
-    for depth, key in enumerate(keys):
-        if not isinstance(section, dict) or key not in section:
-            allowed = section if isinstance(section, dict) else {}
-            raise ConfigError(_unknown(".".join(keys[:depth]), key, allowed))
-        if depth < len(keys) - 1:
-            section = section[key]
-    if fields := ", ".join(_fields_of(keys)):
-        raise ConfigError(f"'{keys[-1]}' is a section; set one of its fields: {fields}.")
-    return section
+def _find(data: dict[str, Any], key: str) -> tuple[dict[str, Any], str, Any]:
+    """Return the mapping that holds a field, its name in there, and its type. Raises ConfigError for no field."""
+    *sections, name = key.split(".")
+    for depth, part in enumerate([*sections, name]):
+        if part not in (fields := _fields_of(sections[:depth])):
+            raise ConfigError(_unknown(".".join(sections[:depth]), part, fields))
+    if inner := _fields_of([*sections, name]):
+        raise ConfigError(f"'{key}' is a section; set one of its fields: {', '.join(inner)}.")
+    for section in sections:
+        data = data[section]
+    return data, name, _fields_of(sections)[name].annotation
 
 
 def _read_value(text: str, kind: Any) -> Any:
@@ -129,11 +124,8 @@ def _read_value(text: str, kind: Any) -> Any:
         return text
     if holds_words(kind):
         return value if value is None or isinstance(value, str | list) else text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    with suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
     return value
 
 
@@ -147,8 +139,7 @@ def _explain(detail: dict[str, Any]) -> str:
     """Turn one pydantic error into a line for the reader."""
     location = [str(part) for part in detail["loc"]]
     if detail["type"] == "extra_forbidden":
-        allowed = _fields_of(location[:-1])
-        return _unknown(".".join(location[:-1]), location[-1], allowed)
+        return _unknown(".".join(location[:-1]), location[-1], _fields_of(location[:-1]))
     message = detail["msg"].removeprefix("Value error, ")
     if isinstance(detail["input"], dict):  # a section whose settings do not fit together; the message names them
         return ": ".join([*location, message])
@@ -156,10 +147,10 @@ def _explain(detail: dict[str, Any]) -> str:
 
 
 def _fields_of(section: list[str]) -> dict[str, FieldInfo]:
-    model: type[BaseModel] = RunConfig
+    """Return the fields of a section, of the top level for []; a single value has none."""
+    kind: Any = RunConfig
     for name in section:
-        annotation = model.model_fields[name].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        kind = kind.model_fields[name].annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             return {}
-        model = annotation
-    return dict(model.model_fields)
+    return dict(kind.model_fields)

@@ -49,10 +49,6 @@ class StepRun:
         return Location.of(self.config.model.adapter) if self.config.model.adapter else None
 
 
-def _nothing_to_check(step: StepRun) -> None:
-    """Accept everything."""
-
-
 @dataclass(frozen=True)
 class Stage:
     """A kind of work."""
@@ -73,7 +69,7 @@ class Stage:
     """Roles of its inputs; None for any, which are models by their name."""
     sources: tuple[str, ...] = ()
     """Fields of the configuration that name what it reads from outside of the run."""
-    check: Callable[[StepRun], None] = _nothing_to_check
+    check: Callable[[StepRun], object] = lambda step: None
     """Finds the user's mistakes before anything is spent. Raises UserError."""
     loads_model: Callable[[RunConfig], bool] = lambda config: True
     """Whether it opens the model of the run."""

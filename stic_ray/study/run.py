@@ -17,9 +17,10 @@ import yaml
 from stic_ray import cli
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, StageError
+from stic_ray.core.placement import check_fits
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import BASE
-from stic_ray.plan import check_room, machines_for
+from stic_ray.plan import machines_for, needs_of
 from stic_ray.recipes import stic
 from stic_ray.report.formats import duration
 from stic_ray.study.plan import SCORING, SOURCE_STEPS, PlannedRun, Run, Study, plan_study, read_variants
@@ -96,7 +97,7 @@ def _check_parallel(parallel: int, config: RunConfig) -> None:
     if parallel > 1 and os.environ.get("RAY_ADDRESS"):
         # With less, runs would wait for each other's processes, or leave no CPU for anybody's tasks.
         steps = stic(config)
-        check_room(config, steps, [step.name for step in steps], machines_for(config), num_runs=parallel)
+        check_fits(needs_of(config, steps, [step.name for step in steps]), machines_for(config), num_runs=parallel)
     elif parallel > 1 and (config.actors.num_gpus or config.workers.num_gpus):
         logger.warning("--parallel %d: each run starts a Ray of its own, and all of them use the same GPUs", parallel)
 
