@@ -156,18 +156,22 @@ def cache_bytes_per_token(num_layers: int, num_key_value_heads: int, head_dim: i
 
 def sizes_of(config: RunConfig, steps: Steps, own: Measured, pilot: Measured) -> Sizes | None:
     """Return the sizes of a run's parts, or None when nothing says how large the model is."""
-    model, given = model_size(config), config.estimate
+    model, given, toy, benchmarks = model_size(config), config.estimate, config.toyworld, config.evaluation.benchmarks
     if model is None:
         return None
+    has_toy_pool, has_toy_instructions = is_toy(config.pool.source), is_toy(config.infusion.source)
     image_tokens = given.num_image_tokens or own.num_image_tokens or pilot.num_image_tokens or model.num_image_tokens
-    image_bytes = _TOY_IMAGE_BYTES if is_toy(config.pool.source) else given.image_bytes
-    toy_instructions = config.toyworld.num_instructions if is_toy(config.infusion.source) else None
-    finished_instructions = _finished("num_instructions", steps, own)
+    there = _finished("num_images", steps, own) or (toy.num_pictures if has_toy_pool else given.num_images)
+    wanted = config.preferences.num_images
+    instructions = config.infusion.num_rows or _finished("num_instructions", steps, own)
+    instructions = instructions or (toy.num_instructions if has_toy_instructions else given.num_instructions)
+    num_toy_benchmarks = sum(1 if ":" in name else len(BENCHMARKS) for name in benchmarks)
+    image_bytes = _TOY_IMAGE_BYTES if has_toy_pool else given.image_bytes
     return Sizes(
         replace(model, num_image_tokens=round(image_tokens)),
-        _num_images(config, _finished("num_images", steps, own)),
-        config.infusion.num_rows or finished_instructions or toy_instructions or given.num_instructions,
-        _num_toy_questions(config) or given.num_questions,
+        min(there, wanted) if there and wanted else there or wanted,
+        instructions,
+        num_toy_benchmarks * toy.num_scenes if all(map(is_toy, benchmarks)) else given.num_questions,
         image_tokens + given.num_prompt_tokens,
         own.num_answer_tokens or pilot.num_answer_tokens or given.num_answer_tokens,
         own.image_bytes or pilot.image_bytes or image_bytes,
@@ -179,17 +183,3 @@ def _finished(amount: str, steps: Steps, own: Measured) -> float | None:
     found = [step for step in steps if step.stage.amount == amount and step.name in own.manifests]
     counts = [own.manifests[step.name].get(step.stage.amount_in_manifest or "") for step in found]
     return next((count for count in counts if count is not None), None)
-
-
-def _num_images(config: RunConfig, finished: float | None) -> float | None:
-    there = finished or (config.toyworld.num_pictures if is_toy(config.pool.source) else config.estimate.num_images)
-    asked = config.preferences.num_images
-    return min(there, asked) if there and asked else there or asked
-
-
-def _num_toy_questions(config: RunConfig) -> int | None:
-    """Return the questions of the toy world's benchmarks, or None where there are others."""
-    names = config.evaluation.benchmarks
-    if not all(map(is_toy, names)):
-        return None
-    return sum(1 if ":" in name else len(BENCHMARKS) for name in names) * config.toyworld.num_scenes

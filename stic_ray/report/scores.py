@@ -1,5 +1,6 @@
 """Scores by benchmark and metric, and the gain that the page opens with."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -26,11 +27,9 @@ def collect_scores(
 
 def titles_of(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """Return by benchmark and metric a title: the benchmark, and its metric where it has several."""
-    metrics: dict[str, list[str]] = {}
-    known = list(dict.fromkeys(keys))
-    for benchmark, metric in known:
-        metrics.setdefault(benchmark, []).append(metric)
-    return {(each, metric): each if len(metrics[each]) == 1 else f"{each}: {label(metric)}" for each, metric in known}
+    known = dict.fromkeys(keys)
+    num_metrics = Counter(benchmark for benchmark, _ in known)
+    return {key: key[0] if num_metrics[key[0]] == 1 else f"{key[0]}: {label(key[1])}" for key in known}
 
 
 def _table(
@@ -61,19 +60,15 @@ def overview(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Return all scores in one table, a column for each model and mode; None where one table shows them anyway."""
     if len(benchmarks) < 2:
         return None
-    models = list(dict.fromkeys(row["model"] for benchmark in benchmarks for row in benchmark["models"]))
-    cells = [{row["model"]: row["cells"] for row in benchmark["models"]} for benchmark in benchmarks]
-    columns = {
-        model: _ordered(MODES, [mode for each in cells for mode, cell in each.get(model, {}).items() if cell])
-        for model in models
-    }
-    return {
-        "columns": columns,
-        "rows": [
-            (benchmark, [each.get(model, {}).get(mode) for model in models for mode in columns[model]])
-            for benchmark, each in zip(benchmarks, cells, strict=True)
-        ],
-    }
+    columns: dict[str, list[str]] = {}
+    rows = [{row["model"]: row["cells"] for row in benchmark["models"]} for benchmark in benchmarks]
+    for cells in rows:
+        for model in cells:
+            scored = [mode for mode, cell in cells[model].items() if cell]
+            columns[model] = _ordered(MODES, [*columns.get(model, ()), *scored])
+    keys = [(model, mode) for model, modes in columns.items() for mode in modes]
+    shown = [[cells.get(model, {}).get(mode) for model, mode in keys] for cells in rows]
+    return {"columns": columns, "rows": list(zip(benchmarks, shown, strict=True))}
 
 
 def verdict(cell: Mapping[str, Any]) -> str:
@@ -119,13 +114,12 @@ def headline(scores: Mapping[str, Any], status: str) -> dict[str, Any]:
         for cell in model["cells"].values()
         if cell is not None and cell["difference"] is not None
     ]
-    if status == "finished" and changes:
-        best, sentence = best_change(changes, scores["confidence"])
-        return {"best": best, "num_changes": len(changes), "sentence": sentence}
-    reason = "No trained model was compared with the base model."
     if status != "finished":
-        reason = f"Not evaluated (evaluation {status})."
-    return {"best": None, "num_changes": 0, "sentence": reason}
+        return {"best": None, "num_changes": 0, "sentence": f"Not evaluated (evaluation {status})."}
+    if not changes:
+        return {"best": None, "num_changes": 0, "sentence": "No trained model was compared with the base model."}
+    best, sentence = best_change(changes, scores["confidence"])
+    return {"best": best, "num_changes": len(changes), "sentence": sentence}
 
 
 def best_change(

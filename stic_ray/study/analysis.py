@@ -60,10 +60,8 @@ def _by_curve(results: Sequence[Result]) -> dict[tuple[str, Series], dict[int, l
 
 def _base(results: Sequence[Result], config: EvaluationConfig) -> list[dict[str, Any]]:
     """Return the base model's scores answering directly, over the seeds of the first source of each."""
-    first: dict[int, Result] = {}
-    for result in results:
-        if result.run.is_source and result.status == DONE:
-            first.setdefault(result.run.seed, result)
+    sources = [result for result in results if result.run.is_source and result.status == DONE]
+    first = {result.run.seed: result for result in reversed(sources)}
     by_measure: dict[tuple[str, str], list[Scores]] = {}
     for (_, measure), scores in base_scores(list(first.values())).items():
         by_measure.setdefault(measure, []).append(scores)

@@ -1,6 +1,7 @@
 """Writes the table, report.json and report.html of a study, from what its runs left behind."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import cycle
 from typing import Any
 
@@ -98,10 +99,7 @@ def _run(result: Result) -> dict[str, Any]:
     return {
         "name": run.name,
         "is_source": run.is_source,
-        "variant": run.variant,
-        "size": run.size,
-        "seed": run.seed,
-        "source": run.source,
+        **asdict(run),
         "status": result.status,
         "error": result.error,
         "num_pairs": next((cost.num_pairs for cost in costs if cost.num_pairs is not None), None),

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -122,8 +122,7 @@ def study_table(results: Sequence[Result], config: EvaluationConfig) -> pa.Table
     rows = []
     for result in results:
         run = result.run
-        key = {"variant": run.variant, "size": run.size, "seed": run.seed, "source": run.source}
-        key |= {"status": result.status, "error": result.error}
+        key = {**asdict(run), "status": result.status, "error": result.error}
         for series in sorted(result.scores, key=lambda series: (series.measure, series)):
             cost, scores = result.costs[series.model], result.scores[series]
             base = {} if (series.model, series.mode) == (BASE, DIRECT) else bases.get((run.source, series.measure), {})

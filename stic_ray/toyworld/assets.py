@@ -87,15 +87,14 @@ def write_pool(
 ) -> None:
     """Write unlabeled pictures as JPEG files, 1,000 to a folder, or as Parquet files with a column `image`."""
     _check_number("num_pictures", num_pictures)
-    draw = _draw_files if form == "jpeg" else _draw_table
     starts = range(0, num_pictures, _PER_TASK)
-    tasks = [(directory, seed, start, min(_PER_TASK, num_pictures - start)) for start in starts]
+    tasks = [range(start, min(start + _PER_TASK, num_pictures)) for start in starts]
+    draw = partial(_draw_files if form == "jpeg" else _draw_table, directory, seed)
     if num_processes == 1 or len(tasks) <= 1:
-        for task in tasks:
-            draw(*task)
+        list(map(draw, tasks))
         return
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as processes:
-        list(processes.map(draw, *zip(*tasks, strict=True)))
+        list(processes.map(draw, tasks))
 
 
 @_whole_folder
@@ -137,19 +136,19 @@ def _check_number(name: str, number: int) -> None:
         raise ValueError(f"{name} is {number}; it must be between 0 and {MAX_NUM_SCENES}")
 
 
-def _draw_files(directory: Path, seed: int, start: int, number: int) -> None:
-    for place in range(start, start + number):
-        path = directory / f"{place // 1000:06d}" / _file_name(place)
-        _save(sample_scene(seed, POOL_FIRST_INDEX + place), path)
+def _draw_files(directory: Path, seed: int, numbers: range) -> None:
+    for number in numbers:
+        path = directory / f"{number // 1000:06d}" / _file_name(number)
+        _save(sample_scene(seed, POOL_FIRST_INDEX + number), path)
 
 
-def _draw_table(directory: Path, seed: int, start: int, number: int) -> None:
+def _draw_table(directory: Path, seed: int, numbers: range) -> None:
     images = [
-        {"bytes": _encoded(sample_scene(seed, POOL_FIRST_INDEX + place)), "path": _file_name(place)}
-        for place in range(start, start + number)
+        {"bytes": _encoded(sample_scene(seed, POOL_FIRST_INDEX + number)), "path": _file_name(number)}
+        for number in numbers
     ]
     column = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    pq.write_table(pa.table({"image": column}), directory / f"pictures-{start // _PER_TASK:06d}.parquet")
+    pq.write_table(pa.table({"image": column}), directory / f"pictures-{numbers.start // _PER_TASK:06d}.parquet")
 
 
 def _save(scene: Scene, path: Path) -> None:
