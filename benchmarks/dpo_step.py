@@ -34,8 +34,8 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.core.storage import Location
 from stic_ray.method.images import encode_png
-from stic_ray.stages.training.batches import REFERENCE_LOGPS, PreferenceCollator
 from stic_ray.stages.training.building import make_dpo_trainer
+from stic_ray.stages.training.data import REFERENCE_LOGPS, PreferenceCollator
 from stic_ray.stages.training.index import index_pairs
 from stic_ray.stages.training.models import model_of
 

@@ -14,8 +14,8 @@ from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.core.storage import Location
 from stic_ray.method.prompts import load_prompts
 from stic_ray.stages.preferences import PairMaker
-from stic_ray.stages.training.batches import REFERENCE_LOGPS
 from stic_ray.stages.training.building import make_dpo_trainer
+from stic_ray.stages.training.data import REFERENCE_LOGPS
 from stic_ray.stages.training.index import index_pairs
 from stic_ray.stages.training.models import model_of
 from tests.stages.builders import check, draw_pictures, fake_config, pairs_in

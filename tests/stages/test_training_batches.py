@@ -19,8 +19,8 @@ from stic_ray.core.schemas import INFUSED, PAIRS, table_of
 from stic_ray.engines.loading import load_processor
 from stic_ray.engines.sequences import image_token_id
 from stic_ray.engines.shared_prefix import CHOSEN, PROMPT, REJECTED
-from stic_ray.stages.training.batches import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
 from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
+from stic_ray.stages.training.data import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
 from stic_ray.stages.training.models import model_of
 from stic_ray.stages.training.trainers import means
 from stic_ray.toyworld.scenes import draw_scene, sample_scene

@@ -17,8 +17,8 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.rundir import RunDir
 from stic_ray.engines.rendering import split_answers
-from stic_ray.stages.training.batches import WEIGHT
 from stic_ray.stages.training.building import make_dpo_trainer
+from stic_ray.stages.training.data import WEIGHT
 from stic_ray.stages.training.metrics import flops_per_token, totals
 from stic_ray.stages.training.models import model_of
 from stic_ray.stages.training.reporting import (

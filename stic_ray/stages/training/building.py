@@ -15,20 +15,22 @@ from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.training import OptimisationConfig
 from stic_ray.engines.loading import choose_dtype, load_processor
 from stic_ray.engines.shared_prefix import reason_against
-from stic_ray.stages.training.batches import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
-from stic_ray.stages.training.data import ParquetRows, read_pairs
+from stic_ray.stages.training.data import (
+    AnswersOnlyCollator,
+    ParquetRows,
+    PreferenceCollator,
+    SharedPrefixCollator,
+    read_pairs,
+)
 from stic_ray.stages.training.index import Rows
 from stic_ray.stages.training.models import (
-    Start,
     describe_parts,
-    initialise_adapter,
     match_dtypes,
-    model_of,
     prepare_reference_adapter,
     prepare_start,
     set_trainable,
 )
-from stic_ray.stages.training.trainers import LikelihoodTrainer, RegularisedDPOTrainer, StepTrainer
+from stic_ray.stages.training.trainers import LikelihoodTrainer, RegularisedDPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,31 +42,20 @@ def make_dpo_trainer(
 
     `universal` says that it will go on from a checkpoint of its own in DeepSpeed's universal form.
     """
-    trained, held_out = read_pairs(config, rows)
+    pairs = read_pairs(config, rows)
     arguments = training_arguments(config, config.dpo, folder, rows, universal=universal)
     if config.dpo.objective == "sft":
-        return _make_likelihood_trainer(config, trained, held_out, arguments, checkpoint)
+        return _make_likelihood_trainer(config, pairs, arguments, checkpoint)
     start = prepare_start(config, checkpoint, folder)
-    processor = load_processor(start.model)
-    arguments = TRLDPOConfig(**arguments, disable_dropout=False)
+    args = TRLDPOConfig(**arguments, disable_dropout=False)
     policy, reference = start.load(), start.load() if config.tuning.method == "full" else None
     if reference is not None:
         set_trainable(policy, config, start.dtype)
         if config.workers.zero_stage == 0:
             match_dtypes(reference, policy)
-    trainer = RegularisedDPOTrainer(
-        config=config,
-        model=policy,
-        ref_model=reference,
-        args=arguments,
-        train_dataset=trained,
-        eval_dataset=held_out,
-        processing_class=processor,
-        data_collator=PreferenceCollator(processor),
-        peft_config=start.new_adapter,
-    )
+    collator = PreferenceCollator(load_processor(start.model))
+    trainer = RegularisedDPOTrainer(config, start, pairs, collator, args=args, model=policy, ref_model=reference)
     trainer.speed.has_reference_pass = not rows.has_reference_logps
-    _finish(trainer, start)
     if isinstance(policy, PeftModel):  # an adapter that was there before, of which TRL has made a frozen copy
         prepare_reference_adapter(policy)
     if not config.workers.share_prefix:
@@ -74,7 +65,7 @@ def make_dpo_trainer(
     else:
         reason = reason_against(cast(Any, policy).config)
     if reason is None:
-        trainer.data_collator = SharedPrefixCollator(processor)
+        trainer.data_collator = SharedPrefixCollator(collator.builder.processor)
     else:
         logger.warning("dpo: image and prompt are encoded once for each answer: %s", reason)
     return trainer
@@ -84,40 +75,23 @@ def make_sft_trainer(
     config: RunConfig, rows: Rows, folder: Path, checkpoint: Path | None = None, *, universal: bool = False
 ) -> LikelihoodTrainer:
     """Return a trainer on the answers of conversations, starting as that of `make_dpo_trainer`."""
-    arguments = training_arguments(config, config.sft, folder, rows, universal=universal)
     columns = ["image", "messages"]
     trained = ParquetRows(rows.trained, columns, seed=config.seed, global_batch=config.sft.global_batch)
-    return _make_likelihood_trainer(config, trained, ParquetRows(rows.held_out, columns), arguments, checkpoint)
+    held_out = ParquetRows(rows.held_out, columns)
+    arguments = training_arguments(config, config.sft, folder, rows, universal=universal)
+    return _make_likelihood_trainer(config, (trained, held_out), arguments, checkpoint)
 
 
 def _make_likelihood_trainer(
-    config: RunConfig, trained: ParquetRows, held_out: ParquetRows, arguments: dict[str, Any], checkpoint: Path | None
+    config: RunConfig, rows: tuple[ParquetRows, ParquetRows], arguments: dict[str, Any], checkpoint: Path | None
 ) -> LikelihoodTrainer:
     start = prepare_start(config, checkpoint, Path(arguments["output_dir"]))
-    processor = load_processor(start.model)
-    collator = AnswersOnlyCollator(processor)
     args = TRLSFTConfig(**arguments)
-    trainer = LikelihoodTrainer(
-        config=config,
-        model=start.load(),
-        args=args,
-        train_dataset=trained,
-        eval_dataset=held_out,
-        processing_class=processor,
-        data_collator=collator,
-        peft_config=start.new_adapter,
-    )
-    _finish(trainer, start)
+    collator = AnswersOnlyCollator(load_processor(start.model))
+    trainer = LikelihoodTrainer(config, start, rows, collator, args=args, model=start.load())
     trains_vision = bool({"vision_tower", "projector"} & set(describe_parts(trainer)["trained"]))
     collator.needs_image = trains_vision or config.workers.zero_stage == 3
     return trainer
-
-
-def _finish(trainer: StepTrainer, start: Start) -> None:
-    """Draw a new adapter from the seed, and choose what is trained, once TRL has built around the model."""
-    if start.new_adapter is not None:
-        initialise_adapter(model_of(trainer), trainer.config.seed)
-    set_trainable(model_of(trainer), trainer.config, start.dtype)
 
 
 def training_arguments(

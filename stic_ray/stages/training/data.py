@@ -1,4 +1,4 @@
-"""What the trainers read: rows straight from Parquet, a row group at a time, in a seeded order; and the controls.
+"""What the trainers read: rows straight from Parquet, a row group at a time, in a seeded order, and batches of them.
 
 The order is a function of seed, epoch, rows and global batch, so any number of workers sees the same batches. The row
 groups are put one behind the other in a seeded order, the rows of each shuffled, and the sequence is cut into lanes:
@@ -17,13 +17,27 @@ import datasets
 import numpy as np
 import PIL.Image
 import pyarrow as pa
+import torch
 from torch.utils.data import Dataset
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.randomness import seed_for
-from stic_ray.stages.training.batches import GREY, REFERENCE_LOGPS, WEIGHT
-from stic_ray.stages.training.index import RowGroup, Rows, damaged, read_group
+from stic_ray.engines.sequences import SequenceBuilder, TokenSequence, labels_of
+from stic_ray.engines.shared_prefix import make_batch
+from stic_ray.stages.training.index import REFERENCE_LOGPS, RowGroup, Rows, damaged, read_group
 
+IGNORED = -100
+"""Label of a position that the loss leaves out."""
+GREY = (128, 128, 128)
+"""Colour of a blank picture."""
+_BLANK = {
+    "image": PIL.Image.new("RGB", (64, 64), GREY),
+    "messages": [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "Yes."}],
+    "weight": 0.0,
+}
+"""A row of which nothing is learned."""
+WEIGHT = "weight"
+"""Of a row in the mean over its batch: 1, or 0 for one that only fills up an epoch."""
 MAX_LANES = 16
 """A batch comes from at most so many row groups: more mix no better and cost memory."""
 _DECODER = datasets.Image(mode="RGB")
@@ -148,3 +162,86 @@ def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]
 def num_lanes(global_batch: int) -> int:
     """Return how many lanes the rows of a batch come from: the largest divisor that is not above MAX_LANES."""
     return next(lanes for lanes in range(min(MAX_LANES, global_batch), 0, -1) if global_batch % lanes == 0)
+
+
+def check_image_tokens(input_ids: torch.Tensor, token_id: int, has_image: list[bool]) -> None:
+    """Raise AssertionError unless exactly the rows with an image hold image tokens.
+
+    A row that lost them would train the language model alone and nothing else would show it (STIC's released
+    code trains so: docs/method.md).
+    """
+    found = (input_ids == token_id).any(dim=1).tolist()
+    assert found == has_image, f"rows with an image {has_image}, rows with image tokens {found}"
+
+
+class Collator:
+    """What makes a batch of rows."""
+
+    def __init__(self, processor: Any) -> None:
+        self.builder = SequenceBuilder(processor)
+
+    def sequence(self, example: Example, side: str = "chosen") -> TokenSequence:
+        """Return the sequence of a conversation, or of a pair's answer, which has no end where it was cut off."""
+        messages = example["messages"] if "messages" in example else [*example["prompt"], *example[side]]
+        cut_off = example.get(f"{side}_finish_reason") == "length"
+        return self.builder.build(messages, with_image=example["image"] is not None, cut_off=cut_off)
+
+
+class PreferenceCollator(Collator):
+    """Preference pairs as sequences of their own: the B chosen ones first and the B rejected ones behind them."""
+
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        """Return input_ids, masks (`completion_mask`: the answers) and image inputs of 2B sequences, and B weights."""
+        sequences = [self.sequence(example, side) for side in ("chosen", "rejected") for example in examples]
+        batch = self.builder.batch(sequences, [example["image"] for example in examples] * 2)
+        batch["completion_mask"] = batch.pop("is_answer").long()
+        check_image_tokens(batch["input_ids"], self.builder.image_token_id, [True] * 2 * len(examples))
+        return batch | _columns(examples, WEIGHT)
+
+
+class SharedPrefixCollator(Collator):
+    """Preference pairs with image and prompt there once; rows may carry the reference's log-probabilities."""
+
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        """Return what `shared_prefix.make_batch` does; WEIGHT and REFERENCE_LOGPS, each (B,), where rows have them."""
+        pairs = [(self.sequence(example), self.sequence(example, "rejected")) for example in examples]
+        batch = make_batch(self.builder, [example["image"] for example in examples], pairs)
+        check_image_tokens(batch["input_ids"], self.builder.image_token_id, [True] * len(examples))
+        return batch | _columns(examples, WEIGHT, *REFERENCE_LOGPS)
+
+
+class AnswersOnlyCollator(Collator):
+    """Conversations with the loss on what the assistant says, its end-of-turn token included, and nowhere else.
+
+    Of a pair, that is the preferred answer. TRL's own mask needs generation markers in the chat template, which many
+    checkpoints lack.
+    """
+
+    needs_image = False
+    """Whether a blank picture is put beside rows which all lack one; it weighs nothing in the loss.
+
+    The vision tower and the projector thus take part in every micro-batch. Otherwise a worker whose rows are all
+    text has no gradients for them, or never asks for the weights that ZeRO-3 keeps elsewhere, and the others wait.
+    LLaVA does the same (`prepare_inputs_labels_for_multimodal` and the trainer's dummy image of its data collator).
+    """
+
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        """Return input_ids, attention_mask, labels and, where a row has an image, pixel values.
+
+        A row of weight 0 has no label: the loss is a mean over labels.
+        """
+        if self.needs_image and all(example["image"] is None for example in examples):
+            examples = [*examples, _BLANK]
+        images = [example["image"] for example in examples]
+        batch = self.builder.batch([self.sequence(example) for example in examples], images)
+        batch["labels"] = labels_of(batch, IGNORED)
+        del batch["is_answer"]
+        batch["labels"][torch.tensor([example.get(WEIGHT) == 0 for example in examples])] = IGNORED
+        check_image_tokens(batch["input_ids"], self.builder.image_token_id, [image is not None for image in images])
+        return batch
+
+
+def _columns(examples: list[Example], *names: str) -> dict[str, torch.Tensor]:
+    """Return the columns that all rows have."""
+    known = [name for name in names if all(example.get(name) is not None for example in examples)]
+    return {name: torch.tensor([example[name] for example in examples]) for name in known}

@@ -16,11 +16,12 @@ from stic_ray.core.randomness import seed_for
 from stic_ray.core.storage import Location
 from stic_ray.engines.adapters import model_at
 from stic_ray.engines.fingerprints import fingerprint
-from stic_ray.stages.training.batches import REFERENCE_LOGPS
 
 ONE_IN = 16
 """At most about one row in so many is held out."""
 
+REFERENCE_LOGPS = ("reference_chosen_logp", "reference_rejected_logp")
+"""Columns of pairs, and tensors of a batch, with the reference model's log-probabilities of both answers."""
 _NUM_READERS = 16
 """Threads that read footers, which is mostly waiting for the storage."""
 
@@ -124,25 +125,18 @@ def _read_footer(shard: Location, limit: int | None) -> list[tuple[RowGroup, str
         known = {column.path_in_schema: column.statistics for column in columns if column.is_stats_set}
         limits = {name: (s.min, s.max) for name, s in known.items() if s.has_min_max and s.null_count == 0}
         has_logps = all(name in known and known[name].null_count == 0 for name in REFERENCE_LOGPS)
-        least, greatest = limits.get("model_revision", (None, None))
-        rows = RowGroup(shard.uri, number, range(group.num_rows))
-        if limit is not None:
-            rows = _below(rows, limits.get("position", (-math.inf, math.inf)), limit)
+        revisions = limits.get("model_revision", (None, None))
+        rows: Sequence[int] = range(group.num_rows)
+        least, greatest = limits.get("position", (-math.inf, math.inf))
+        if limit is not None and least >= limit:
+            rows = ()
+        elif limit is not None and greatest >= limit:
+            positions = read_group(RowGroup(shard.uri, number, rows), ["position"])["position"].to_pylist()
+            rows = tuple(row for row in rows if positions[row] < limit)
         if group.num_rows:
-            found.append((rows, least if has_logps and least == greatest else None))
+            revision = revisions[0] if has_logps and revisions[0] == revisions[1] else None
+            found.append((RowGroup(shard.uri, number, rows), revision))
     return found
-
-
-def _below(group: RowGroup, positions: tuple[float, float], limit: int) -> RowGroup:
-    """Return the group with the rows at positions below the limit; most are decided by the least and the greatest."""
-    least, greatest = positions
-    if greatest < limit:
-        return group
-    rows: Sequence[int] = ()
-    if least < limit:
-        found = read_group(group, ["position"])["position"].to_pylist()
-        rows = tuple(row for row in group.rows if found[row] < limit)
-    return RowGroup(group.uri, group.number, rows)
 
 
 def _hold_out(groups: Iterable[RowGroup], id_column: str, number: int) -> tuple[list[RowGroup], list[RowGroup]]:

@@ -27,7 +27,7 @@ from transformers import Trainer
 from stic_ray.core.devices import find_device
 from stic_ray.engines.loading import parts_of
 from stic_ray.engines.shared_prefix import PADDING
-from stic_ray.stages.training.batches import IGNORED, WEIGHT
+from stic_ray.stages.training.data import IGNORED, WEIGHT
 from stic_ray.stages.training.models import num_weights
 
 STEP = "seconds/step"

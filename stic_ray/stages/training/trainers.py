@@ -1,6 +1,6 @@
 """What happens in a training step, on TRL's trainers: from a batch to the loss, the optimiser, and the logged figures.
 
-Rows and their order are in `data.py`, batches in `batches.py`, objectives in `method/objectives.py`. transformers runs
+Rows, their order and batches are in `data.py`, objectives in `method/objectives.py`. transformers runs
 the loop: it takes the micro-batches of a step (`get_batch_samples`), goes forward and back through each
 (`training_step`, `compute_loss`), lets the optimiser take its step, and logs (`log`).
 """
@@ -22,7 +22,7 @@ from stic_ray.engines.sequences import labels_of
 from stic_ray.engines.shared_prefix import model_inputs, sum_by_answer
 from stic_ray.method.objectives import PairLogps, answer_logps, noisy_argmax_logps, regularised_dpo
 from stic_ray.stages.training import models
-from stic_ray.stages.training.batches import IGNORED, REFERENCE_LOGPS, WEIGHT
+from stic_ray.stages.training.data import IGNORED, REFERENCE_LOGPS, WEIGHT, Collator, ParquetRows
 from stic_ray.stages.training.metrics import Speed
 
 _COLUMNS = datasets.Dataset.from_list(
@@ -34,10 +34,22 @@ _COLUMNS = datasets.Dataset.from_list(
 class StepTrainer(Trainer):
     """What both trainers add to TRL's: rows in our order, a rate for the projector, and figures of each step."""
 
-    def __init__(self, *, config: RunConfig, train_dataset: Any, eval_dataset: Any, **arguments: Any) -> None:
-        """Take TRL's arguments, with the rows as datasets of torch."""
+    def __init__(
+        self,
+        config: RunConfig,
+        start: models.Start,
+        rows: tuple[ParquetRows, ParquetRows],
+        collator: Collator,
+        **arguments: Any,
+    ) -> None:
+        """Take the rows that are trained on and those held out, and TRL's arguments. A new adapter is of the seed."""
+        processor = collator.builder.processor
+        arguments |= {"data_collator": collator, "processing_class": processor, "peft_config": start.new_adapter}
         super().__init__(train_dataset=_COLUMNS, eval_dataset=_COLUMNS, **arguments)
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.train_dataset, self.eval_dataset = cast(Any, rows)
+        if start.new_adapter is not None:
+            models.initialise_adapter(models.model_of(self), config.seed)
+        models.set_trainable(models.model_of(self), config, start.dtype)
         self.config = config
         self.speed = Speed(self)
         self.sums: dict[str, tuple[list[str], torch.Tensor]] = {}
@@ -133,7 +145,7 @@ class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncom
         sizes = {"train": self.args.per_device_train_batch_size, "eval": self.args.per_device_eval_batch_size}
         with torch.no_grad():
             found = (outputs.label_mask, outputs.entropy, outputs.is_top1)
-            # A blank picture's row stands behind the others (batches.py), and not in every worker's batch.
+            # A blank picture's row stands behind the others (data.py), and not in every worker's batch.
             num_tokens, entropy, correct = (x.detach().float().sum(1)[: sizes[self.mode]] for x in found)
             self.record(num_tokens, {"entropy": entropy, "mean_token_accuracy": correct})
         loss = -outputs.log_probs.sum()
