@@ -25,7 +25,6 @@ from stic_ray.stages.training.data import (
 from stic_ray.stages.training.index import Rows
 from stic_ray.stages.training.models import (
     describe_parts,
-    match_dtypes,
     prepare_reference_adapter,
     prepare_start,
     set_trainable,
@@ -51,8 +50,9 @@ def make_dpo_trainer(
     policy, reference = start.load(), start.load() if config.tuning.method == "full" else None
     if reference is not None:
         set_trainable(policy, config, start.dtype)
-        if config.workers.zero_stage == 0:
-            match_dtypes(reference, policy)
+        if config.workers.zero_stage == 0:  # in other number formats than the policy's, it would begin elsewhere
+            for name, parameter in reference.named_parameters():
+                parameter.data = parameter.data.to(policy.get_parameter(name).dtype)
     collator = PreferenceCollator(load_processor(start.model))
     trainer = RegularisedDPOTrainer(config, start, pairs, collator, args=args, model=policy, ref_model=reference)
     trainer.speed.has_reference_pass = not rows.has_reference_logps

@@ -72,9 +72,9 @@ def train(section: Literal["dpo", "sft"], step: StepRun, rows: Rows) -> dict[str
         raise explain(step.name, error) from error
     result = step.output.read_json("result.json")
     attempts.delete_folder()
-    used = result["num_rows"] + result["num_held_out"]
+    num_rows = rows.num_trained + rows.num_held_out
     kept = ("num_steps", "num_held_out", "held_out", "throughput", "warnings")
-    return {**row_counts(rows.num_trained + rows.num_held_out, used, {}), **{name: result[name] for name in kept}}
+    return {**row_counts(num_rows, num_rows, {}), **{name: result[name] for name in kept}}
 
 
 def scaling_of(workers: WorkersConfig) -> ScalingConfig:

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,17 +39,14 @@ def check_tuning(model: ModelConfig, tuning: TuningConfig) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """The model that a training starts from, and how its weights are held."""
+    """The model that a training starts from."""
 
     model: ModelConfig
     dtype: torch.dtype
     new_adapter: LoraConfig | None
     """None for a model that is trained itself, or goes on from an adapter."""
-    quantization: BitsAndBytesConfig | None
-
-    def load(self) -> PreTrainedModel | PeftModel:
-        """Load the weights; an adapter that is there can be trained on. Raises ModelError."""
-        return load_model(self.model, dtype=self.dtype, quantization=self.quantization, trainable=True)
+    load: Callable[[], PreTrainedModel | PeftModel]
+    """Loads the weights; an adapter that is there can be trained on. Raises ModelError."""
 
 
 def prepare_start(config: RunConfig, checkpoint: Path | None, folder: Path) -> Start:
@@ -67,13 +64,10 @@ def prepare_start(config: RunConfig, checkpoint: Path | None, folder: Path) -> S
         # transformers' own would write on a single worker, and each may be on a machine of its own.
         save_model(merged, str(folder / "merged" / "model.safetensors"), metadata={"format": "pt"})
         model = model_at(model, folder / "merged")
-    needs_adapter = tuning.method != "full" and model.adapter is None
-    return Start(
-        model,
-        dtype,
-        new_adapter=make_adapter(model, tuning) if needs_adapter else None,
-        quantization=make_quantization(model, dtype) if tuning.method == "qlora" else None,
-    )
+    new_adapter = make_adapter(model, tuning) if tuning.method != "full" and model.adapter is None else None
+    quantization = make_quantization(model, dtype) if tuning.method == "qlora" else None
+    load = partial(load_model, model, dtype=dtype, quantization=quantization, trainable=True)
+    return Start(model, dtype, new_adapter, load)
 
 
 def make_adapter(model: ModelConfig, tuning: TuningConfig) -> LoraConfig:
@@ -120,13 +114,6 @@ def set_trainable(model: nn.Module, config: RunConfig, dtype: torch.dtype) -> No
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype if config.workers.zero_stage else torch.float32)
-
-
-def match_dtypes(reference: nn.Module, policy: nn.Module) -> None:
-    """Hold the weights of a reference model in the number formats of the policy's, or they would begin apart."""
-    held = dict(policy.named_parameters())
-    for name, parameter in reference.named_parameters():
-        parameter.data = parameter.data.to(held[name].dtype)
 
 
 def prepare_reference_adapter(policy: PeftModel) -> None:
