@@ -4,7 +4,7 @@ import importlib.util
 from typing import Any
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import ConfigError, SourceError
+from stic_ray.core.errors import ConfigError, ModelError, SourceError
 from stic_ray.core.placement import workers_need
 from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.steps import CHECKPOINT, Stage, StepRun
@@ -40,9 +40,16 @@ def check_training(config: RunConfig, settings: OptimisationConfig) -> None:
                 f"workers.trackers={name} needs the extra stic-ray[{name}], which is not installed here; workers on "
                 "other machines need it, too."
             )
-    from stic_ray.stages.training.models import check_tuning  # torch
+    if config.tuning.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("tuning.method=qlora needs bitsandbytes: install the extra stic-ray[qlora].")
+    if config.tuning.projector_learning_rate is not None:
+        from stic_ray.engines.loading import make_skeleton, parts_of  # torch
 
-    check_tuning(config.model, config.tuning)
+        if not parts_of(make_skeleton(config.model))["projector"]:
+            raise ConfigError(
+                "tuning.projector_learning_rate is set, but no part of "
+                f"model.path='{config.model.path}' is known as a projector."
+            )
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:

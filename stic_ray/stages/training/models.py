@@ -1,6 +1,5 @@
 """The model of a training: what it starts from, which of its weights are trained, and its reference."""
 
-import importlib.util
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,23 +17,12 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer, set_seed
 
 from stic_ray.core.config import ModelConfig, RunConfig, TuningConfig
-from stic_ray.core.errors import ConfigError, ModelError
 from stic_ray.core.training import Part
 from stic_ray.engines.adapters import model_at
 from stic_ray.engines.loading import choose_dtype, load_model, load_processor, make_skeleton, parts_of
 
 REFERENCE = "ref"
 """TRL's name of the frozen copy of an adapter that a policy starts from."""
-
-
-def check_tuning(model: ModelConfig, tuning: TuningConfig) -> None:
-    """Raise UserError when the model has no projector for a rate of its own, or bitsandbytes is missing for qlora."""
-    if tuning.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError("tuning.method=qlora needs bitsandbytes: install the extra stic-ray[qlora].")
-    if tuning.projector_learning_rate is not None and not parts_of(make_skeleton(model))["projector"]:
-        raise ConfigError(
-            f"tuning.projector_learning_rate is set, but no part of model.path='{model.path}' is known as a projector."
-        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +97,7 @@ def set_trainable(model: nn.Module, config: RunConfig, dtype: torch.dtype) -> No
 
     Without DeepSpeed, which keeps copies in float32 of what it trains, in float32: small steps vanish in bfloat16.
     """
-    for part, parameter in _parameters(model):
+    for part, parameter in parameters_of(model):
         if config.tuning.method == "full" and part in config.tuning.frozen:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
@@ -154,15 +142,10 @@ def model_of(trainer: Trainer) -> nn.Module:
     return trainer.model
 
 
-def projector_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of the projector."""
-    return [parameter for part, parameter in _parameters(model) if part == "projector"]
-
-
 def describe_parts(trainer: Trainer) -> dict[str, Any]:
     """Return which parts of the model are trained, and which are frozen; the head belongs to the language model."""
     num_trainable: Counter[Part] = Counter()
-    for part, parameter in _parameters(model_of(trainer)):
+    for part, parameter in parameters_of(model_of(trainer)):
         num_trainable[part] += num_weights(parameter) if parameter.requires_grad else 0
     return {
         "num_trainable_parameters": num_trainable.total(),
@@ -177,7 +160,7 @@ def num_weights(parameter: nn.Parameter) -> int:
     return math.prod(packed.shape) if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[Part, nn.Parameter]]:
+def parameters_of(model: nn.Module) -> Iterator[tuple[Part, nn.Parameter]]:
     """Return all parameters with their parts; what is in no other belongs to the language model, as its head."""
     parts: dict[str, Part] = {prefix: part for part, prefixes in parts_of(model).items() for prefix in prefixes}
     for name, parameter in model.named_parameters():

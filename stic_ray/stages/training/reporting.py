@@ -271,11 +271,8 @@ class _TrackerRuns(TrainerCallback):
         if state.is_world_process_zero and "mlflow" in self._trackers:
             import mlflow  # pyright: ignore[reportMissingImports]  # an extra
 
-            active = mlflow.active_run()
-            assert active is not None, "MLflowCallback has begun a run"
-            self._output.write_json(
-                TRACKER_IDS, {**(self._output.read_json(TRACKER_IDS) or {}), "mlflow": active.info.run_id}
-            )
+            ids = self._output.read_json(TRACKER_IDS) or {}
+            self._output.write_json(TRACKER_IDS, {**ids, "mlflow": mlflow.active_run().info.run_id})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and "wandb" in self._trackers:

@@ -100,7 +100,8 @@ class StepTrainer(Trainer):
         self.speed.watch(optimizer)
         rate = self.config.tuning.projector_learning_rate
         if rate is not None:
-            own = {id(parameter) for parameter in models.projector_of(models.model_of(self))}
+            parts = models.parameters_of(models.model_of(self))
+            own = {id(parameter) for part, parameter in parts if part == "projector"}
             for group in [*optimizer.param_groups]:  # the schedule scales the rate of each
                 params = group["params"]
                 group["params"] = [p for p in params if id(p) not in own]
@@ -142,11 +143,11 @@ class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncom
     def loss_of(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any) -> torch.Tensor:
         """Return the summed negative log-probability, divided by the answers' tokens."""
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        sizes = {"train": self.args.per_device_train_batch_size, "eval": self.args.per_device_eval_batch_size}
+        num_rows = self.args.per_device_train_batch_size  # in evaluation, too
         with torch.no_grad():
             found = (outputs.label_mask, outputs.entropy, outputs.is_top1)
             # A blank picture's row stands behind the others (data.py), and not in every worker's batch.
-            num_tokens, entropy, correct = (x.detach().float().sum(1)[: sizes[self.mode]] for x in found)
+            num_tokens, entropy, correct = (x.detach().float().sum(1)[:num_rows] for x in found)
             self.record(num_tokens, {"entropy": entropy, "mean_token_accuracy": correct})
         loss = -outputs.log_probs.sum()
         num_micro_batches = 1
