@@ -25,7 +25,7 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import BASE
 from stic_ray.method.statistics import columns, score_of
 from stic_ray.study.analysis import spread
-from stic_ray.study.record import read_record
+from stic_ray.study.plan import read_record
 from stic_ray.study.results import DIRECT, Result, Series, read_results
 
 DAR = "describe_and_respond"

@@ -13,23 +13,13 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLoca
 
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import RunDir
+from stic_ray.report import plots
 from stic_ray.report.formats import label, number, percent, visible
-from stic_ray.report.plots import (
-    FONT_POINTS,
-    INK,
-    MARKERS,
-    REFERENCE_LINE,
-    SERIES,
-    axes_in,
-    inline,
-    legend,
-    short_name,
-)
 from stic_ray.report.scores import best_change, titles_of
 from stic_ray.report.write import render_page
 from stic_ray.study.analysis import analyse
+from stic_ray.study.plan import Study, read_record
 from stic_ray.study.processes import DONE
-from stic_ray.study.record import Record, read_record
 from stic_ray.study.results import Result, read_results, study_table, write_table
 
 _STYLES = ("-", (0, (4, 2)), ":")
@@ -47,12 +37,12 @@ def write_study(home: RunDir) -> None:
     results = read_results(record, home)
     write_table(home, study_table(results, record.base.evaluation))
     report = collect_study(record, results, home)
-    plots = [Markup(growth_plot(measure, f"growth-{i}")) for i, measure in enumerate(report["measures"])]
+    drawn = [Markup(growth_plot(measure, f"growth-{i}")) for i, measure in enumerate(report["measures"])]
     home.write_json("report.json", report)
-    home.write_text("report.html", render_page("study_page.html", "study", report=report, plots=plots))
+    home.write_text("report.html", render_page("study_page.html", "study", report=report, plots=drawn))
 
 
-def collect_study(record: Record, results: Sequence[Result], home: RunDir) -> dict[str, Any]:
+def collect_study(record: Study, results: Sequence[Result], home: RunDir) -> dict[str, Any]:
     """Return all that the page shows, in JSON's own types."""
     analysis = analyse(results, record.base.evaluation)
     measures = _measures(analysis)
@@ -142,28 +132,30 @@ def growth_plot(measure: Mapping[str, Any], prefix: str) -> str:
     dashes = dict(zip(reversed(models), cycle(_STYLES)))
     looks: dict[tuple[str, str], dict[str, Any]] = {}
     for variant, model in dict.fromkeys((curve["variant"], curve["model"]) for curve in curves):
-        i = variants.index(variant) % len(SERIES)
-        looks[variant, model] = {"color": SERIES[i], "marker": MARKERS[i], "linestyle": dashes[model]}
+        i = variants.index(variant) % len(plots.SERIES)
+        looks[variant, model] = {"color": plots.SERIES[i], "marker": plots.MARKERS[i], "linestyle": dashes[model]}
     height_inches = _HEIGHT_INCHES + 0.2 * ((len(looks) + 3) // 4)
     figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
     first: Axes | None = None
     for i, mode in enumerate(modes):
-        axes = axes_in(figure, (1, len(modes), i + 1), sharey=first)
+        axes = plots.axes_in(figure, (1, len(modes), i + 1), sharey=first)
         first = first or axes
         if base and base["score"] is not None:
-            axes.axhline(100 * base["score"], **REFERENCE_LINE)
+            axes.axhline(100 * base["score"], **plots.REFERENCE_LINE)
             if base["low"] is not None and base["high"] is not None:
-                axes.axhspan(100 * base["low"], 100 * base["high"], color=INK, alpha=0.08, linewidth=0)
+                axes.axhspan(100 * base["low"], 100 * base["high"], color=plots.INK, alpha=0.08, linewidth=0)
         for curve in (curve for curve in curves if curve["mode"] == mode):
             key = curve["variant"], curve["model"]
             _draw_curve(axes, curve, looks[key], _APART ** (list(looks).index(key) - (len(looks) - 1) / 2))
         _set_axes(axes, label(mode), sizes, is_first=i == 0)
     style = {"markersize": 5, "linewidth": 1.5}
-    handles = [Line2D([], [], label=f"{short_name(v)}, {m}", **looks[v, m], **style) for v, m in looks]
+    handles = [Line2D([], [], label=f"{plots.short_name(v)}, {m}", **looks[v, m], **style) for v, m in looks]
     if base:
-        handles.append(Line2D([], [], label="base, direct", **REFERENCE_LINE))
-    legend(figure, min(len(handles), 4), handles=handles, handlelength=3.5)
-    return inline(figure, prefix, f"{visible(measure['title'])} by pool size. {'; '.join(map(_described, curves))}.")
+        handles.append(Line2D([], [], label="base, direct", **plots.REFERENCE_LINE))
+    plots.legend(figure, min(len(handles), 4), handles=handles, handlelength=3.5)
+    return plots.inline(
+        figure, prefix, f"{visible(measure['title'])} by pool size. {'; '.join(map(_described, curves))}."
+    )
 
 
 def _draw_curve(axes: Axes, curve: Mapping[str, Any], look: Mapping[str, Any], shift: float) -> None:
@@ -191,10 +183,10 @@ def _set_axes(axes: Axes, title: str, sizes: Sequence[int], *, is_first: bool) -
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks(list(sizes), [number(size) for size in sizes], parse_math=False)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
-    axes.set_title(short_name(title), color=INK, fontsize=FONT_POINTS, parse_math=False)
-    axes.set_xlabel("images in the pool", color=INK, fontsize=FONT_POINTS)
+    axes.set_title(plots.short_name(title), color=plots.INK, fontsize=plots.FONT_POINTS, parse_math=False)
+    axes.set_xlabel("images in the pool", color=plots.INK, fontsize=plots.FONT_POINTS)
     if is_first:
-        axes.set_ylabel("score, %", color=INK, fontsize=FONT_POINTS)
+        axes.set_ylabel("score, %", color=plots.INK, fontsize=plots.FONT_POINTS)
     else:
         axes.tick_params(labelleft=False)
 

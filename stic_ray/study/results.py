@@ -17,9 +17,8 @@ from stic_ray.core.schemas import PREDICTIONS, STUDY, table_of
 from stic_ray.core.steps import BASE, with_inputs
 from stic_ray.method.statistics import Question, Scores, summary
 from stic_ray.recipes import stic
-from stic_ray.study.plan import SCORING, Run
+from stic_ray.study.plan import SCORING, Run, Study
 from stic_ray.study.processes import DONE
-from stic_ray.study.record import Record
 from stic_ray.study.run import SETTINGS, outcome
 
 DIRECT = "direct"
@@ -63,7 +62,7 @@ class Result:
     """By model."""
 
 
-def read_results(record: Record, home: RunDir) -> list[Result]:
+def read_results(record: Study, home: RunDir) -> list[Result]:
     """Return the results of all sources, then of all cells."""
     return [_result(run, home) for run in (*record.sources, *record.cells)]
 

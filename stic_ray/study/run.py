@@ -23,9 +23,8 @@ from stic_ray.core.steps import BASE
 from stic_ray.plan import machines_for, needs_of
 from stic_ray.recipes import stic
 from stic_ray.report.formats import duration
-from stic_ray.study.plan import SCORING, SOURCE_STEPS, PlannedRun, Run, Study, plan_study, read_variants
+from stic_ray.study.plan import SCORING, SOURCE_STEPS, Run, Study, plan_study, read_record, read_variants, write_record
 from stic_ray.study.processes import DONE, FAILED, NOT_RUN, PIPELINE, Children, Outcome, outcome_of
-from stic_ray.study.record import Record, check_continues, read_record, write_record
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def scaling_study(description: str | None, arguments: Sequence[str] | None = Non
     if options.dry_run:
         _print_plan(study, home)
         return
-    write_record(home, study, base, facts, before)
+    write_record(home, study, facts, before)
     run_study(study, home, parallel=options.parallel)
     from stic_ray.study.report import write_study  # matplotlib is for the report only
 
@@ -66,7 +65,7 @@ def scaling_study(description: str | None, arguments: Sequence[str] | None = Non
         )
 
 
-def _planned(options: argparse.Namespace, base: RunConfig, home: RunDir, before: Record | None) -> Study:
+def _planned(options: argparse.Namespace, base: RunConfig, home: RunDir, before: Study | None) -> Study:
     """Return the study that the options ask for. Raises UserError for what cannot be."""
     if options.run is None:
         raise ConfigError("Give --run: the folder or URI of the study.")
@@ -79,9 +78,7 @@ def _planned(options: argparse.Namespace, base: RunConfig, home: RunDir, before:
         raise ConfigError(f"--seeds {options.seeds} must be whole numbers from 0 on, each once, such as 0,1,2.")
     _check_parallel(options.parallel, base)
     variants = read_variants(Path(options.variants)) if options.variants else {"default": {}}
-    if before:
-        check_continues(before, base, sizes, variants, home.uri)
-    return plan_study(base, home.uri, sizes, seeds, variants, before.pool_size if before else max(sizes))
+    return plan_study(base, home.uri, sizes, seeds, variants, before)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -119,9 +116,9 @@ def run_study(
         to_make = [run for run in runs if not is_done(run, home)]
         if runs is study.cells and len(to_make) < len(runs):
             logger.info("%d of %d cells are already done, skipped", len(runs) - len(to_make), len(runs))
-        ended: dict[PlannedRun, Outcome] = {}
+        ended: dict[Run, Outcome] = {}
         with ThreadPoolExecutor(parallel) as pool:
-            futures = {pool.submit(_make, run, home, entry, children): run for run in to_make}
+            futures = {pool.submit(_make, run, study.configs[run], home, entry, children): run for run in to_make}
             try:
                 for future in as_completed(futures):
                     run, result = futures[future], future.result()
@@ -153,7 +150,7 @@ def outcome(run: Run, home: RunDir) -> tuple[str, str | None]:
     return last["status"], last["error"]
 
 
-def _progress(ended: Mapping[PlannedRun, Outcome], to_make: Sequence[PlannedRun], total: int, parallel: int) -> str:
+def _progress(ended: Mapping[Run, Outcome], to_make: Sequence[Run], total: int, parallel: int) -> str:
     """Return how many cells have ended, and how long the others may take where that is known."""
     waiting = [run for run in to_make if run not in ended]
     seconds: dict[int, list[float]] = {}
@@ -175,7 +172,7 @@ def _expected_s(size: int, means: Mapping[int, float]) -> float:
     return max(second_s, first_s + (size - first) * (second_s - first_s) / (second - first))
 
 
-def _make(run: PlannedRun, home: RunDir, entry: Sequence[str], children: Children) -> Outcome:
+def _make(run: Run, config: RunConfig, home: RunDir, entry: Sequence[str], children: Children) -> Outcome:
     """Run the pipeline in a process of its own, and keep its log and its outcome."""
     folder = home / run.folder
     if missing := "" if run.is_source else _missing(run, home):
@@ -183,7 +180,7 @@ def _make(run: PlannedRun, home: RunDir, entry: Sequence[str], children: Childre
         folder.write_json(OUTCOME, asdict(result))
         return result
     logger.info("%s: started", run)
-    folder.write_text(SETTINGS, yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False))
+    folder.write_text(SETTINGS, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     kept_log = folder.location / LOG
     command = [*entry, "--config", str((folder.location / SETTINGS).local_copy()), "--run", folder.uri]
     command += ["--stages", ",".join(SOURCE_STEPS)] if run.is_source else []

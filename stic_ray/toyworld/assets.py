@@ -24,21 +24,8 @@ from stic_ray.core.config import TOYWORLD, RunConfig, is_toy
 from stic_ray.core.errors import ConfigError, SourceError, nearest
 from stic_ray.core.overrides import apply_values
 from stic_ray.core.rundir import RunDir
-from stic_ray.toyworld import WEIGHTS
-from stic_ray.toyworld.language import (
-    DISTRACTORS,
-    PROMPTS,
-    PROMPTS_FILE,
-    QUESTION_KINDS,
-    Distractor,
-    Question,
-    QuestionKind,
-    absent_kind,
-    ask,
-    ask_presence,
-    brief,
-    name_of,
-)
+from stic_ray.toyworld import WEIGHTS, language
+from stic_ray.toyworld.language import PROMPTS, PROMPTS_FILE, brief, name_of
 from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, WILD_NOISE, Scene, draw_scene, random_for, sample_scene
 
 # Pretraining takes its scenes from 0 on.
@@ -48,7 +35,7 @@ BENCHMARKS_FIRST_INDEX = {"test": 3_000_000_000, "tuning": 4_000_000_000}
 MAX_NUM_SCENES = 1_000_000_000
 
 BENCHMARKS: tuple[str, ...] = ("toy_describe", "toy_step_by_step", "toy_questions") + tuple(
-    f"toy_pope_{distractor}" for distractor in DISTRACTORS
+    f"toy_pope_{distractor}" for distractor in language.DISTRACTORS
 )
 """The benchmarks by name; the file is the name with `.jsonl`."""
 
@@ -121,7 +108,7 @@ def write_benchmarks(directory: Path, *, num_scenes: int, split: Literal["test",
         "toy_step_by_step": [_describe_row(s, PROMPTS["step_by_step"], number) for number, s in enumerate(every)],
         "toy_questions": [_question_row(scene, number) for number, scene in enumerate(every)],
     }
-    for distractor in DISTRACTORS:
+    for distractor in language.DISTRACTORS:
         scenes = tempting if distractor == "adversarial" else every
         rows[f"toy_pope_{distractor}"] = [_pope_row(s, distractor, n) for n, s in enumerate(scenes)]
     for scene in {scene.index: scene for scene in [*every, *tempting]}.values():
@@ -165,8 +152,8 @@ def _encoded(scene: Scene) -> bytes:
 def _conversation(scene: Scene) -> list[dict[str, str]]:
     generator = random_for(scene.seed, scene.index, "conversation")
     turns: list[dict[str, str]] = []
-    for kind in generator.sample(QUESTION_KINDS, generator.randint(1, 3)):
-        question = ask(scene, kind, generator)
+    for kind in generator.sample(language.QUESTION_KINDS, generator.randint(1, 3)):
+        question = language.ask(scene, kind, generator)
         mark = "" if turns else "<image>\n"
         turns.append({"from": "human", "value": mark + brief(question.text)})
         turns.append({"from": "gpt", "value": question.answers[0]})
@@ -184,20 +171,24 @@ def _describe_row(scene: Scene, requests: Sequence[str], number: int) -> dict[st
 
 
 def _question_row(scene: Scene, number: int) -> dict[str, Any]:
-    asked: list[QuestionKind] = [kind for kind in QUESTION_KINDS if kind != "is_there"]  # POPE asks that
-    question = ask(scene, asked[number % len(asked)], random_for(scene.seed, scene.index, "question"))
+    asked: list[language.QuestionKind] = [
+        kind for kind in language.QUESTION_KINDS if kind != "is_there"
+    ]  # POPE asks that
+    question = language.ask(scene, asked[number % len(asked)], random_for(scene.seed, scene.index, "question"))
     return _asked(question, scene, number, "exact_match")
 
 
-def _pope_row(scene: Scene, distractor: Distractor, number: int) -> dict[str, Any]:
+def _pope_row(scene: Scene, distractor: language.Distractor, number: int) -> dict[str, Any]:
     """Ask in turn about what is there and what is not, so that always saying the same is worth one half."""
     generator = random_for(scene.seed, scene.index, f"pope {distractor}")
     present = generator.choice(scene.objects).kind
-    question = ask_presence(present if number % 2 else absent_kind(scene, distractor, generator), scene)
+    question = language.ask_presence(
+        present if number % 2 else language.absent_kind(scene, distractor, generator), scene
+    )
     return _asked(question, scene, number, "yes_no")
 
 
-def _asked(question: Question, scene: Scene, number: int, metric: str) -> dict[str, Any]:
+def _asked(question: language.Question, scene: Scene, number: int, metric: str) -> dict[str, Any]:
     answers = list(question.answers)
     return {**_place(scene, number), "question": question.text, "answers": answers, "metric": metric}
 

@@ -46,7 +46,7 @@ def study_in(
     variants: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Study, RunDir]:
     home = RunDir.of(str(folder / "study"))
-    return plan_study(demo().config, home.uri, sizes, seeds, variants or {"default": {}}, max(sizes)), home
+    return plan_study(demo().config, home.uri, sizes, seeds, variants or {"default": {}}), home
 
 
 def calls(run: RunDir) -> int:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import apply_values
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PREDICTIONS, table_of
 from stic_ray.recipes import demo
-from stic_ray.study.plan import PlannedRun, Study, plan_study
-from stic_ray.study.record import write_record
+from stic_ray.study.plan import Study, plan_study, write_record
 
 HIGHER = {"toy": ("exact_match", True), "described": ("hallucinated_share", False)}
 """Benchmark -> metric and direction."""
@@ -44,30 +44,30 @@ def made_study(
     """Write a whole study; the cells in `outcomes` ended with this status and error instead of scores."""
     home = RunDir.of(str(folder / "study"))
     base = apply_values(demo().config, {"evaluation.num_resamples": 200, "workers.num_gpus": 1})
-    study: Study = plan_study(base, home.uri, sizes, seeds, variants or {"default": {}}, max(sizes))
-    write_record(home, study, base, {"recipe": "demo", "overrides": []}, None)
+    study: Study = plan_study(base, home.uri, sizes, seeds, variants or {"default": {}})
+    write_record(home, study, {"recipe": "demo", "overrides": []}, None)
     for source in study.sources:
         run = home / source.folder
-        _settings(run, source)
+        _settings(run, study.configs[source])
         _manifest(run / "pool", 10.0, max(sizes))
         _manifest(run / "preferences", 3600.0, max(sizes))
         _evaluation(run, ("base",), 0, source.seed, num_questions, truth)
     for cell in study.cells:
         run = home / cell.folder
-        _settings(run, cell)
+        _settings(run, study.configs[cell])
         if outcomes and cell.name in outcomes:
             status, error = outcomes[cell.name]
             run.write_json("outcome.json", {"status": status, "error": error})
             continue
         for stage, seconds in {"dpo": 360.0, "infusion": 36.0, "sft": 720.0}.items():
             _manifest(run / stage, seconds, cell.size - 1)
-        _evaluation(run, cell.config.evaluation.models, cell.size, cell.seed, num_questions, truth)
+        _evaluation(run, study.configs[cell].evaluation.models, cell.size, cell.seed, num_questions, truth)
         run.write_text("report.html", "page")
     return home
 
 
-def _settings(run: RunDir, made: PlannedRun) -> None:
-    run.write_text("settings.yaml", yaml.safe_dump(made.config.model_dump(mode="json")))
+def _settings(run: RunDir, config: RunConfig) -> None:
+    run.write_text("settings.yaml", yaml.safe_dump(config.model_dump(mode="json")))
 
 
 def _manifest(stage: RunDir, seconds: float, num_rows: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from stic_ray.core.rundir import RunDir
 from stic_ray.study.analysis import analyse
-from stic_ray.study.record import read_record
+from stic_ray.study.plan import read_record
 from stic_ray.study.results import read_results
 from tests.study.made import made_study
 

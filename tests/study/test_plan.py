@@ -8,8 +8,7 @@ import pytest
 from stic_ray.core.errors import ConfigError, UserError
 from stic_ray.core.rundir import RunDir
 from stic_ray.recipes import demo
-from stic_ray.study.plan import plan_study, read_variants
-from stic_ray.study.record import read_record, write_record
+from stic_ray.study.plan import plan_study, read_record, read_variants, write_record
 from stic_ray.study.run import scaling_study
 from tests.study.builders import study_in
 
@@ -25,11 +24,12 @@ def test_every_combination_is_a_cell_with_its_own_settings(tmp_path: Path) -> No
     study, home = study_in(tmp_path, seeds=(0, 3), variants=VARIANTS)
     assert len(study.cells) == 2 * 2 * 4 == len({cell.name for cell in study.cells})
     cell = next(c for c in study.cells if c.name == "sft_more-n20-seed3")
-    config = cell.config
+    config = study.configs[cell]
     assert (config.seed, config.dpo.num_images, config.sft.num_steps) == (3, 20, 9)
     assert config.evaluation.models == ("sft",), "the base model is scored by the source"
     assert config.dpo.pairs == f"{home.uri}/sources/{cell.source}/preferences"
-    assert next(c for c in study.cells if c.name == "stic-n10-seed0").config.evaluation.models == ("dpo", "sft")
+    (stic,) = (config for config in study.configs.values() if config.name == "stic-n10-seed0")
+    assert stic.evaluation.models == ("dpo", "sft")
 
 
 def test_variants_with_the_same_pool_and_preferences_share_a_source(tmp_path: Path) -> None:
@@ -38,9 +38,10 @@ def test_variants_with_the_same_pool_and_preferences_share_a_source(tmp_path: Pa
     assert used[0, "stic"] == used[0, "blank"] == used[0, "sft_more"] != used[0, "all_hallucinated"]
     assert len(set(used.values())) == len(study.sources) == 4
     for source in study.sources:
-        assert (source.config.preferences.num_images, source.config.seed) == (20, source.seed)
-        assert source.config.evaluation.models == ("base",) and source.config.dpo.pairs is None
-        assert source.config.evaluation.modes == ("direct", "describe_and_respond"), "the study's, not a variant's"
+        config = study.configs[source]
+        assert (config.preferences.num_images, config.seed) == (20, source.seed)
+        assert config.evaluation.models == ("base",) and config.dpo.pairs is None
+        assert config.evaluation.modes == ("direct", "describe_and_respond"), "the study's, not a variant's"
 
 
 def test_a_variant_that_only_changes_training_keeps_the_name_of_the_source(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_dry_run_lists_all_runs_and_touches_nothing(tmp_path: Path, capsys: py
 def begun(folder: Path) -> RunDir:
     """A study that was begun with sizes 10 and 20."""
     study, home = study_in(folder, variants={"a": {"dpo.num_steps": {10: 1, 20: 2}}, "b": {"dpo.beta": 0.2}})
-    write_record(home, study, demo().config, {}, None)
+    write_record(home, study, {}, None)
     return home
 
 
@@ -156,8 +157,8 @@ def test_sizes_seeds_and_variants_may_be_added(tmp_path: Path) -> None:
     home = begun(tmp_path)
     before = read_record(home)
     assert before is not None
-    more = plan_study(demo().config, home.uri, (5, 10), (7,), {"a": {"dpo.num_steps": {5: 1, 10: 1}}, "c": {}}, 20)
-    write_record(home, more, demo().config, {}, before)
+    more = plan_study(demo().config, home.uri, (5, 10), (7,), {"a": {"dpo.num_steps": {5: 1, 10: 1}}, "c": {}}, before)
+    write_record(home, more, {}, before)
     record = read_record(home)
     assert record is not None
     assert (record.sizes, record.seeds, record.pool_size) == ((5, 10, 20), (0, 7), 20)
