@@ -6,6 +6,7 @@ The format of a benchmark is described in docs/evaluation.md.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, EvaluationConfig, RunConfig
@@ -101,13 +102,14 @@ class _Question(NamedTuple):
     picture: Any
 
 
-class _Response(NamedTuple):
-    """What the model answered in a mode."""
+class _Asked(NamedTuple):
+    """What the model is asked about a question in a mode."""
 
+    question: _Question
     mode: str
-    prompt: str
     description: str | None
-    answer: Answer
+    prompt: str
+    max_new_tokens: int
 
 
 class Respondent:
@@ -130,59 +132,57 @@ class Respondent:
         """Decode the image, where there is one."""
         return _Question(row, None if row["path"] is None else decode(fetched(row), self.limits))
 
-    def answer(self, prepared: Sequence[_Question]) -> list[list[_Response]]:
-        """Return the responses to each question, one per mode; an image is described once for all of its questions."""
-        settings = self.config.evaluation
-        described = [each for each in prepared if each.picture is not None and settings.modes != (DIRECT,)]
-        texts = self._generate([(each, self.prompts.describe, settings.max_description_tokens) for each in described])
-        descriptions = {id(each): text.text for each, text in zip(described, texts, strict=True)}
-        planned = [
-            (question, mode, descriptions.get(id(question)) if mode != DIRECT else None)
-            for question in prepared
-            for mode in settings.modes
-        ]
-        short, long = settings.max_answer_tokens, settings.max_description_tokens
+    def answer(self, prepared: Sequence[_Question]) -> list[list[tuple[_Asked, Answer]]]:
+        """Answer each question in each mode; an image is described once for all of its questions."""
+        modes, limit = self.config.evaluation.modes, self.config.evaluation.max_description_tokens
+        pictured = [each for each in prepared if each.picture is not None and modes != (DIRECT,)]
+        texts = self._generate([_Asked(each, "", None, self.prompts.describe, limit) for each in pictured])
+        descriptions = {id(each): text.text for each, text in zip(pictured, texts, strict=True)}
         asked = [
-            (question, self._prompt(question.row, description), long if _is_open(question.row) else short)
-            for question, _, description in planned
+            self._ask(question, mode, descriptions.get(id(question)) if mode != DIRECT else None)
+            for question in prepared
+            for mode in modes
         ]
-        responses = [
-            _Response(mode, prompt, description, answer)
-            for (_, mode, description), (_, prompt, _), answer in zip(
-                planned, asked, self._generate(asked), strict=True
-            )
-        ]
-        size = len(settings.modes)
-        return [responses[start : start + size] for start in range(0, len(responses), size)]
+        answered = zip(asked, self._generate(asked), strict=True)
+        return [list(islice(answered, len(modes))) for _ in prepared]
 
-    def finish(self, prepared: _Question, answer: list[_Response]) -> Rows:
+    def finish(self, prepared: _Question, answer: list[tuple[_Asked, Answer]]) -> Rows:
         """Return a prediction per mode and metric."""
-        row = prepared.row
-        return {_PREDICTIONS: [self._prediction(row, metric, each) for each in answer for metric in row["metrics"]]}
+        return {
+            _PREDICTIONS: [self._prediction(*each, metric) for each in answer for metric in prepared.row["metrics"]]
+        }
 
-    def _generate(self, asked: Sequence[tuple[_Question, str, int]]) -> list[Answer]:
-        """Answer prompts of at most so many tokens greedily, and only once what is asked several times of a picture."""
-        keys = [(question.row["path"], question.row["row"], prompt, limit) for question, prompt, limit in asked]
-        requests = {key: Request(each[1], each[0].picture) for key, each in zip(keys, asked, strict=True)}
-        answers: dict[tuple[Any, ...], Answer] = {}
-        for limit in sorted({limit for *_, limit in keys}):
-            some = [key for key in requests if key[-1] == limit]
-            found = self.engine.generate([requests[key] for key in some], Sampling(limit))
-            answers.update(zip(some, found, strict=True))
-        return [answers[key] for key in keys]
-
-    def _prompt(self, row: dict[str, Any], description: str | None) -> str:
-        if _is_open(row):
+    def _ask(self, question: _Question, mode: str, description: str | None) -> _Asked:
+        """Put a question into words; one without an image has no description."""
+        row, settings = question.row, self.config.evaluation
+        is_open = METRICS[row["metrics"][0]].is_open  # asked as it stands and answered at length, under all its metrics
+        if is_open:
             prompt = row["question"]
         elif row["choices"]:
             prompt = fill(self.prompts.choose, question=row["question"], choices=choice_lines(row["choices"]))
         else:
             prompt = fill(self.prompts.answer_briefly, question=row["question"])
-        # A question without an image has no description.
-        return prompt if description is None else self.prompts.infused(description, prompt)
+        if description is not None:
+            prompt = self.prompts.infused(description, prompt)
+        limit = settings.max_description_tokens if is_open else settings.max_answer_tokens
+        return _Asked(question, mode, description, prompt, limit)
 
-    def _prediction(self, row: dict[str, Any], metric: str, response: _Response) -> dict[str, Any]:
-        answer = response.answer
+    def _generate(self, asked: Sequence[_Asked]) -> list[Answer]:
+        """Answer greedily, and only once what is asked several times of a picture."""
+        keys = [
+            (each.question.row["path"], each.question.row["row"], each.prompt, each.max_new_tokens) for each in asked
+        ]
+        distinct = dict(zip(keys, asked, strict=True))
+        answers: dict[tuple[Any, ...], Answer] = {}
+        for limit in sorted({each.max_new_tokens for each in asked}):
+            some = {
+                key: Request(each.prompt, each.question.picture) for key, each in distinct.items() if key[-1] == limit
+            }
+            answers.update(zip(some, self.engine.generate(list(some.values()), Sampling(limit)), strict=True))
+        return [answers[key] for key in keys]
+
+    def _prediction(self, asked: _Asked, answer: Answer, metric: str) -> dict[str, Any]:
+        row = asked.question.row
         vocabulary = row["vocabulary"] or ()
         chosen = read_choice(answer.text, row["choices"]) if row["choices"] else None
         prediction = METRICS[metric].read(answer.text, vocabulary) if chosen is None else chosen
@@ -191,9 +191,9 @@ class Respondent:
             "id": row["id"],
             "image": row["path"] if row["row"] is None else f"{row['path']}#{row['row']}",
             "model": self.name,
-            "mode": response.mode,
-            "prompt": response.prompt,
-            "description": response.description,
+            "mode": asked.mode,
+            "prompt": asked.prompt,
+            "description": asked.description,
             "response": answer.text,
             "prediction": prediction,
             "answers": row["answers"],
@@ -201,11 +201,6 @@ class Respondent:
             "score": METRICS[metric].score(prediction, row["answers"], vocabulary),
             "finish_reason": answer.finish_reason,
         }
-
-
-def _is_open(row: Mapping[str, Any]) -> bool:
-    """Say whether a question is asked as it stands and answered at length; a row's metrics agree on it."""
-    return METRICS[row["metrics"][0]].is_open
 
 
 def _run(step: StepRun) -> dict[str, Any]:

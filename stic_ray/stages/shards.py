@@ -109,7 +109,9 @@ def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig |
     if todo:
         from stic_ray.stages.flow import do_shards
 
-        _record_num_shards(job, len(tasks))
+        started = job.output.read_json(STARTED) or {}  # for whoever looks how far the stage is
+        num_shards = {**started.get("num_shards", {}), job.part: len(tasks)}
+        job.output.write_json(STARTED, {**started, "num_shards": num_shards})
         num_dead = 0
         with closing(do_shards(job, todo, actors)) as done:
             for number, record, work in done:
@@ -137,13 +139,6 @@ def check_written(accounts: Mapping[str, Any], output: RunDir, problem: str) -> 
 def _total(records: Mapping[int, ShardRecord], counts: str) -> Counter[str]:
     """Add up one of the counts that records have."""
     return sum((Counter(getattr(record, counts)) for record in records.values()), Counter())
-
-
-def _record_num_shards(job: ShardJob, num_shards: int) -> None:
-    """Leave the number of shards for whoever looks how far the stage is."""
-    started = job.output.read_json(STARTED) or {}
-    numbers = {**started.get("num_shards", {}), job.part: num_shards}
-    job.output.write_json(STARTED, {**started, "num_shards": numbers})
 
 
 def _check_failed(job: ShardJob, records: Mapping[int, ShardRecord]) -> None:
