@@ -8,9 +8,7 @@ from typing import TypeVar
 from stic_ray.core.errors import EngineError
 
 logger = logging.getLogger(__name__)
-
 Result = TypeVar("Result")
-
 _NUM_BEFORE_GROWTH = 100
 """Batches that fit until larger ones are tried again."""
 
@@ -35,12 +33,9 @@ class BatchLimits:
         return replace(self, num_positions=num_rows // 2 * length)
 
     def doubled(self, most: "BatchLimits") -> "BatchLimits":
-        """Return limits of twice as much, within `most`."""
-        positions = (self.num_positions, most.num_positions)
-        return BatchLimits(
-            min(2 * self.num_rows, most.num_rows),
-            None if None in positions else min(2 * (positions[0] or 0), positions[1] or 0),
-        )
+        """Return limits of twice as much, within `most`, from which these came."""
+        positions = min(2 * (self.num_positions or 0), most.num_positions or 0) or None
+        return BatchLimits(min(2 * self.num_rows, most.num_rows), positions)
 
 
 def plan_batches(lengths: Sequence[int], groups: Sequence[str], limits: BatchLimits) -> list[list[int]]:
@@ -67,8 +62,8 @@ def plan_batches(lengths: Sequence[int], groups: Sequence[str], limits: BatchLim
 class FittingBatches:
     """Work in batches that fit: one that runs out of memory is halved, and the smaller size kept for a while.
 
-    Memory may have been short for a moment only, or in pieces. So after many batches that fit twice as much is tried
-    again, and each time that this fails, after twice as many. Threads may share it.
+    Memory may have been short for a moment only. So after many batches that fit, twice as much is tried again; each
+    time that this fails, the next try is after twice as many. Threads may share it.
     """
 
     def __init__(
@@ -81,9 +76,7 @@ class FittingBatches:
         self.limits = self._most = limits
         self._out_of_memory = out_of_memory
         self._release = release
-        self._has_grown = False
-        self._num_fitting = 0
-        self._num_before_growth = _NUM_BEFORE_GROWTH
+        self._has_grown, self._num_fitting, self._num_before_growth = False, 0, _NUM_BEFORE_GROWTH
 
     def run(
         self,
@@ -109,12 +102,12 @@ class FittingBatches:
             if found is None:  # here, as the traceback holds what the batch had allocated
                 self._release()
                 continue
-            self._fitted()
+            self._grow()
             results.update(zip(batch, found, strict=True))
             waiting = [row for row in waiting if row not in results]
         return results
 
-    def _fitted(self) -> None:
+    def _grow(self) -> None:
         self._num_fitting += 1
         if self.limits != self._most and self._num_fitting >= self._num_before_growth:
             self._has_grown, self._num_fitting = True, 0

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -30,6 +29,7 @@ from stic_ray.engines.loading import (
     load_processor,
     make_savable,
     make_skeleton,
+    read_config,
     read_generation_config,
 )
 from stic_ray.engines.rendering import split_answers
@@ -56,8 +56,7 @@ def check_model(model: ModelConfig) -> None:
     _check_kind(model)
     if folder.is_dir():
         _check_shards(folder)
-    with explained(model):
-        config = AutoConfig.from_pretrained(model.path, **hub_arguments(model))
+    config = read_config(model)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not model.trust_remote_code:
         raise ModelError(
             f"model.path='{model.path}' is a {config.model_type} model, which takes no images with text. "

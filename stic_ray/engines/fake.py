@@ -21,19 +21,19 @@ from stic_ray.engines.batching import BatchLimits, FittingBatches
 from stic_ray.method.prompts import fill
 
 
-class Rule(BaseModel):
-    """Answers a prompt that holds the text `prompt`."""
-
+class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rule(_Part):
+    """Answers a prompt that holds the text `prompt`."""
 
     prompt: str
     answer: str
 
 
-class Fault(BaseModel):
+class Fault(_Part):
     """Happens, for real, when a request's prompt holds the text `prompt` and its picture has the size `size`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str = ""
     size: str | None = None
@@ -42,13 +42,11 @@ class Fault(BaseModel):
     """The process is killed, the call never returns, it raises an error, or the engine is lost (EngineLost)."""
 
 
-class Script(BaseModel):
+class Script(_Part):
     """What the fake says: the answer of the first rule that fits, else `default`.
 
     {colour} and {size} in an answer become the picture's mean colour and size, {seed} the request's seed.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rules: tuple[Rule, ...] = ()
     default: str = "A picture of {size} in {colour}."
@@ -88,17 +86,17 @@ class FakeEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
         """Answer every request by the script."""
+
+        def answer(batch: list[int]) -> list[Answer]:
+            return self._answer_batch([requests[row] for row in batch], sampling)
+
         with self._one_call:
             for fault in self.script.faults:
                 if any(fault.prompt in r.prompt and fault.size in (None, _size(r.image)) for r in requests):
                     _happen(fault)
             lengths = [self.script.num_image_tokens + sampling.max_new_tokens] * len(requests)
-            answers = self.batches.run(
-                range(len(requests)),
-                lengths,
-                [request.image_id for request in requests],
-                lambda batch: self._answer_batch([requests[row] for row in batch], sampling),
-            )
+            groups = [request.image_id for request in requests]
+            answers = self.batches.run(range(len(requests)), lengths, groups, answer)
             return [answers[row] for row in range(len(requests))]
 
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
@@ -119,19 +117,14 @@ class FakeEngine:
         return [self._answer(request, sampling) for request in requests]
 
     def _answer(self, request: Request, sampling: Sampling) -> Answer:
-        rule = next((rule for rule in self.script.rules if rule.prompt in request.prompt), None)
-        answer = rule.answer if rule else self.script.default
-        words = fill(
-            answer,
-            colour=_mean_colour(request.image) if "{colour}" in answer else "",
-            size=_size(request.image),
-            seed=str(request.seed),
-        ).split()
-        text = " ".join(words[: sampling.max_new_tokens])
-        reason = "length" if len(words) > sampling.max_new_tokens else "stop"
+        fitting = (rule.answer for rule in self.script.rules if rule.prompt in request.prompt)
+        template = next(fitting, self.script.default)
+        colour = _mean_colour(request.image) if "{colour}" in template else ""
+        words = fill(template, colour=colour, size=_size(request.image), seed=str(request.seed)).split()
+        kept = words[: sampling.max_new_tokens]
         num_image_tokens = self.script.num_image_tokens if request.image else 0
-        num_tokens = min(len(words), sampling.max_new_tokens)
-        return Answer(text, num_tokens, reason, num_image_tokens, num_added_tokens=num_image_tokens)
+        reason = "stop" if kept == words else "length"
+        return Answer(" ".join(kept), len(kept), reason, num_image_tokens, num_added_tokens=num_image_tokens)
 
 
 def _happen(fault: Fault) -> None:

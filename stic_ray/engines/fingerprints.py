@@ -1,13 +1,13 @@
 """What a model is, in one word: the commit of a hub id, or a hash of a folder's weights and settings."""
 
 import hashlib
-import logging
 import mmap
 import os
 import re
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -16,8 +16,6 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.core.rundir import digest
 from stic_ray.engines.adapters import adapter_of
 from stic_ray.engines.hub import explained, hub_arguments
-
-logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 SETTINGS = re.compile(
@@ -68,19 +66,23 @@ def _hash_folder(folder: Path) -> str:
 
 
 def _hash_weights(file: Path) -> str:
-    """Return a hash of a file's content, from the cache where the file is still the one that was hashed."""
+    """Return a hash of a file's content, from the user's cache where the file is still the one that was hashed."""
     facts = file.stat()
     place = f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}"
-    cached = _cache() / hashlib.blake2b(place.encode(), digest_size=16).hexdigest()
-    try:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = hashlib.blake2b(place.encode(), digest_size=16).hexdigest()
+    cached = Path(home) / "stic_ray" / "weights" / name
+    with suppress(OSError):
         known = cached.read_text()
-    except OSError:
-        known = ""
-    if len(known) == 2 * hashlib.blake2b().digest_size:
-        return known
+        if len(known) == 2 * hashlib.blake2b().digest_size:
+            return known
     found = _hash_content(file)
     if time.time() - facts.st_ctime > _FRESH_S:
-        _remember(cached, found)
+        partial = cached.with_name(f".{uuid.uuid4().hex}")
+        with suppress(OSError):  # then each process computes it anew
+            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            partial.write_text(found)
+            os.replace(partial, cached)
     return found
 
 
@@ -96,19 +98,3 @@ def _hash_content(file: Path) -> str:
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             return hashlib.blake2b(b"".join(threads.map(hash_chunk, range(0, size, _CHUNK_BYTES)))).hexdigest()
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "stic_ray" / "weights"
-
-
-def _remember(cached: Path, found: str) -> None:
-    """Write a hash into the cache; where that cannot be done each process computes it anew."""
-    partial = cached.with_name(f".{uuid.uuid4().hex}")
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial.write_text(found)
-        os.replace(partial, cached)
-    except OSError as error:
-        logger.debug("no hash is kept in %s: %s", cached.parent, error)

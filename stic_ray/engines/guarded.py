@@ -7,13 +7,14 @@ raise EngineLost where it cannot.
 import faulthandler
 import logging
 import math
+import operator
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from stic_ray.core.errors import EngineError, EngineLost, SticError, type_and_message
 from stic_ray.engines.base import Answer, AnsweredPair, Engine, Request, Sampling, Scorer
@@ -37,10 +38,10 @@ class Work:
     """Generated tokens."""
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(mine + its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Work(*map(operator.add, astuple(self), astuple(other)))
 
     def __sub__(self, other: "Work") -> "Work":
-        return Work(*(mine - its for mine, its in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Work(*map(operator.sub, astuple(self), astuple(other)))
 
     @property
     def utilisation(self) -> float:
@@ -74,7 +75,7 @@ class GuardedEngine:
         """Thread and start of the running calls, the oldest first."""
         self._work = Work()
         self.num_answered = 0
-        """Requests that were answered, or scored, since the start: signs of life."""
+        """Requests since the start: signs of life."""
         self._since_s = self._busy_since_s = math.inf
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
@@ -86,11 +87,11 @@ class GuardedEngine:
             return []
         with self._call(len(requests)):
             answers = self._engine.generate(requests, sampling)
-            with self._lock:
-                num_tokens = sum(answer.num_tokens for answer in answers)
-                self._work += Work(num_calls=1, num_requests=len(requests), num_tokens=num_tokens)
-                self.num_answered += len(requests)
-            return answers
+        num_tokens = sum(answer.num_tokens for answer in answers)
+        with self._lock:
+            self._work += Work(num_calls=1, num_requests=len(requests), num_tokens=num_tokens)
+            self.num_answered += len(requests)
+        return answers
 
     def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
         """Return log p of the chosen and the rejected answer of each pair; raises and ends as `generate` does."""
@@ -104,12 +105,12 @@ class GuardedEngine:
         """Return what was done since the last time this was asked."""
         with self._lock:
             now_s = time.monotonic()
-            if self._running:
-                self._work += Work(busy_s=now_s - self._busy_since_s)
-                self._busy_since_s = now_s
             work, self._work = self._work + Work(elapsed_s=max(now_s - self._since_s, 0.0)), Work()
             self._since_s = now_s
-        return work
+            if self._running:
+                work += Work(busy_s=now_s - self._busy_since_s)
+                self._busy_since_s = now_s
+            return work
 
     @contextmanager
     def _call(self, num_requests: int) -> Iterator[None]:
@@ -137,8 +138,7 @@ class GuardedEngine:
     def _set_alarm(self) -> None:
         """Have the process ended when the oldest running call reaches its limit.
 
-        By faulthandler: its thread needs no interpreter lock, which a hanging call may hold, and it says where all
-        threads stand.
+        By faulthandler: its thread needs no interpreter lock, which a hanging call may hold, and it prints all stacks.
         """
         if self._timeout_s is None:
             return

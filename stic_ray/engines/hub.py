@@ -48,12 +48,12 @@ def explained(model: ModelConfig, what: str | None = None) -> Iterator[None]:
             ) from error
         where = "" if Path(model.path).is_dir() else " is no directory here, and as a hub id"
         what = what or f"model.path='{model.path}'{where}"
-        if is_hub_away(error):
+        if _is_hub_away(error):
             raise Failed(f"{what} cannot be loaded now, the Hub does not answer: {reason}") from error
         raise ModelError(f"{what} cannot be loaded: {reason}") from error
 
 
-def is_hub_away(error: BaseException) -> bool:
+def _is_hub_away(error: BaseException) -> bool:
     """Return whether an error of loading goes back to a Hub that was busy or out of reach."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -63,6 +63,6 @@ def is_hub_away(error: BaseException) -> bool:
     statuses = [each.response.status_code for each in chain if isinstance(each, HfHubHTTPError)]
     if statuses:
         return statuses[0] == HTTPStatus.TOO_MANY_REQUESTS or statuses[0] >= HTTPStatus.INTERNAL_SERVER_ERROR
-    if any(isinstance(each, OfflineModeIsEnabled) for each in chain) or constants.is_offline_mode():
+    if constants.is_offline_mode() or any(isinstance(each, OfflineModeIsEnabled) for each in chain):
         return False
     return any(isinstance(each, LocalEntryNotFoundError | ConnectionError | TimeoutError) for each in chain)

@@ -37,24 +37,19 @@ def load_processor(model: ModelConfig) -> ProcessorMixin:
     Its texts are to be tokenised with `add_special_tokens=False`: where the tokenizer would put a BOS token in
     front, the chat template does it here, so that generation and training see the same tokens. Raises ModelError.
     """
-    with explained(model, f"The processor of model.path='{model.path}'"):
+    name = f"model.path='{model.path}'"
+    with explained(model, f"The processor of {name}"):
         processor: Any = AutoProcessor.from_pretrained(model.path, **hub_arguments(model))
     if not isinstance(processor, ProcessorMixin):
-        raise ModelError(
-            f"model.path='{model.path}' has a tokenizer but no image processor (preprocessor_config.json)."
-        )
+        raise ModelError(f"{name} has a tokenizer but no image processor (preprocessor_config.json).")
     tokenizer = processor.tokenizer
     if tokenizer.eos_token is None:
-        raise ModelError(
-            f"model.path='{model.path}': its tokenizer_config.json has no eos_token, which ends an answer."
-        )
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        raise ModelError(f"{name}: its tokenizer_config.json has no eos_token, which ends an answer.")
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     template = model.chat_template or processor.chat_template or tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     if not template:
-        raise ModelError(f"model.path='{model.path}' has no chat template; give one with model.chat_template=FILE.")
+        raise ModelError(f"{name} has no chat template; give one with model.chat_template=FILE.")
     processor.chat_template = template
     if _needs_bos(processor):
         processor.chat_template = "{{ bos_token }}" + template
@@ -71,8 +66,7 @@ def _complete(processor: Any, model: ModelConfig) -> None:
     """
     if not hasattr(processor, "num_additional_image_tokens"):
         return
-    with explained(model):
-        config = AutoConfig.from_pretrained(model.path, **hub_arguments(model))
+    config = read_config(model)
     vision = config.vision_config
     expected = {
         "patch_size": getattr(vision, "patch_size", None),
@@ -107,8 +101,11 @@ def load_model(
     """
     adapter = Path(model.adapter) if model.adapter else None
     merge = merge and adapter is not None
-    # Weights that are stored in another format are rounded once, behind the merge.
-    read_as = torch.float32 if merge and stored_dtype(model) != dtype else dtype
+    read_as = dtype
+    if merge:
+        config = read_config(model)
+        if (config.dtype or config.get_text_config().dtype) != dtype:
+            read_as = torch.float32  # rounded once, behind the merge
     base = load_base(model, dtype=read_as, device=device, quantization=quantization)
     if adapter is None:
         return base
@@ -140,11 +137,10 @@ def load_base(
             **hub_arguments(model),
         )
     base, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    if missing := sorted(report["missing_keys"]):
         raise ModelError(f"model.path='{model.path}' lacks {len(missing)} of its weights, '{missing[0]}' for one.")
-    if report["mismatched_keys"]:
-        name, stored, expected = sorted(report["mismatched_keys"])[0]
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
         raise ModelError(
             f"model.path='{model.path}': '{name}' has the shape {list(stored)}, and by config.json {list(expected)}."
         )
@@ -166,10 +162,10 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def stored_dtype(model: ModelConfig) -> torch.dtype | None:
-    """Return the number format of a checkpoint's weights, as its configuration has it."""
-    config: Any = AutoConfig.from_pretrained(model.path, **hub_arguments(model))
-    return config.dtype or config.get_text_config().dtype
+def read_config(model: ModelConfig) -> Any:
+    """Return the configuration of a model. Raises ModelError, and Failed where the Hub cannot be reached."""
+    with explained(model):
+        return AutoConfig.from_pretrained(model.path, **hub_arguments(model))
 
 
 def make_savable(model: PreTrainedModel) -> None:
@@ -180,9 +176,10 @@ def make_savable(model: PreTrainedModel) -> None:
     for name in model.config._get_generation_parameters():
         setattr(model.config, name, None)
     settings = model.generation_config
+    if settings is None:
+        return
     try:
-        if settings is not None:
-            settings.validate(strict=True)
+        settings.validate(strict=True)
     except ValueError as error:
         kept = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**kept)
@@ -199,13 +196,13 @@ def read_generation_config(model: ModelConfig) -> GenerationConfig:
     with explained(model, f"{name} of model.path='{model.path}'"), _quiet():
         if cached_file(model.path, name, revision=model.revision, _raise_exceptions_for_missing_entries=False):
             return GenerationConfig.from_pretrained(model.path, revision=model.revision or "main")
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model.path, **hub_arguments(model)))
+    return GenerationConfig.from_model_config(read_config(model))
 
 
 def make_skeleton(model: ModelConfig) -> PreTrainedModel:
     """Return the model without its weights. Raises ModelError."""
+    config = read_config(model)
     with explained(model), torch.device("meta"):
-        config = AutoConfig.from_pretrained(model.path, **hub_arguments(model))
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=model.trust_remote_code)
 
 

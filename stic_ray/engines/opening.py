@@ -9,7 +9,7 @@ from stic_ray.engines.guarded import GuardedEngine
 
 
 def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None = None) -> GuardedEngine:
-    """Load the model of the run, or what a training stage made of it: an adapter, or a full model."""
+    """Load the model of the run, or what a training stage left in `checkpoint`: an adapter, or a full model."""
     return GuardedEngine(_load_engine(model, actors, checkpoint), actors.timeout_s)
 
 
@@ -54,8 +54,7 @@ def check_engine(model: ModelConfig) -> ModelConfig:
     model = pin(model)
     check_model(model)
     if model.engine == "vllm":
-        from stic_ray.engines.vllm_engine import check_adapter_fits, check_vllm
+        from stic_ray.engines.vllm_engine import check_vllm
 
         check_vllm(model)
-        check_adapter_fits(model)
     return model

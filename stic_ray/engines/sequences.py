@@ -60,10 +60,10 @@ class SequenceBuilder:
         self.tokenizer = processor.tokenizer
         self.image_token_id = image_token_id(processor)
         self.end = turn_end(processor)
-        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-        self._added_ids = frozenset(self.tokenizer.added_tokens_decoder)
-        self._marks = _any_of(_special_texts(processor))
-        self._added = tuple(sorted(added, key=len, reverse=True))
+        added = self.tokenizer.added_tokens_decoder
+        self._added_ids = frozenset(added)
+        self._added = tuple(sorted((token.content for token in added.values()), key=len, reverse=True))
+        self._marks = _special_texts(processor)
         # SentencePiece puts a space in front of a text, and not in front of what follows another text.
         behind = self._ids("\nx")[len(self._ids("\n")) :]
         self._has_prefix = behind != self._ids("x")
@@ -73,9 +73,9 @@ class SequenceBuilder:
 
         Raises ModelError where the template refuses the conversation, or changes earlier turns.
         """
-        return self._tokenise(
-            split_answers(self.processor, self._guard(messages), with_image=with_image, cut_off=cut_off, end=self.end)
-        )
+        guarded = self._guard(messages)
+        pieces = split_answers(self.processor, guarded, with_image=with_image, cut_off=cut_off, end=self.end)
+        return self._tokenise(pieces)
 
     def ask(self, question: str, *, with_image: bool) -> TokenSequence:
         """Return a question up to where its answer begins."""
@@ -97,31 +97,22 @@ class SequenceBuilder:
             self._row(sequence, None if image is None else next(found), names)
             for sequence, image in zip(sequences, images, strict=True)
         ]
-        fill = {"input_ids": self.tokenizer.pad_token_id}
-        side = "left" if pad_left else "right"
-        padded = {
-            name: pad_sequence([row[name] for row in rows], True, fill.get(name, 0), side)
-            for name in ("attention_mask", "is_answer", *names)
-        }
-        return {**inputs, **padded}
+        for name in ("attention_mask", "is_answer", *names):
+            fill = self.tokenizer.pad_token_id if name == "input_ids" else 0
+            inputs[name] = pad_sequence([row[name] for row in rows], True, fill, "left" if pad_left else "right")
+        return inputs
 
     def count_added_tokens(self, images: Sequence[Image.Image]) -> list[int]:
         """Return how many tokens each image takes beyond its placeholder."""
         return [len(block["input_ids"]) - 1 for block in self._expand(images)[0]]
 
     def _expand(self, images: Sequence[Image.Image]) -> tuple[list[Batch], Batch]:
-        """Return what stands in the place of each image by position, and the other inputs of all images together."""
+        """Return each image's inputs by position, and the other inputs of all images together."""
         if not images:
             return [], {}
-        inputs = dict(
-            self.processor(
-                images=[[image] for image in images],
-                text=[self.processor.image_token] * len(images),
-                padding=True,
-                return_tensors="pt",
-                add_special_tokens=False,
-            )
-        )
+        texts, each_image = [self.processor.image_token] * len(images), [[image] for image in images]
+        how = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
+        inputs = dict(self.processor(images=each_image, text=texts, **how))
         mask = inputs.pop("attention_mask").bool()
         of_images = {"position_ids", *getattr(self.processor.image_processor, "model_input_names", ())}
         columns = {
@@ -139,14 +130,9 @@ class SequenceBuilder:
         return blocks, others
 
     def _row(self, sequence: TokenSequence, block: Batch | None, names: Sequence[str]) -> Batch:
-        """Return the tensors of a sequence by position, the image's tokens in the place of its placeholder.
-
-        What a processor says of a position beside its token is 0 for text.
-        """
-        ids, is_answer = (
-            torch.tensor(sequence.ids, dtype=torch.long),
-            torch.tensor(sequence.is_answer, dtype=torch.bool),
-        )
+        """Return the tensors of a sequence by position, an image's in the place of its placeholder, other `names` 0."""
+        ids = torch.tensor(sequence.ids, dtype=torch.long)
+        is_answer = torch.tensor(sequence.is_answer, dtype=torch.bool)
         row = {name: torch.zeros_like(ids) for name in names} | {"input_ids": ids, "is_answer": is_answer}
         if block is not None:
             places = (ids == self.image_token_id).nonzero().flatten().tolist()
@@ -218,11 +204,11 @@ class ProcessorCounter:
         if image is None:
             return 0
         if image.size not in self._added_by_size:
-            if hasattr(self.builder.processor, "_get_num_multimodal_tokens"):
-                known = self.builder.processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1]])
-                self._added_by_size[image.size] = known["num_image_tokens"][0]
+            if hasattr(self.processor, "_get_num_multimodal_tokens"):
+                [number] = self.processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1]])["num_image_tokens"]
             else:
-                self._added_by_size[image.size] = self.count_added_tokens([Image.new("RGB", image.size)])[0]
+                [number] = self.count_added_tokens([Image.new("RGB", image.size)])
+            self._added_by_size[image.size] = number
         return self._added_by_size[image.size]
 
 
@@ -239,14 +225,12 @@ def labels_of(batch: Batch, ignored: int) -> Tensor:
     return batch["input_ids"].masked_fill(~batch["is_answer"], ignored)
 
 
-def _special_texts(processor: Any) -> set[str]:
-    """Return all texts that become tokens with a meaning of their own, for the tokenizer or the processor."""
+def _special_texts(processor: Any) -> re.Pattern[str]:
+    """Return what finds the texts that become tokens with a meaning of their own, the longest at a place."""
     tokenizer = processor.tokenizer
     added = tokenizer.added_tokens_decoder.values()
-    texts = {token.content for token in added if token.special or _MARK.fullmatch(token.content)}
+    texts = {*tokenizer.all_special_tokens}
+    texts |= {token.content for token in added if token.special or _MARK.fullmatch(token.content)}
     texts |= {value for name, value in vars(processor).items() if name.endswith("_token") and isinstance(value, str)}
-    return {text for text in (*texts, *tokenizer.all_special_tokens) if len(text) > 1}
-
-
-def _any_of(texts: Any) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or "(?!)")
+    longest_first = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

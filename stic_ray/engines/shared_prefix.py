@@ -8,7 +8,7 @@ separate sequences (tests/engines/test_shared_prefix.py).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -24,14 +24,6 @@ FAMILIES = ("llava", "llava_next", "idefics3")
 """Model types that are tested to give the log-probabilities of separate sequences."""
 _TEXT_MODELS = ("llama", "mistral")
 """Their language models: one position per token, and one causal mask for all layers."""
-
-
-class _Part(NamedTuple):
-    """Columns of a batch, each tensor of shape (B, columns)."""
-
-    ids: Tensor
-    segments: Tensor
-    positions: Tensor
 
 
 def reason_against(config: PreTrainedConfig) -> str | None:
@@ -59,23 +51,24 @@ def make_batch(
     prompt_ids, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     inputs.pop("is_answer")
     lengths = prompt_mask.sum(1)
-    parts = [_Part(prompt_ids[:, :-1], prompt_mask[:, :-1] * PROMPT, (prompt_mask.cumsum(1) - 1).clamp(min=0)[:, :-1])]
+    parts = [(prompt_ids[:, :-1], prompt_mask[:, :-1] * PROMPT, (prompt_mask.cumsum(1) - 1).clamp(min=0)[:, :-1])]
     for segment, sequences in zip((CHOSEN, REJECTED), zip(*pairs, strict=True), strict=True):
         ids = [sequence.ids[sequence.num_asked :] for sequence in sequences]
         rows = [torch.tensor([last, *row]) for last, row in zip(prompt_ids[:, -1].tolist(), ids, strict=True)]
         filled = pad_sequence([torch.full_like(row, segment) for row in rows], batch_first=True)
         padded = pad_sequence(rows, batch_first=True, padding_value=builder.tokenizer.pad_token_id)
         positions = lengths.unsqueeze(1) - 1 + torch.arange(padded.shape[1])
-        parts.append(_Part(padded, filled, positions))
-    segments = torch.cat([part.segments for part in parts], dim=1)
-    begins = torch.zeros_like(segments, dtype=torch.bool)
-    begins[:, [parts[0].ids.shape[1], parts[0].ids.shape[1] + parts[1].ids.shape[1]]] = True
+        parts.append((padded, filled, positions))
+    input_ids, segments, position_ids = (torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))
+    is_answer = segments >= CHOSEN
+    begin_chosen = parts[0][0].shape[1]
+    is_answer[:, [begin_chosen, begin_chosen + parts[1][0].shape[1]]] = False
     return {
         **inputs,
-        "input_ids": torch.cat([part.ids for part in parts], dim=1),
-        "position_ids": torch.cat([part.positions for part in parts], dim=1),
+        "input_ids": input_ids,
+        "position_ids": position_ids,
         "segments": segments,
-        "is_answer": (segments >= CHOSEN) & ~begins,
+        "is_answer": is_answer,
     }
 
 

@@ -46,7 +46,10 @@ class TransformersEngine(ProcessorCounter):
         dtype = choose_dtype(model, on_gpu=on_gpu)
         self.model: Any = load_model(model, dtype=dtype, merge=merge, device=self.device).eval()
         self.end_ids = end_token_ids(self.processor, read_generation_config(model))
-        self._ignore_generation_config()
+        # Without the checkpoint's penalties, beams and the like, which transformers would add to those of a call: both
+        # engines draw from the model's own distribution, which is what is trained.
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.model.generation_config = base.generation_config = GenerationConfig()
         self._busy = threading.Lock()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
@@ -112,16 +115,6 @@ class TransformersEngine(ProcessorCounter):
         floats = self.model.dtype
         return {n: value.to(self.device, floats if value.is_floating_point() else None) for n, value in batch.items()}
 
-    def _ignore_generation_config(self) -> None:
-        """Drop the penalties, beams, suppressed tokens and the like of the checkpoint's generation_config.json.
-
-        vLLM is not given them either: both engines draw from the model's own distribution, which training trains.
-        transformers would fill up the settings of a call with those of the model, and those of an adapter's base.
-        """
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        for holder in {self.model, base}:
-            holder.generation_config = GenerationConfig()
-
     @torch.inference_mode()
     def _generate_batch(
         self, requests: Sequence[Request], asked: Sequence[TokenSequence], sampling: Sampling
@@ -129,8 +122,8 @@ class TransformersEngine(ProcessorCounter):
         with self.tokenizing:
             inputs = self.builder.batch(asked, [request.image for request in requests], pad_left=True)
         inputs.pop("is_answer")
-        num_prompt_tokens = inputs["attention_mask"].sum(1).tolist()
-        num_image_tokens = (inputs["input_ids"] == self.builder.image_token_id).sum(1).tolist()
+        num_prompt = inputs["attention_mask"].sum(1).tolist()
+        num_image = (inputs["input_ids"] == self.builder.image_token_id).sum(1).tolist()
         with self._busy:
             sequences = self.model.generate(
                 **self._move(inputs),
@@ -143,12 +136,11 @@ class TransformersEngine(ProcessorCounter):
                 logits_processor=_processors([request.seed for request in requests], sampling, self.device),
             )
             new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        num_added = [num - len(sequence.ids) for num, sequence in zip(num_prompt, asked, strict=True)]
         with self.tokenizing:
             return [
-                read_answer(self.processor, ids, self.end_ids, num_image, num_prompt - len(sequence.ids))
-                for ids, num_image, num_prompt, sequence in zip(
-                    new_ids, num_image_tokens, num_prompt_tokens, asked, strict=True
-                )
+                read_answer(self.processor, ids, self.end_ids, *counts)
+                for ids, *counts in zip(new_ids, num_image, num_added, strict=True)
             ]
 
 
@@ -167,8 +159,8 @@ def _lost_with_its_gpu() -> Iterator[None]:
 class SeededNoise(LogitsProcessor):
     """Draws each row's token with the row's own generator.
 
-    Adding Gumbel noise to log-probabilities and taking the largest is an exact draw from them; with one generator
-    per request the draw does not depend on what else is in the batch.
+    Adding Gumbel noise to log-probabilities and taking the largest is an exact draw from them, and does not depend on
+    what else is in the batch.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:

@@ -17,22 +17,20 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from PIL import Image
-from transformers import AutoConfig
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
-from stic_ray.core.errors import EngineError, EngineLost, ModelError, SticError, one_line, type_and_message
+from stic_ray.core.errors import EngineError, EngineLost, ModelError, one_line, type_and_message
 from stic_ray.engines.adapters import CONFIG, adapter_of, parts_of_adapter
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.fingerprints import fingerprint
-from stic_ray.engines.hub import hub_arguments
-from stic_ray.engines.loading import choose_dtype, read_generation_config
+from stic_ray.engines.hub import explained
+from stic_ray.engines.loading import choose_dtype, read_config, read_generation_config
 from stic_ray.engines.rendering import end_token_ids, read_answer
 from stic_ray.engines.sequences import ProcessorCounter, SequenceBuilder
 from stic_ray.engines.weight_names import has_hub_names, link_with_hub_names
@@ -51,9 +49,7 @@ CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "
 """A GiB for cached tokens; threads as the operating system places them, since an actor shares its cores."""
 
 _NAMES = {
-    "ModelRegistry": "vllm",
-    "AsyncEngineArgs": "vllm",
-    "SamplingParams": "vllm",
+    **dict.fromkeys(("ModelRegistry", "AsyncEngineArgs", "SamplingParams"), "vllm"),
     "RequestOutputKind": "vllm.sampling_params",
     "LoRARequest": "vllm.lora.request",
     "UsageContext": "vllm.usage.usage_lib",
@@ -70,21 +66,29 @@ for handle in sys.argv[1:]:
 """
 
 
-def check_vllm(model: ModelConfig) -> None:
-    """Raise ModelError when vLLM is not installed here in a release that we know, or does not have the model.
+def check_vllm(model: ModelConfig) -> SimpleNamespace:
+    """Return all that we use of vLLM, by name. Raises ModelError where it cannot serve the model and its adapter here.
 
     For a process on a machine where actors will be: the driver's needs no vLLM.
     """
-    architectures = AutoConfig.from_pretrained(model.path, **hub_arguments(model)).architectures or []
-    if not set(architectures) & set(import_vllm().ModelRegistry.get_supported_archs()):
+    vllm = _import_vllm()
+    architectures = read_config(model).architectures or []
+    if not set(architectures) & set(vllm.ModelRegistry.get_supported_archs()):
         raise ModelError(
             f"model.path='{model.path}' is a {' or '.join(architectures) or 'nameless model'}, which vLLM does not "
             "have; use model.engine=transformers."
         )
+    adapter = adapter_of(model)
+    others = parts_of_adapter(adapter) - {"language_model"} if adapter else None
+    if others:
+        raise ModelError(
+            f"The adapter '{adapter}' changes the {' and the '.join(sorted(others))}, and vLLM applies adapters to the "
+            "language model alone; use model.engine=transformers."
+        )
+    return vllm
 
 
-def import_vllm() -> SimpleNamespace:
-    """Return all that we use of vLLM, by name: a release that lacks some of it is refused before weights are loaded."""
+def _import_vllm() -> SimpleNamespace:
     if importlib.util.find_spec("vllm") is None:
         raise ModelError("model.engine=vllm needs vLLM: install the extra stic-ray[vllm].")
     os.environ.update(ENVIRONMENT | dict(os.environ))
@@ -98,25 +102,12 @@ def import_vllm() -> SimpleNamespace:
     return SimpleNamespace(**found, VLLMError=getattr(known, "VLLMError", ValueError))  # older releases: ValueError
 
 
-def check_adapter_fits(model: ModelConfig) -> None:
-    """Raise ModelError when the adapter changes more than the language model, which is all that vLLM's LoRA serves."""
-    adapter = adapter_of(model)
-    others = parts_of_adapter(adapter) - {"language_model"} if adapter else None
-    if others:
-        raise ModelError(
-            f"The adapter '{adapter}' changes the {' and the '.join(sorted(others))}, and vLLM applies adapters to the "
-            "language model alone; use model.engine=transformers."
-        )
-
-
 class VllmEngine(ProcessorCounter):
     """A model in vLLM's processes. Threads may share it."""
 
     def __init__(self, model: ModelConfig, actors: ActorsConfig) -> None:
         """Load the model, and its adapter, a local folder, onto it. Raises ModelError."""
-        check_vllm(model)
-        self._vllm = import_vllm()
-        check_adapter_fits(model)
+        self._vllm = check_vllm(model)
         super().__init__(model)
         self.name = model.adapter or model.path
         self.revision = fingerprint(model)
@@ -126,7 +117,9 @@ class VllmEngine(ProcessorCounter):
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True).start()
         others = set(multiprocessing.active_children())
-        with _explained(model), tempfile.TemporaryDirectory(prefix="stic_ray_vllm_") as scratch:
+        adapter = f" with the adapter '{model.adapter}'" if model.adapter else ""
+        what = f"model.path='{model.path}'{adapter} in vLLM"
+        with explained(model, what), tempfile.TemporaryDirectory(prefix="stic_ray_vllm_") as scratch:
             self._llm: Any = self._wait(_start(self._vllm, engine_arguments(model, actors, Path(scratch))))
             self.process_ids = [child.pid for child in multiprocessing.active_children() if child not in others]
             self._watchdog = end_with_us(self.process_ids)
@@ -141,7 +134,7 @@ class VllmEngine(ProcessorCounter):
         """
         with self.tokenizing:
             prompts = [make_prompt(self.builder, request) for request in requests]
-        return self._wait(self._answer_all(prompts, [request.seed for request in requests], sampling))
+        return self._wait(self._answer_all(requests, prompts, sampling))
 
     def close(self) -> None:
         """End vLLM's processes; the end of this process does the same."""
@@ -151,15 +144,13 @@ class VllmEngine(ProcessorCounter):
         self._watchdog.communicate()
 
     async def _answer_all(
-        self, prompts: Sequence[dict[str, Any]], seeds: Sequence[int], sampling: Sampling
+        self, requests: Sequence[Request], prompts: Sequence[Any], sampling: Sampling
     ) -> list[Answer]:
         """Answer all prompts; when one fails the others of this call are given up, those of other calls go on."""
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._answer(prompt, seed, sampling))
-                    for prompt, seed in zip(prompts, seeds, strict=True)
-                ]
+                pairs = zip(prompts, requests, strict=True)
+                tasks = [group.create_task(self._answer(prompt, each.seed, sampling)) for prompt, each in pairs]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
@@ -180,7 +171,6 @@ class VllmEngine(ProcessorCounter):
             return read_answer(self.processor, ids, self.end_ids, num_image_tokens, num_added_tokens)
 
     async def _run(self, prompt: dict[str, Any], **settings: Any) -> Any:
-        """Return vLLM's output for a prompt."""
         vllm = self._vllm
         params = vllm.SamplingParams(**settings, detokenize=False, output_kind=vllm.RequestOutputKind.FINAL_ONLY)
         number = str(next(self._numbers))
@@ -195,7 +185,7 @@ class VllmEngine(ProcessorCounter):
         return outputs[-1]
 
     async def _add_adapter(self, adapter: str) -> None:
-        """Apply the adapter to all requests. Raises ModelError when the model then says what it said without."""
+        """Apply the adapter to all requests. Raises ModelError when it changes nothing."""
         probe = make_prompt(self.builder, Request("Describe in detail what can be seen, and where.", image=None))
         before = await self._run(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)
         self._adapter = self._vllm.LoRARequest("adapter", 1, adapter)
@@ -208,14 +198,12 @@ class VllmEngine(ProcessorCounter):
 
 
 async def _start(vllm: SimpleNamespace, arguments: dict[str, Any]) -> Any:
-    """Start vLLM's processes, in the loop that will talk to them."""
     # The context chooses defaults for throughput, as vLLM's own offline `LLM` has them.
     context = vllm.UsageContext.LLM_CLASS
     return vllm.AsyncLLM.from_engine_args(vllm.AsyncEngineArgs(**arguments), usage_context=context)
 
 
 async def _end_tasks() -> None:
-    """End what vLLM left running in this loop."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
@@ -280,15 +268,3 @@ def end_with_us(process_ids: Sequence[int | None]) -> subprocess.Popen[bytes]:
     for handle in handles:
         os.close(handle)
     return watchdog
-
-
-@contextmanager
-def _explained(model: ModelConfig) -> Iterator[None]:
-    """Turn what vLLM raises while it starts into one line."""
-    what = f"model.path='{model.path}'" + (f" with the adapter '{model.adapter}'" if model.adapter else "")
-    try:
-        yield
-    except SticError:
-        raise
-    except Exception as error:  # of vLLM's processes, whatever went wrong in them
-        raise ModelError(f"vLLM cannot load {what}: {type_and_message(error)}") from error

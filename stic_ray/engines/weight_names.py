@@ -6,7 +6,6 @@ transformers reads both, and writes what it has read; for a model that began in 
 """
 
 import json
-import os
 import re
 import shutil
 import struct
@@ -19,9 +18,10 @@ INDEX = "model.safetensors.index.json"
 
 def has_hub_names(folder: Path) -> bool:
     """Return whether the checkpoint in `folder` has the names of the Hub; reads headers, no weights."""
-    return not _has_clip_tower(folder) or all(
-        name == _hub_name(name) for file in folder.glob("*.safetensors") for name in read_header(file)
-    )
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = (name for file in folder.glob("*.safetensors") for name in _read_header(file))
+    has_clip_tower = config.get("vision_config", {}).get("model_type") == "clip_vision_model"
+    return not has_clip_tower or all(name == _hub_name(name) for name in names)
 
 
 def use_hub_names(folder: Path) -> None:
@@ -33,7 +33,7 @@ def use_hub_names(folder: Path) -> None:
     if has_hub_names(folder):
         return
     for file in sorted(folder.glob("*.safetensors")):
-        header = read_header(file)
+        header = _read_header(file)
         renamed = {_hub_name(name): entry for name, entry in header.items()}
         if renamed.keys() != header.keys():
             _write_header(file, renamed)
@@ -42,7 +42,7 @@ def use_hub_names(folder: Path) -> None:
         index["weight_map"] = {_hub_name(name): file for name, file in index["weight_map"].items()}
         partial = folder / f".{INDEX}.tmp"
         partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, folder / INDEX)
+        partial.replace(folder / INDEX)
 
 
 def link_with_hub_names(folder: Path, target: Path) -> None:
@@ -57,12 +57,7 @@ def _hub_name(name: str) -> str:
     return _OWN_NAME.sub(r"\1vision_model.", name)
 
 
-def _has_clip_tower(folder: Path) -> bool:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("vision_config", {}).get("model_type") == "clip_vision_model"
-
-
-def read_header(file: Path) -> dict[str, Any]:
+def _read_header(file: Path) -> dict[str, Any]:
     """Return the header of a safetensors file: what it holds by name, under a length of 8 bytes."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
@@ -78,4 +73,4 @@ def _write_header(file: Path, header: dict[str, Any]) -> None:
         source.seek(8 + length)
         target.write(struct.pack("<Q", len(text)) + text)
         shutil.copyfileobj(source, target, length=1 << 24)
-    os.replace(partial, file)
+    partial.replace(file)

@@ -44,12 +44,10 @@ def read_choices(given: Any) -> list[Choice]:
     choices = [_plain(each) for each in value]
     if not shown(choices):
         return []
-    lettered = [
-        re.match(rf"[(\[]?{letter}[)\].:]\s+(?=\S)", str(each)) for letter, each in zip(LETTERS, choices, strict=False)
-    ]
-    if len(lettered) == len(choices) and all(lettered):  # the letters are ours to show
-        return [str(each)[match.end() :] for each, match in zip(choices, lettered, strict=True) if match]
-    return choices
+    with_letters = zip(LETTERS, choices, strict=False)
+    texts = [re.fullmatch(rf"[(\[]?{letter}[)\].:]\s+(\S.*)", str(each), re.DOTALL) for letter, each in with_letters]
+    found: list[Choice] = [match[1] for match in texts if match]
+    return found if len(found) == len(choices) else choices  # the letters are ours to show
 
 
 def shown(choices: Sequence[Choice]) -> list[str]:
@@ -90,8 +88,9 @@ def read_choice(response: str, choices: Sequence[str]) -> str:
     """Return the letter that a response chooses, or "" when it chooses none or several.
 
     Markup aside ("**B**", "$B$"), taken in this order: a letter in a LaTeX box, a letter alone or with punctuation at
-    the start ("B", "(b).", "[B] red"), the letter that "is correct", one behind "answer", "option" or "choose", one
-    on a line of its own, the text of exactly one choice. "A red ball" is no choice of A.
+    the start ("B", "(b).", "[B] red"), the letter that "is correct", one behind "answer", "option" or "choose" (also
+    "option b"), one on a line of its own, the text of exactly one choice. "A red ball" is no choice of A, and "Not A,
+    but B" none at all, as in the extraction of VLMEvalKit: only one letter may be named.
     """
     letters = LETTERS[: len(choices)]
     text = _MARKUP.sub("", response.translate(_NARROW)).strip()
@@ -108,11 +107,9 @@ def read_choice(response: str, choices: Sequence[str]) -> str:
     for found in (correct, _named(text, letters), alone):
         if len(set(found)) == 1:
             return str(found[0])
-    said = normalise(text)
-    exact = [letter for letter, choice in zip(letters, choices, strict=True) if normalise(choice) == said]
-    inside = exact or [
-        letter for letter, choice in zip(letters, choices, strict=True) if has_words(said, normalise(choice))
-    ]
+    said, texts = normalise(text), {letter: normalise(choice) for letter, choice in zip(letters, choices, strict=True)}
+    exact = [letter for letter, choice in texts.items() if choice == said]
+    inside = exact or [letter for letter, choice in texts.items() if has_words(said, choice)]
     return inside[0] if len(inside) == 1 else ""
 
 
@@ -128,17 +125,23 @@ def _start(text: str, letters: str) -> str | None:
 
 
 def _named(text: str, letters: str) -> list[str]:
-    """Return the letters that stand behind a word which announces one."""
+    """Return the letters that stand behind a word which announces one, and is not denied itself."""
     found = []
     for match in re.finditer(
-        rf"(?i:\b(answer|option|choice|letter|choose|pick|select|go\s+with|correct(?=\s*:))"
-        rf"(?:\s+to\s+(?:the|this|your)\s+\w+)?(?:\s+(?:is|would\s+be|must\s+be))?)"
-        rf"\s*[:=–-]?\s*(?i:(option|choice|letter)\s+)?[(\[{{<]*([{letters}])(?![\w'-])",
+        rf"(?i:(?<!\bnot\s)\b(answer|option|choice|letter|choose|pick|select|go\s+with|correct(?=\s*:))"
+        rf"(?:\s+to\s+(?:the|this|your)\s+\w+)?(?:\s+(?:is|would\s+be|must\s+be))?"
+        rf"\s*[:=–-]?\s*(?:(option|choice|letter)\s+)?[(\[{{<]*([{letters}])(?![\w'-]))",
         text,
     ):
-        is_sure = match[3] not in _ENGLISH_WORDS or match[2] or match[1].lower() in ("option", "choice", "letter")
-        if is_sure or not re.match(r"\s+(?!is\b|because\b|since\b|as\b|and\b|or\b)[a-z]", text[match.end() :]):
-            found.append(match[3])
+        word, letter, rest = (match[2] or match[1]).lower(), match[3], text[match.end() :]
+        if letter in _ENGLISH_WORDS.lower():  # a word unless the sentence ends
+            is_letter = re.match(r"\s*(?:[)\].,:;!]|$)", rest)
+        elif letter in _ENGLISH_WORDS and word not in ("option", "choice", "letter"):
+            is_letter = not re.match(r"\s+(?!is\b|because\b|since\b|as\b|and\b|or\b)[a-z]", rest)
+        else:
+            is_letter = True
+        if is_letter:
+            found.append(letter.upper())
     return found + re.findall(rf"(?i:\bit(?:'s|\s+is))\s+[(\[]?([{letters}])[)\]]?\s*(?:[.,;!]|$)", text)
 
 

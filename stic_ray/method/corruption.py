@@ -55,12 +55,11 @@ def corrupt(picture: Image.Image, corruption: Corruption) -> Image.Image:
     if corruption["kind"] == "low_resolution":
         assert corruption["shorter_side_px"] is not None, "low resolution needs its shorter side"
         return _shrink(picture, corruption["shorter_side_px"])
-    assert corruption["kind"] == "colour_jitter", f"unknown corruption {corruption['kind']!r}"
     factor, shift = corruption["brightness_factor"], corruption["hue_shift_turns"]
     assert factor is not None and shift is not None, "colour jitter needs its factor and shift"
     if corruption["brightness_first"]:
-        return _shift_hue(_scale_brightness(picture, factor), shift)
-    return _scale_brightness(_shift_hue(picture, shift), factor)
+        return _shift_hue(ImageEnhance.Brightness(picture).enhance(factor), shift)
+    return ImageEnhance.Brightness(_shift_hue(picture, shift)).enhance(factor)
 
 
 def pixel_change(clean: Image.Image, corrupted: Image.Image) -> float:
@@ -80,10 +79,6 @@ def _shrink(picture: Image.Image, shorter_side_px: int) -> Image.Image:
         return picture.copy()
     width, height = (max(1, round(side * scale)) for side in picture.size)
     return picture.resize((width, height), Image.Resampling.BILINEAR)
-
-
-def _scale_brightness(picture: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Brightness(picture).enhance(factor)
 
 
 def _shift_hue(picture: Image.Image, turns: float) -> Image.Image:

@@ -4,7 +4,7 @@ import hashlib
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +27,6 @@ _TURNS = {
     8: _Turn.ROTATE_90,
 }
 """By EXIF orientation, what makes the picture upright."""
-
-
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -89,7 +87,12 @@ def inspect(encoded: bytes, limits: ImageLimits, *, with_hash: bool = False) -> 
     with _opened(encoded, limits) as image:
         mode = image.mode
         picture = _upright_rgb(image)
-        return ImageFacts(*picture.size, _format_name(image), mode, _perceptual_hash(picture) if with_hash else None)
+        bits = None
+        if with_hash:
+            import imagehash  # brings scipy's transforms: only for pools that ask for it
+
+            bits = int(np.packbits(imagehash.phash(picture).hash).view(">i8")[0])
+        return ImageFacts(*picture.size, _format_name(image), mode, bits)
 
 
 def decode(encoded: bytes, limits: ImageLimits | None = None) -> Image.Image:
@@ -155,35 +158,23 @@ def _opened(encoded: bytes, limits: ImageLimits | None) -> Iterator[Image.Image]
 
 
 def _check_limits(width: int, height: int, limits: ImageLimits) -> None:
+    size = f"{width} x {height} px"
     if width * height > limits.max_pixels:
-        raise Rejected(
-            Reason.TOO_MANY_PIXELS, f"{width} x {height} px, more than pool.max_image_pixels={limits.max_pixels}"
-        )
+        raise Rejected(Reason.TOO_MANY_PIXELS, f"{size}, more than pool.max_image_pixels={limits.max_pixels}")
     if min(width, height) < limits.min_side_px:
-        raise Rejected(Reason.TOO_SMALL, f"{width} x {height} px, less than pool.min_side_px={limits.min_side_px}")
+        raise Rejected(Reason.TOO_SMALL, f"{size}, less than pool.min_side_px={limits.min_side_px}")
     if max(width, height) > limits.max_aspect_ratio * min(width, height):
-        raise Rejected(
-            Reason.ASPECT_RATIO, f"{width} x {height} px, over pool.max_aspect_ratio={limits.max_aspect_ratio:g}"
-        )
-
-
-def _turn_of(image: Image.Image) -> Image.Transpose | None:
-    """Return how an image is turned upright; a block that cannot be read, or no such orientation, turns nothing."""
-    try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:
-        return None
+        raise Rejected(Reason.ASPECT_RATIO, f"{size}, over pool.max_aspect_ratio={limits.max_aspect_ratio:g}")
 
 
 def _is_turned_by_readers(image: Image.Image) -> bool:
     """Whether a reader can turn the image as Pillow offers it (`datasets` does): it writes the metadata anew."""
     small = Image.new("L", (1, 1))
     small.info = dict(image.info)
-    try:
+    with suppress(Exception):
         ImageOps.exif_transpose(small)
-    except Exception:
-        return False
-    return True
+        return True
+    return False
 
 
 def _format_name(image: Image.Image) -> str:
@@ -192,11 +183,10 @@ def _format_name(image: Image.Image) -> str:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    turn = _turn_of(image)
-    return _to_rgb(image if turn is None else image.transpose(turn))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
+    turn = None
+    with suppress(Exception):  # a block of metadata that cannot be read turns nothing
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         return _scale_to_8_bits(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -217,9 +207,3 @@ def _scale_to_8_bits(image: Image.Image) -> Image.Image:
         low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) * 255 if high > low else np.zeros_like(values)
     return Image.fromarray(np.round(scaled).astype(np.uint8))
-
-
-def _perceptual_hash(picture: Image.Image) -> int:
-    import imagehash  # brings scipy's transforms: only for pools that ask for it
-
-    return int(np.packbits(imagehash.phash(picture).hash).view(">i8")[0])

@@ -1,7 +1,7 @@
 """Which picture a row of data names, in whatever field or text: what is named and not there would be asked blind."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -71,7 +71,11 @@ def named_image(row: Mapping[str, Any], texts: tuple[str, ...]) -> Any:
     for key, value in others.items():
         reason = _medium(key, value)
         if reason and (not found or (reason is not Reason.NO_IMAGE and _is_medium(key, value, reason))):
-            raise Rejected(reason, _explain(key, value, reason))
+            shown = f"'{key}': {value!r:.80}"
+            problem = f"it has {shown}; only images can be shown"
+            if reason is Reason.NO_IMAGE:
+                problem = f"it names a picture as {shown}, and has none; the field is 'image', a path or URI."
+            raise Rejected(reason, problem)
     return found[0] if found else None
 
 
@@ -117,7 +121,12 @@ def _medium(key: str, value: Any, depth: int = 0) -> Reason | None:
         return None
     if reason := _about(key) or _ending(value):
         return reason
-    return next((found for inner, each in _inside(key, value) if (found := _medium(inner, each, depth + 1))), None)
+    inside: list[tuple[Any, Any]] = []
+    if isinstance(value, Mapping):
+        inside = list(value.items())
+    elif isinstance(value, list | tuple):
+        inside = [(key, each) for each in value]
+    return next((found for inner, each in inside if (found := _medium(str(inner), each, depth + 1))), None)
 
 
 def _is_medium(key: str, value: Any, reason: Reason) -> bool:
@@ -138,17 +147,3 @@ def _ending(value: Any) -> Reason | None:
         return None
     _, point, ending = value.partition("?")[0].rpartition(".")
     return _ENDINGS.get(ending.lower()) if point else None
-
-
-def _inside(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        yield from ((str(inner), each) for inner, each in value.items())
-    elif isinstance(value, list | tuple):
-        yield from ((key, each) for each in value)
-
-
-def _explain(key: str, value: Any, reason: Reason) -> str:
-    shown = f"'{key}': {value!r:.80}"
-    if reason is Reason.NO_IMAGE:
-        return f"it names a picture as {shown}, and has none; the field is 'image', a path or URI."
-    return f"it has {shown}; only images can be shown"

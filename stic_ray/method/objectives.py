@@ -48,7 +48,9 @@ def regularised_dpo(
 
 def answer_logps(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     """Return log p of the labels, summed over the masked positions; shape (B,). Logits are already shifted."""
-    return _sum_logps(logits_BTV, labels_BT, mask_BT)
+    logps_BTV = torch.log_softmax(logits_BTV.float(), dim=-1)
+    logps_BT = logps_BTV.gather(-1, labels_BT.unsqueeze(-1)).squeeze(-1)
+    return (logps_BT * mask_BT).sum(-1)
 
 
 def noisy_argmax_logps(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
@@ -59,10 +61,4 @@ def noisy_argmax_logps(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, mask_B
     published runs; the paper's formula has log p of the rejected answer here.
     """
     others_BTV = logits_BTV.detach().scatter(-1, labels_BT.unsqueeze(-1), float("-inf"))
-    return _sum_logps(logits_BTV, others_BTV.argmax(-1), mask_BT)
-
-
-def _sum_logps(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    logps_BTV = torch.log_softmax(logits_BTV.float(), dim=-1)
-    logps_BT = logps_BTV.gather(-1, tokens_BT.unsqueeze(-1)).squeeze(-1)
-    return (logps_BT * mask_BT).sum(-1)
+    return answer_logps(logits_BTV, others_BTV.argmax(-1), mask_BT)

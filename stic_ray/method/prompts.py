@@ -60,22 +60,17 @@ def load_prompts(path: str | None) -> PromptSet:
     Raises ConfigError when the file is missing, is no YAML, or lacks a part.
     """
     try:
-        text = read_text(Path(path).expanduser()) if path else _built_in()
+        built_in = files("stic_ray.method").joinpath("prompts.yaml")
+        text = read_text(Path(path).expanduser()) if path else built_in.read_text(encoding="utf-8")
         return PromptSet.model_validate(yaml.safe_load(text))
     except OSError as error:
         raise ConfigError(f"Cannot read the prompt set '{path}': {error.strerror}.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"The prompt set '{path}' is not valid YAML: {one_line(error)}") from error
     except ValidationError as error:
-        details = "; ".join(_explain(dict(detail)) for detail in error.errors())
-        raise ConfigError(f"The prompt set '{path}' is wrong: {details}") from error
-
-
-def _built_in() -> str:
-    return files("stic_ray.method").joinpath("prompts.yaml").read_text(encoding="utf-8")
-
-
-def _explain(detail: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in detail["loc"]) or "file"
-    hint = nearest(key, PromptSet.model_fields) if detail["type"] == "extra_forbidden" else ""
-    return f"{key}: {detail['msg']}.{hint}"
+        problems = []
+        for detail in error.errors():
+            key = ".".join(map(str, detail["loc"])) or "file"
+            hint = nearest(key, PromptSet.model_fields) if detail["type"] == "extra_forbidden" else ""
+            problems.append(f"{key}: {detail['msg']}.{hint}")
+        raise ConfigError(f"The prompt set '{path}' is wrong: {'; '.join(problems)}") from error
