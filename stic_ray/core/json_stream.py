@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-_BUFFER_BYTES = _CHUNK_CHARACTERS = 1 << 20
+_BUFFER_BYTES = _CHUNK_CHARACTERS = 1 << 18
 _MAX_VALUE_CHARACTERS = 1 << 25
 _DECODER = json.JSONDecoder(strict=False)  # line ends and tabs inside strings do no harm
 _BLANK = re.compile(r"[\s\ufeff]*")

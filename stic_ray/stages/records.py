@@ -4,6 +4,7 @@ import json
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from stic_ray.core.errors import Failed, Rejected, SourceError, one_line, type_a
 from stic_ray.core.json_stream import json_values
 from stic_ray.core.storage import Location
 from stic_ray.method.images import is_image
-from stic_ray.method.media import IMAGE_FIELDS, address_of, named_image
-from stic_ray.stages.columns import image_value
+from stic_ray.method.media import IMAGE_FIELDS, address_of, is_null, named_image
+from stic_ray.stages.columns import holds_bytes, image_value
 from stic_ray.stages.fetch import fetch_indexed, with_images
 from stic_ray.stages.reading import Patience, Stream
 
@@ -62,7 +63,7 @@ def read_rows(uri: str, setting: str) -> tuple[Location, Iterator[Row]]:
     source = Location.of(uri)
     if not source.exists() or source.is_folder():
         raise SourceError(f"{setting}: '{uri}' is no file; it needs JSON, JSON Lines or Parquet.")
-    rows = _guarded(source, f"{setting}: '{uri}'")
+    rows = _rows_in(source, f"{setting}: '{uri}'")
     first = next(rows, None)
     if first is None:
         raise SourceError(f"{setting}: '{uri}' holds no rows.")
@@ -90,14 +91,11 @@ def load_records(
 
     Their paths are below `root`, or without one below the innermost folder that all of them share.
     """
-    images: list[Any] = [None] * len(rows)
-    patience = Patience(root=root or _shared_folder([row["path"] for row in rows if row["path"] is not None]))
-    for column in {row["column"] for row in rows if row["path"] is not None}:
-        places = [i for i, row in enumerate(rows) if row["path"] is not None and row["column"] == column]
-        found = fetch_indexed([rows[i] for i in places], column or "", max_bytes, patience)
-        for place, image in zip(places, found, strict=True):
-            images[place] = image
-    return with_images(pa.Table.from_pylist(list(rows), schema=schema), images)
+    with_path = [place for place, row in enumerate(rows) if row["path"] is not None]
+    patience = Patience(root=root or _shared_folder([rows[place]["path"] for place in with_path]))
+    found = fetch_indexed([rows[place] for place in with_path], "", max_bytes, patience)
+    images = dict(zip(with_path, found, strict=True))
+    return with_images(pa.Table.from_pylist(list(rows), schema=schema), [images.get(i) for i in range(len(rows))])
 
 
 def _shared_folder(paths: Sequence[str]) -> Location | None:
@@ -109,7 +107,7 @@ def _shared_folder(paths: Sequence[str]) -> Location | None:
 
 def row_id(value: Any) -> str | None:
     """Return an id as text; None where there is none, as null or pandas' NaN say."""
-    if value is None or value != value or value == "":  # only NaN is not equal to itself
+    if is_null(value) or value == "":
         return None
     return plain_text(value) if isinstance(value, str | int | float) else json.dumps(value, default=str)
 
@@ -119,12 +117,12 @@ def plain_text(value: str | float) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _guarded(source: Location, name: str) -> Iterator[Row]:
+def _rows_in(source: Location, name: str) -> Iterator[Row]:
     try:
         stream = Stream(source, Patience())
         file, head = pa.PythonFile(stream, "r"), stream.read_at(4, 0)
         if head == b"PAR1":
-            yield from _parquet_rows(file)
+            yield from _parquet_rows(pq.ParquetFile(file))
             return
         compression = next((kind for magic, kind in _COMPRESSIONS.items() if head.startswith(magic)), None)
         values = json_values(pa.CompressedInputStream(file, compression) if compression else file)
@@ -136,22 +134,23 @@ def _guarded(source: Location, name: str) -> Iterator[Row]:
         raise SourceError(f"{name} cannot be read: {type_and_message(error)}") from error
 
 
-def _parquet_rows(file: pa.NativeFile) -> Iterator[Row]:
-    parquet = pq.ParquetFile(file)
-    heavy = [field.name for field in parquet.schema_arrow if _holds_bytes(field.type)]
+def _parquet_rows(parquet: pq.ParquetFile) -> Iterator[Row]:
+    heavy = [field.name for field in parquet.schema_arrow if holds_bytes(field.type)]
     light = [name for name in parquet.schema_arrow.names if name not in heavy]
     # A picture under another name is one that a row names, as a path with such an ending is.
     pictures = [name for name in heavy if name not in IMAGE_FIELDS and _holds_pictures(parquet, name)]
-    named = {name: f"{name} (a picture)" if name in pictures else name for name in heavy}
     number = 0
     for group in range(parquet.num_row_groups):
-        images = {named[name]: _images(parquet, group, name, number) for name in heavy}
         end = number + parquet.metadata.row_group(group).num_rows
+        images = {
+            f"{name} (a picture)" if name in pictures else name: _images(parquet, group, name, number) for name in heavy
+        }
         try:
             for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=light):
-                for value, problem in _values(batch):
-                    own = {name: next(column) for name, column in images.items()}
-                    yield Row(number, None, None if value is None else {**value, **own}, problem)
+                for place in range(batch.num_rows):
+                    value, problem = _light_values(batch, place)
+                    value |= {name: next(column) for name, column in images.items()}
+                    yield Row(number, None, None if problem else value, problem)
                     number += 1
         except (Rejected, Failed):
             raise
@@ -160,45 +159,27 @@ def _parquet_rows(file: pa.NativeFile) -> Iterator[Row]:
         number = end
 
 
-def _values(batch: pa.RecordBatch) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
-    for place, field in enumerate(batch.schema):
-        if pa.types.is_decimal(field.type):
-            batch = batch.set_column(place, field.name, batch[field.name].cast(pa.float64()))
-    try:
-        yield from ((row, None) for row in batch.to_pylist())
-    except Exception:  # text that is no UTF-8, dates beyond Python's: the others are good
-        for place in range(batch.num_rows):
-            try:
-                yield {name: _value(batch[name][place]) for name in batch.schema.names}, None
-            except UnicodeError as error:
-                yield None, f"text that is no UTF-8: {one_line(error)}"
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except (ArithmeticError, ValueError) as error:
-        if isinstance(error, UnicodeError):
-            raise
-        return None  # a date that Python cannot hold
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _holds_bytes(kind.value_type)
-    if pa.types.is_struct(kind):
-        return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
-    return "binary" in str(kind)
+def _light_values(batch: pa.RecordBatch, place: int) -> tuple[dict[str, Any], str | None]:
+    """Return a row, and the problem with its text, if it has one; decimals are floats."""
+    row, problem = {}, None
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value = column[place].as_py()
+            row[name] = float(value) if isinstance(value, Decimal) else value
+        except UnicodeError as error:
+            problem = f"text that is no UTF-8: {one_line(error)}"
+        except (ArithmeticError, ValueError):  # a date that Python cannot hold
+            row[name] = None
+    return row, problem
 
 
 def _holds_pictures(parquet: pq.ParquetFile, column: str) -> bool:
     """Say by the first rows whether the bytes of a column are encoded pictures."""
     try:
-        batch = next(parquet.iter_batches(batch_size=_IMAGE_BATCH_ROWS, columns=[column]), None)
-        values = [] if batch is None else batch[column].to_pylist()
+        batch = next(parquet.iter_batches(batch_size=_IMAGE_BATCH_ROWS, columns=[column]))
+        found = [each for value in batch[column].to_pylist() for each in _image_values(value)]
     except Exception:  # a damaged row group is named where its rows are read
         return False
-    found = [image_value(each) for value in values for each in (value if isinstance(value, list) else [value])]
     return any(isinstance(each, bytes) and is_image(each[:16]) for each in found)
 
 
@@ -216,8 +197,14 @@ def _images(parquet: pq.ParquetFile, group: int, column: str, first: int) -> Ite
     row = first
     for batch in parquet.iter_batches(batch_size=_IMAGE_BATCH_ROWS, row_groups=[group], columns=[column]):
         for scalar in batch[column]:
-            values = scalar.as_py()
-            found = [image_value(each) for each in (values if isinstance(values, list) else [values])]
-            kept = [InTable(column, row) if isinstance(each, bytes) else each for each in found if each is not None]
-            yield kept if len(kept) > 1 else kept[0] if kept else None
+            found = [
+                InTable(column, row) if isinstance(each, bytes) else each for each in _image_values(scalar.as_py())
+            ]
+            yield found if len(found) > 1 else found[0] if found else None
             row += 1
+
+
+def _image_values(value: Any) -> list[bytes | str]:
+    """Return the bytes and addresses of a value, which may be a list of several."""
+    found = [image_value(each) for each in (value if isinstance(value, list) else [value])]
+    return [each for each in found if each is not None]
