@@ -155,6 +155,7 @@ def test_the_source_is_read_once(tmp_path: Path) -> None:
 
 READ = """
 import sys
+import pandas  # as pyarrow does when it makes its first table
 from stic_ray.core.rundir import RunDir
 from tests.stages.test_instructions import config_of, index_instructions
 from pathlib import Path
