@@ -14,7 +14,7 @@ _MAX_VALUE_CHARACTERS = 1 << 25
 _DECODER = json.JSONDecoder(strict=False)  # line ends and tabs inside strings do no harm
 _BLANK = re.compile(r"[\s\ufeff]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.DOTALL)
+_BETWEEN = re.compile(r",\s*(?=\{)")
 _FIRST_KEY = re.compile(r'\{\s*"[^"]*"\s*:')
 _LONGEST_WORD = len("-Infinity")
 
@@ -37,6 +37,8 @@ class _Text:
         self.text, self.at, self.line = "", 0, 1
         self.indent: str | None = None
         """What stands in front of the next value on its line; None where it does not begin one."""
+        self.keys: set[str] = set()
+        """Those of the last row."""
 
     def read_on(self) -> bool:
         """Read as much again as is waiting. Returns False at the end of the text."""
@@ -78,7 +80,7 @@ class _Text:
                 return None, self._skip_damaged(why, in_list=in_list)
             if end == len(self.text) and self.read_on():  # a number may go on
                 continue
-            written = self.text[self.at : end]
+            written, self.keys = self.text[self.at : end], set(value) if isinstance(value, dict) else self.keys
             self.skip_to(end)
             return _mended(value, written)
 
@@ -98,27 +100,28 @@ class _Text:
         if self.indent is not None:  # the next row stands below this one
             below = re.compile(rf"\n(?:{re.escape(self.indent)}\{{|\])").search(self.text, self.at)
             return below.start() if below else None
-        # Behind an odd number of quotes, texts and brackets change places: there a row begins as this one did.
-        key = _FIRST_KEY.match(self.text, self.at)
-        alike = re.compile(rf",\s*(?={re.escape(key[0])})").search(self.text, self.at) if key else None
-        opened: list[str] = []
-        for match in _BRACKETS.finditer(self.text, self.at, alike.start() if alike else len(self.text)):
-            if match[0] in "[{":
-                opened.append(match[0])
-            elif match[0] in "]}":
-                opening = "[" if match[0] == "]" else "{"
-                while opened and opened.pop() != opening:
-                    continue
-                if not opened:
-                    return match.end()
-        return alike.start() if alike else None
+        # Behind a stray quote, texts and brackets change places, so the next row is known by what it holds.
+        first_key = _FIRST_KEY.match(self.text, self.at)
+        begins = (match for match in _BETWEEN.finditer(self.text, self.at) if self._is_row(match.end(), first_key))
+        begin = next(begins, None)
+        return begin.start() if begin else None
+
+    def _is_row(self, at: int, first_key: re.Match[str] | None) -> bool:
+        """Whether a row begins here: an object with most keys of the row before, or one that begins as the damaged."""
+        try:
+            found = set(_DECODER.raw_decode(self.text, at)[0])
+        except (ValueError, RecursionError):
+            found = set()
+        if found and self.keys:
+            return 2 * len(found & self.keys) > len(self.keys)
+        return first_key is not None and self.text.startswith(first_key[0], at)
 
 
 def json_values(stream: pa.NativeFile) -> Iterator[tuple[int, Any, str | None]]:
     """Yield the values of a list, or one behind the other as in JSON Lines: line (from 1), value, problem.
 
-    A few are in memory at a time. A value that cannot be read has a problem; reading goes on with the next line or,
-    in a list, behind its last bracket.
+    A few are in memory at a time. A value that cannot be read has a problem; reading goes on with the next line or, in
+    a list, with the next row: below it, or on the same line an object with the same keys.
     """
     text = _Text(stream)
     in_list = text.next_character() == "["

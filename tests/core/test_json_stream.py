@@ -94,6 +94,24 @@ def test_a_damaged_row_of_a_list_on_one_line_does_not_stop_the_others(damaged: s
     assert sum(problem is not None for _, _, problem in found) == 1
 
 
+STRAY = ['"a 5" long text"', '"a 5" long" text"', '"no end, {', '[{"id": 1, "x": "5" y"}, {"id": 2}]']
+
+
+@pytest.mark.parametrize(
+    ("damaged", "number"), [*((damaged, number) for damaged in STRAY[:3] for number in (0, 2, 5)), (STRAY[3], 2)]
+)
+def test_a_stray_quote_on_one_line_costs_its_own_row(damaged: str, number: int) -> None:
+    """Neighbours begin with other keys, lack one, and hold objects of their own, on a line of some length."""
+    turns = [{"from": "human", "value": "a, {b}"}, {"from": "gpt", "value": "]}, {["}]
+    good = [{"id": "0", "image": "a", "turns": turns}, {"image": "a", "turns": turns, "id": "1"}] * 2
+    good += [{"id": "2", "turns": turns}, {"turns": turns, "id": "3" * 1000}]
+    rows = [json.dumps(row) for row in good]
+    rows.insert(number, f'{{"id": "x", "turns": {damaged}, "image": "b"}}')
+    found = values_of(f"[{', '.join(rows)}]".encode())
+    assert [value for _, value, problem in found if problem is None] == good
+    assert [place for place, (_, _, problem) in enumerate(found) if problem] == [number]
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_list_that_was_cut_off_keeps_what_is_whole(cut: int) -> None:
     found = values_of(json.dumps(GOOD).encode()[:-cut])
@@ -131,7 +149,7 @@ def test_a_row_without_end_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(json_stream, "_MAX_VALUE_CHARACTERS", 1000)
     content = b'{"a": 1}\n{"a": "' + b"x" * 5000 + b'"}\n{"a": 2}'
     assert good_of(content) == [{"a": 1}, {"a": 2}]
-    assert good_of(b"[" + content.replace(b"\n", b", ") + b"]") == [{"a": 1}]
+    assert good_of(b"[" + content.replace(b"\n", b", ") + b"]") == [{"a": 1}, {"a": 2}]
 
 
 @pytest.mark.parametrize(
