@@ -159,18 +159,16 @@ def sizes_of(config: RunConfig, steps: Steps, own: Measured, pilot: Measured) ->
     model, given, toy, benchmarks = model_size(config), config.estimate, config.toyworld, config.evaluation.benchmarks
     if model is None:
         return None
-    has_toy_pool, has_toy_instructions = is_toy(config.pool.source), is_toy(config.infusion.source)
     image_tokens = given.num_image_tokens or own.num_image_tokens or pilot.num_image_tokens or model.num_image_tokens
-    there = _finished("num_images", steps, own) or (toy.num_pictures if has_toy_pool else given.num_images)
-    wanted = config.preferences.num_images
-    instructions = config.infusion.num_rows or _finished("num_instructions", steps, own)
-    instructions = instructions or (toy.num_instructions if has_toy_instructions else given.num_instructions)
+    is_toy_pool, wanted = is_toy(config.pool.source), config.preferences.num_images
+    there = _finished("num_images", steps, own) or (toy.num_pictures if is_toy_pool else given.num_images)
+    instructions = toy.num_instructions if is_toy(config.infusion.source) else given.num_instructions
     num_toy_benchmarks = sum(1 if ":" in name else len(BENCHMARKS) for name in benchmarks)
-    image_bytes = _TOY_IMAGE_BYTES if has_toy_pool else given.image_bytes
+    image_bytes = _TOY_IMAGE_BYTES if is_toy_pool else given.image_bytes
     return Sizes(
         replace(model, num_image_tokens=round(image_tokens)),
         min(there, wanted) if there and wanted else there or wanted,
-        instructions,
+        config.infusion.num_rows or _finished("num_instructions", steps, own) or instructions,
         num_toy_benchmarks * toy.num_scenes if all(map(is_toy, benchmarks)) else given.num_questions,
         image_tokens + given.num_prompt_tokens,
         own.num_answer_tokens or pilot.num_answer_tokens or given.num_answer_tokens,
