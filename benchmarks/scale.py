@@ -28,7 +28,7 @@ from pool import memory_mib
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.overrides import build_config
-from stic_ray.core.publishing import published
+from stic_ray.core.publishing import all_families, published
 from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import INDEX
 from stic_ray.core.storage import Location
@@ -131,7 +131,7 @@ def measure(config: RunConfig, run: RunDir, images_per_s: float) -> dict[str, An
     connected_mib, cpu_s, began_s = memory_mib("VmRSS"), driver_cpu_s(), time.monotonic()
     throughput = shards.run_shards(job, tasks, config.actors).throughput
     assert throughput is not None
-    num_rows = sum(record.num_rows_in_all for record in published(output, "", job.all_families).values())
+    num_rows = sum(record.num_rows_in_all for record in published(output, "", all_families(job.families)).values())
     assert num_rows == throughput["num_rows"] == run.read_json("pool/manifest.json")["num_rows_written"]
     return {
         "num_shards": len(tasks),

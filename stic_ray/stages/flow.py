@@ -20,7 +20,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from stic_ray.core.config import ActorsConfig
 from stic_ray.core.errors import StageError, SticError
 from stic_ray.core.placement import TASK_CPUS
-from stic_ray.core.publishing import ShardRecord, publish
+from stic_ray.core.publishing import ShardRecord, all_families, publish
 from stic_ray.engines.guarded import Work
 from stic_ray.stages.quarantine import Quarantine, loading, nobody_has_loaded, notes_name
 from stic_ray.stages.shards import ShardJob, ShardTask, ShardWorker
@@ -132,8 +132,9 @@ def _work(job: ShardJob, row: Row) -> Row:
 
 def _publish(job: ShardJob, row: Row) -> Row:
     tables = {name: _unpack(data) for name, data in zip(row["names"], row["tables"], strict=True)}
-    assert tables.keys() <= job.all_families.keys(), f"{job.stage} gave {sorted(tables)}, not all of {job.families}"
-    record = publish(job.output, job.part, row["number"], tables, job.all_families)
+    schemas = all_families(job.families)
+    assert tables.keys() <= schemas.keys(), f"{job.stage} gave {sorted(tables)}, not all of {sorted(schemas)}"
+    record = publish(job.output, job.part, row["number"], tables, schemas)
     (job.output.location / notes_name(row["number"])).delete()
     return {"record": pickle.dumps(record), "work": row["work"]}
 
@@ -168,7 +169,7 @@ class _Actor:
             self.error = pickle.dumps(explain(job.stage, error, "loading the model"))
             return
         self.engine = worker.engine
-        self.windows = Windows(worker, job.all_families, actors)
+        self.windows = Windows(worker, all_families(job.families), actors)
         self.metrics = ActorMetrics(job.stage)
 
     def __call__(self, row: Row) -> Row:

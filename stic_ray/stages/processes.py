@@ -99,7 +99,7 @@ def _watch(stage: str, need: Need, timeout_s: float, ended: threading.Event, gav
             return
         if waited_s >= quiet_s(need) and (logged_s is None or now_s - logged_s >= _LOG_EVERY_S):
             logged_s = now_s
-            logger.info("%s: waits since %.0f s for %s: %s. %s", stage, waited_s, need, lack, there)
+            logger.info("%s: has waited %.0f s for %s: %s. %s", stage, waited_s, need, lack, there)
 
 
 def quiet_s(need: Need) -> float:

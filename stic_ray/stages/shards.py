@@ -61,11 +61,6 @@ class ShardJob:
     num_rows_before: int = 0
     """Rows that the step has from earlier, which count for that share."""
 
-    @property
-    def all_families(self) -> dict[str, pa.Schema]:
-        """The families with those of rejected and failed rows."""
-        return all_families(self.families)
-
 
 @dataclass(frozen=True)
 class Shards:
@@ -97,7 +92,7 @@ def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig |
     failure, too many failed rows among them: finished shards stay, and a rerun does the others.
     """
     numbers = {task.number for task in tasks}
-    families = list(job.all_families)
+    families = list(all_families(job.families))
     found = published(job.output, job.part, families)
     records = {number: record for number, record in found.items() if number in numbers}
     todo = [task for task in tasks if task.number not in records or records[task.number].num_failed]

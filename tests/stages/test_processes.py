@@ -25,7 +25,7 @@ SOON_S = 12.0
 
 
 @pytest.fixture(autouse=True)
-def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(processes, "_LOG_AFTER_S", 0.5)
     caplog.set_level(logging.INFO)
     return caplog
@@ -41,13 +41,13 @@ def config(folder: Path, pictures: Path, **actors: Any) -> RunConfig:
 
 
 def test_actors_that_no_node_holds_are_given_up_and_the_run_goes_on_with_fewer(
-    pictures: Path, tmp_path: Path, told: pytest.LogCaptureFixture
+    pictures: Path, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(StageError) as gave_up:
         run_stages(config(tmp_path, pictures, num_actors=1, num_gpus=3), tmp_path / "run", "pool", "preferences")
     assert "preferences waited 4 s (cluster.resource_timeout_s) for 1 actor of 1 CPU, 3 GPU" in str(gave_up.value)
     assert "none of them has a place" in str(gave_up.value) and CLUSTER in str(gave_up.value)
-    assert "preferences: waits since" in told.text and "ask for less in actors.*" in str(gave_up.value)
+    assert "preferences: has waited" in log.text and "ask for less in actors.*" in str(gave_up.value)
 
     elsewhere = config(tmp_path, pictures, num_actors=1, label_selector={"group": "generation"})
     with pytest.raises(StageError, match="1 actor of 1 CPU on nodes with group=generation"):
@@ -57,14 +57,14 @@ def test_actors_that_no_node_holds_are_given_up_and_the_run_goes_on_with_fewer(
     assert pairs_of(run).num_rows == 28
 
 
-def test_actors_that_leave_no_cpu_for_tasks_are_told(pictures: Path, tmp_path: Path) -> None:
+def test_actors_that_leave_no_cpu_for_tasks_are_logged(pictures: Path, tmp_path: Path) -> None:
     run_stages(config(tmp_path, pictures), tmp_path / "run", "pool")
     with pytest.raises(StageError, match="7 actors of 1 CPU, and 0.25 CPU for tasks: 6 of them leave no CPU"):
         run_stages(config(tmp_path, pictures, num_actors=7), tmp_path / "run", "preferences")
 
 
 def test_workers_that_have_no_place_are_given_up(
-    tmp_path: Path, tiny_llava: Path, told: pytest.LogCaptureFixture
+    tmp_path: Path, tiny_llava: Path, log: pytest.LogCaptureFixture
 ) -> None:
     pairs = write_pairs(tmp_path / "run" / "preferences", 4)
     RunDir.of(str(pairs.parent)).write_manifest({"stage": "preferences", "num_rows_written": 4})
@@ -76,7 +76,7 @@ def test_workers_that_have_no_place_are_given_up(
     assert f"dpo waited {SOON_S:g} s (cluster.resource_timeout_s) for 3 workers of 1 CPU, 1 GPU: none" in str(
         gave_up.value
     )
-    assert CLUSTER in str(gave_up.value) and "dpo: waits since" in told.text
+    assert CLUSTER in str(gave_up.value) and "dpo: has waited" in log.text
 
 
 def test_training_finds_the_gpus_that_generation_held(

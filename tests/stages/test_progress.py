@@ -18,10 +18,10 @@ WORK = Work(elapsed_s=2.0, busy_s=1.5, request_s=8.0, num_calls=2, num_requests=
 
 def test_figures_are_those_of_the_whole_and_of_the_second_half(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    told = Progress("preferences", 4)
+    progress = Progress("preferences", 4)
     for num_rows, work in ((4, WORK), (4, WORK), (4, WORK + WORK), (2, Work())):
-        told.advance(num_rows, work)
-    figures = told.summary()
+        progress.advance(num_rows, work)
+    figures = progress.summary()
     assert figures["num_rows"] == 14 and figures["steady"]["num_rows"] == 6
     assert figures["utilisation"] == figures["steady"]["utilisation"] == 0.75
     assert figures["requests_per_call"] == 4.0 and figures["requests_in_flight"] == 4.0
@@ -33,9 +33,9 @@ def test_figures_are_those_of_the_whole_and_of_the_second_half(caplog: pytest.Lo
 
 def test_a_stage_without_an_engine_tells_its_rows(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    told = Progress("pool", 1)
-    told.advance(7, Work())
-    assert set(told.summary()["steady"]) == {"seconds", "num_rows", "rows_per_s"}
+    progress = Progress("pool", 1)
+    progress.advance(7, Work())
+    assert set(progress.summary()["steady"]) == {"seconds", "num_rows", "rows_per_s"}
     assert "busy" not in caplog.text and "7 rows" in caplog.text
 
 
@@ -46,11 +46,11 @@ def test_rates_and_the_time_left_are_those_of_now(
     caplog.set_level(logging.INFO)
     now_s = 1000.0
     monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=lambda: now_s))
-    told = Progress("preferences", 100)
+    progress = Progress("preferences", 100)
     now_s += 600.0
     for _ in range(90):
         now_s += 10.0
-        told.advance(20, WORK)
+        progress.advance(20, WORK)
     assert "90/100 shards, 1800 rows, 2.0 rows/s, 8 tokens/s" in caplog.messages[-1]
     assert caplog.messages[-1].endswith(", 100 s left")
 
