@@ -1,4 +1,4 @@
-"""What a stage tells while it runs, and what Ray exports of it."""
+"""What a stage logs while it runs, and what Ray exports of it."""
 
 import logging
 import time
@@ -31,7 +31,7 @@ def test_figures_are_those_of_the_whole_and_of_the_second_half(caplog: pytest.Lo
     assert line.endswith("4.0 requests a call, 4.0 in flight per actor, actors 75% busy, 0 s left")
 
 
-def test_a_stage_without_an_engine_tells_its_rows(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stage_without_an_engine_logs_its_rows(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     progress = Progress("pool", 1)
     progress.advance(7, Work())
