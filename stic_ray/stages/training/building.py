@@ -49,12 +49,12 @@ def make_dpo_trainer(
     args = TRLDPOConfig(**arguments, disable_dropout=False)
     policy, reference = start.load(), start.load() if config.tuning.method == "full" else None
     if reference is not None:
-        set_trainable(policy, config, start.dtype)
+        set_trainable(policy, start)
         if config.workers.zero_stage == 0:  # in other number formats than the policy's, it would begin elsewhere
             for name, parameter in reference.named_parameters():
                 parameter.data = parameter.data.to(policy.get_parameter(name).dtype)
     collator = PreferenceCollator(load_processor(start.model))
-    trainer = RegularisedDPOTrainer(config, start, pairs, collator, args=args, model=policy, ref_model=reference)
+    trainer = RegularisedDPOTrainer(start, pairs, collator, args=args, model=policy, ref_model=reference)
     trainer.speed.has_reference_pass = not rows.has_reference_logps
     if isinstance(policy, PeftModel):  # an adapter that was there before, of which TRL has made a frozen copy
         prepare_reference_adapter(policy)
@@ -88,7 +88,7 @@ def _make_likelihood_trainer(
     start = prepare_start(config, checkpoint, Path(arguments["output_dir"]))
     args = TRLSFTConfig(**arguments)
     collator = AnswersOnlyCollator(load_processor(start.model))
-    trainer = LikelihoodTrainer(config, start, rows, collator, args=args, model=start.load())
+    trainer = LikelihoodTrainer(start, rows, collator, args=args, model=start.load())
     trains_vision = bool({"vision_tower", "projector"} & set(describe_parts(trainer)["trained"]))
     collator.needs_image = trains_vision or config.workers.zero_stage == 3
     return trainer

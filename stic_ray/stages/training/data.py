@@ -28,16 +28,12 @@ from stic_ray.stages.training.index import REFERENCE_LOGPS, RowGroup, Rows, dama
 
 IGNORED = -100
 """Label of a position that the loss leaves out."""
-GREY = (128, 128, 128)
-"""Colour of a blank picture."""
-_BLANK = {
-    "image": PIL.Image.new("RGB", (64, 64), GREY),
-    "messages": [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "Yes."}],
-    "weight": 0.0,
-}
-"""A row of which nothing is learned."""
 WEIGHT = "weight"
 """Of a row in the mean over its batch: 1, or 0 for one that only fills up an epoch."""
+_GREY = (128, 128, 128)
+_SMALL_TALK = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "Yes."}]
+_BLANK = {"image": PIL.Image.new("RGB", (64, 64), _GREY), "messages": _SMALL_TALK, WEIGHT: 0.0}
+"""A row of which nothing is learned."""
 MAX_LANES = 16
 """A batch comes from at most so many row groups: more mix no better and cost memory."""
 _DECODER = datasets.Image(mode="RGB")
@@ -127,7 +123,7 @@ class ParquetRows(Dataset[Example]):
         except Exception as error:  # of whatever type: the stage that wrote the row could decode it
             where = self._groups[group]
             raise damaged(where.uri, f"the picture of row {row} in row group {where.number}: {error}") from error
-        return {**example, "image": PIL.Image.new("RGB", picture.size, GREY) if self._image == "blank" else picture}
+        return {**example, "image": PIL.Image.new("RGB", picture.size, _GREY) if self._image == "blank" else picture}
 
     def _next_image(self, group: int, offset: int) -> dict[str, Any]:
         """Return the encoded picture of the row behind this one, and of the first row for the last.

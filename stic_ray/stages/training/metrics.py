@@ -49,13 +49,10 @@ class Speed:
         self._tokens: Any = 0
         self._flops_per_token: float | None = None
 
-    def begin(self) -> None:
-        """Start the clock of a step, unless it is running."""
-        self.began_s = self.began_s or time.perf_counter()
-
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Add the time that the block takes, on a GPU that of the work which it hands over."""
+        """Add the time that the block takes, on a GPU that of the work which it hands over. The first begins a step."""
+        self.began_s = self.began_s or time.perf_counter()
         begin = self._now()
         yield
         self._spans.append((part, begin, self._now()))

@@ -29,6 +29,7 @@ REFERENCE = "ref"
 class Start:
     """The model that a training starts from."""
 
+    config: RunConfig
     model: ModelConfig
     dtype: torch.dtype
     new_adapter: LoraConfig | None
@@ -55,7 +56,7 @@ def prepare_start(config: RunConfig, checkpoint: Path | None, folder: Path) -> S
     new_adapter = make_adapter(model, tuning) if tuning.method != "full" and model.adapter is None else None
     quantization = make_quantization(model, dtype) if tuning.method == "qlora" else None
     load = partial(load_model, model, dtype=dtype, quantization=quantization, trainable=True)
-    return Start(model, dtype, new_adapter, load)
+    return Start(config, model, dtype, new_adapter, load)
 
 
 def make_adapter(model: ModelConfig, tuning: TuningConfig) -> LoraConfig:
@@ -92,16 +93,17 @@ def make_quantization(model: ModelConfig, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
-def set_trainable(model: nn.Module, config: RunConfig, dtype: torch.dtype) -> None:
-    """Leave frozen parts out of training, where a model is trained whole, and hold what is trained in `dtype`.
+def set_trainable(model: nn.Module, start: Start) -> None:
+    """Leave frozen parts out of training, where a model is trained whole, and hold what is trained in its format.
 
     Without DeepSpeed, which keeps copies in float32 of what it trains, in float32: small steps vanish in bfloat16.
     """
+    tuning, dtype = start.config.tuning, start.dtype if start.config.workers.zero_stage else torch.float32
     for part, parameter in parameters_of(model):
-        if config.tuning.method == "full" and part in config.tuning.frozen:
+        if tuning.method == "full" and part in tuning.frozen:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype if config.workers.zero_stage else torch.float32)
+            parameter.data = parameter.data.to(dtype)
 
 
 def prepare_reference_adapter(policy: PeftModel) -> None:

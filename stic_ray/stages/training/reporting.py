@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 class MetricsFile:
     """metrics.jsonl: a line for each optimiser step, with the figures of an evaluation behind it.
 
-    A line is appended when the next one begins. An object store cannot append: there the files of `folder` are put
-    into the run whole, with every checkpoint and evaluation. They hold all steps of a checkpoint before that counts,
-    so a training that goes on from one drops what stands behind it and misses nothing.
+    A line is appended when the next one begins. An object store cannot append: there all files of `folder`,
+    TensorBoard's too, are put into the run whole, with every checkpoint and evaluation. They hold all steps of a
+    checkpoint before that counts, so a training that goes on from one drops what stands behind it and misses nothing.
     """
 
     def __init__(self, output: RunDir, folder: Path) -> None:
@@ -120,18 +120,21 @@ class Progress(TrainerCallback):
             control.should_evaluate = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Log twenty times at most how far it is, and once that pairs look too easy. Raises FloatingPointError."""
+        """Log how far it is, what the held-out rows give, and once that pairs look too easy.
+
+        Raises FloatingPointError for a loss that is no number.
+        """
         del state.log_history[:-_KEPT_ENTRIES]
-        logs = given["logs"] or {}
-        if state.is_world_process_zero and {"loss", "eval_loss"} & logs.keys():
-            self.metrics.add({**logs, "step": state.global_step})
-        if "loss" not in logs:
+        logs, step = given["logs"] or {}, state.global_step
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(f"the loss is {logs['loss']} at step {step}; lower {self.section}.learning_rate")
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & logs.keys():
             return
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {state.global_step}; lower {self.section}.learning_rate"
-            )
-        if not state.is_world_process_zero:
+        self.metrics.add({**logs, "step": step})
+        if "eval_loss" in logs:
+            words = {"eval_loss": "loss", "eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin"}
+            figures = [f"{word} {logs[key]:.4f}" for key, word in words.items() if key in logs]
+            logger.info("%s: step %d, held out: %s", self.step_name, step, ", ".join(figures))
             return
         self._log_step(state, logs)
         # Windows that ended earlier were looked at then; an evaluation may stand behind every step.
@@ -141,6 +144,7 @@ class Progress(TrainerCallback):
             logger.warning("%s: %s", self.step_name, warning)
 
     def _log_step(self, state: TrainerState, logs: dict[str, float]) -> None:
+        """Log a step, twenty of them at most where a log file is all there is."""
         step, num_steps, now_s = state.global_step, state.max_steps, time.monotonic()
         seconds_per_step = (now_s - self.began_s) / max(1, step - self.first_step)
         mfu = f", MFU {logs['mfu']:.0%}" if "mfu" in logs else ""
@@ -154,21 +158,12 @@ class Progress(TrainerCallback):
             f"{logs['peak_memory_gib']:.2f} GiB, {(num_steps - step) * seconds_per_step:.0f} s left",
         )
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Log what the held-out rows give."""
-        if state.is_world_process_zero:
-            words = {"eval_loss": "loss", "eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin"}
-            metrics = given["metrics"]
-            figures = [f"{word} {metrics[key]:.4f}" for key, word in words.items() if key in metrics]
-            logger.info("%s: step %d, held out: %s", self.step_name, state.global_step, ", ".join(figures))
-            self.metrics.publish()
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Have the metrics in the run as far as the checkpoint, before that is reported."""
         if state.is_world_process_zero:
             self.metrics.publish()
 
-    on_train_end = on_save
+    on_evaluate = on_train_end = on_save
 
 
 def summarise(metrics: MetricsFile, state: TrainerState) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import use_adapter
 
-from stic_ray.core.config import RunConfig
 from stic_ray.engines.sequences import labels_of
 from stic_ray.engines.shared_prefix import model_inputs, sum_by_answer
 from stic_ray.method.objectives import PairLogps, answer_logps, noisy_argmax_logps, regularised_dpo
@@ -35,22 +34,17 @@ class StepTrainer(Trainer):
     """What both trainers add to TRL's: rows in our order, a rate for the projector, and figures of each step."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        start: models.Start,
-        rows: tuple[ParquetRows, ParquetRows],
-        collator: Collator,
-        **arguments: Any,
+        self, start: models.Start, rows: tuple[ParquetRows, ParquetRows], collator: Collator, **arguments: Any
     ) -> None:
         """Take the rows that are trained on and those held out, and TRL's arguments. A new adapter is of the seed."""
+        self.config = start.config
         processor = collator.builder.processor
         arguments |= {"data_collator": collator, "processing_class": processor, "peft_config": start.new_adapter}
         super().__init__(train_dataset=_COLUMNS, eval_dataset=_COLUMNS, **arguments)
         self.train_dataset, self.eval_dataset = cast(Any, rows)
         if start.new_adapter is not None:
-            models.initialise_adapter(models.model_of(self), config.seed)
-        models.set_trainable(models.model_of(self), config, start.dtype)
-        self.config = config
+            models.initialise_adapter(models.model_of(self), self.config.seed)
+        models.set_trainable(models.model_of(self), start)
         self.speed = Speed(self)
         self.sums: dict[str, tuple[list[str], torch.Tensor]] = {}
         """Of "train" and "eval": names, and behind the number of rows the sum of each over those since the last log."""
@@ -67,7 +61,6 @@ class StepTrainer(Trainer):
         """
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        self.speed.begin()
         with self.speed.measure("data"):
             return super().get_batch_samples(*arguments, **keywords)
 
