@@ -46,7 +46,7 @@ def make_dpo_trainer(
     if config.dpo.objective == "sft":
         return _make_likelihood_trainer(config, pairs, arguments, checkpoint)
     start = prepare_start(config, checkpoint, folder)
-    args = TRLDPOConfig(**arguments, disable_dropout=False)
+    args = TRLDPOConfig(**arguments, disable_dropout=False)  # from here on ZeRO-3 cuts every new model into parts
     policy, reference = start.load(), start.load() if config.tuning.method == "full" else None
     if reference is not None:
         set_trainable(policy, start)
@@ -86,7 +86,7 @@ def _make_likelihood_trainer(
     config: RunConfig, rows: tuple[ParquetRows, ParquetRows], arguments: dict[str, Any], checkpoint: Path | None
 ) -> LikelihoodTrainer:
     start = prepare_start(config, checkpoint, Path(arguments["output_dir"]))
-    args = TRLSFTConfig(**arguments)
+    args = TRLSFTConfig(**arguments)  # before the model is loaded, as above
     collator = AnswersOnlyCollator(load_processor(start.model))
     trainer = LikelihoodTrainer(start, rows, collator, args=args, model=start.load())
     trains_vision = bool({"vision_tower", "projector"} & set(describe_parts(trainer)["trained"]))
