@@ -69,7 +69,7 @@ class Speed:
         present = batch["segments"] != PADDING if "segments" in batch else batch["attention_mask"]
         self._rows, self._tokens = self._rows + rows.sum(), self._tokens + present.sum()
 
-    def own(self) -> torch.Tensor:
+    def take(self) -> torch.Tensor:
         """Return what this worker measured of a step, for `figures`, and begin anew."""
         assert self.began_s is not None, "a step has begun"
         wall_s = time.perf_counter() - self.began_s

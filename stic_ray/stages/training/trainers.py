@@ -116,7 +116,7 @@ class StepTrainer(Trainer):
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """Log, and with a step or an evaluation its figures. Called by all workers, which exchange them here once."""
         if "loss" in logs and self.speed.began_s is not None:
-            speed, (names, sums) = self.speed.own(), self.sums.pop("train")
+            speed, (names, sums) = self.speed.take(), self.sums.pop("train")
             own = torch.cat([speed, sums.to(speed.device)])
             every = cast(torch.Tensor, self.accelerator.gather(own[None])).cpu()
             logs |= self.speed.figures(every[:, : len(speed)]) | means(names, every[:, len(speed) :].sum(0))
