@@ -84,8 +84,8 @@ def check_adapter_active(model: PeftModel, adapter: Path) -> None:
             raise ModelError(f"The adapter '{adapter}' does not fit its base model: '{key}' was not loaded.")
         num_active += bool(".lora_B." in key and expected.any())
     layers = _lora_layers(model)
-    inactive = [layer for layer in layers if layer.disable_adapters or name_of_adapter not in layer.active_adapters]
-    if not layers or inactive or not num_active:
+    are_active = [not layer.disable_adapters and name_of_adapter in layer.active_adapters for layer in layers]
+    if not layers or not all(are_active) or not num_active:
         raise ModelError(f"The adapter '{adapter}' changes nothing: {num_active} of its matrices are not zero.")
 
 

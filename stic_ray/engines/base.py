@@ -32,7 +32,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said."""
+    """What the model answered."""
 
     text: str
     num_tokens: int
@@ -62,7 +62,7 @@ class TokenCounter(Protocol):
     """Knows how long a conversation is, without the weights of a model."""
 
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
-        """Return the length of a conversation in tokens, its image not counted."""
+        """Return the length of a conversation in tokens, its image counted as one placeholder."""
         ...
 
     def count_added_tokens(self, images: Sequence[Image.Image]) -> list[int]:

@@ -38,7 +38,6 @@ from stic_ray.engines.weight_names import INDEX
 
 _WEIGHTS = "model.safetensors"
 _POINTER = b"version https://git-lfs"
-_SIDE_PX = 64
 
 
 def check_model(model: ModelConfig) -> None:
@@ -74,9 +73,9 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_template(processor: ProcessorMixin) -> None:
-    """Raise ModelError when the chat template drops the image, or answers cannot be told from questions in it."""
-    turns = ("Question?", "Answer.", "More?", "Yes.")
-    conversation = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    """Raise ModelError when the chat template drops the image, or answers cannot be separated from questions in it."""
+    turns = [("user", "Question?"), ("assistant", "Answer."), ("user", "More?"), ("assistant", "Yes.")]
+    conversation = [{"role": role, "content": text} for role, text in turns]
     pieces = split_answers(processor, conversation, with_image=True)
     if getattr(processor, "image_token", "") not in pieces[0][0]:
         raise ModelError("The chat template shows no image; give another with model.chat_template=FILE.")
@@ -125,7 +124,13 @@ def _check_files(folder: Path) -> None:
 
 def _check_shards(folder: Path) -> None:
     """Compare the index of the weights, and their headers, with the files."""
-    held = {file.name: _names_in(file) for file in sorted(folder.glob("*.safetensors"))}
+    held: dict[str, set[str]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as weights:  # compares the header with the file's size
+                held[file.name] = set(weights.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"'{file}' is damaged, or not whole: {type_and_message(error)}") from error
     if not held:
         raise ModelError(f"model.path='{folder}' holds no .safetensors weights, the only kind that is read.")
     if _WEIGHTS in held:
@@ -147,14 +152,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _names_in(file: Path) -> set[str]:
-    try:
-        with safe_open(file, "pt") as weights:  # compares the header with the file's size
-            return set(weights.keys())
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"'{file}' is damaged, or not whole: {type_and_message(error)}") from error
-
-
 def _check_picture(processor: Any, config: Any, model: ModelConfig) -> None:
     """Make a sequence of a question about a blank picture, and of its answer."""
     words = "What is in the picture?"
@@ -171,7 +168,7 @@ def _check_picture(processor: Any, config: Any, model: ModelConfig) -> None:
     conversation = [{"role": "user", "content": words}, {"role": "assistant", "content": "Nothing."}]
     try:
         sequence = builder.build(conversation, with_image=True)
-        batch = builder.batch([sequence], [Image.new("RGB", (_SIDE_PX, _SIDE_PX))])
+        batch = builder.batch([sequence], [Image.new("RGB", (64, 64))])
     except Exception as error:  # whatever a processor does without what it lacks
         absent = [name for name, value in vars(processor).items() if value is None]
         raise ModelError(

@@ -79,11 +79,8 @@ def split_answers(
     """
     end = turn_end(processor) if end is None else end
     answered = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    unended = answered[-1:] if cut_off else []
-    closed = [
-        {**m, "content": m["content"] + end} if number in answered and number not in unended else m
-        for number, m in enumerate(messages)
-    ]
+    ended = answered[:-1] if cut_off else answered
+    closed = [{**m, "content": m["content"] + end} if n in ended else m for n, m in enumerate(messages)]
     whole = render(processor, closed, with_image=with_image, add_generation_prompt=False)
     pieces: Pieces = []
     done = 0
@@ -94,11 +91,13 @@ def split_answers(
         if not whole.startswith(before) or found < 0 or whole[start:found].strip():
             raise ModelError(
                 "The chat template does not keep earlier turns as they are when a turn is added, so answers cannot "
-                "be told from questions; give another with model.chat_template=FILE."
+                "be separated from questions; give another with model.chat_template=FILE."
             )
         stop = found + len(text)
-        if not end and number not in unended:
-            stop += _length_of_end(whole[stop:], processor.tokenizer.all_special_tokens)
+        if not end and number in ended:
+            tail, marks = whole[stop:], processor.tokenizer.all_special_tokens
+            place, length = min((tail.index(mark), len(mark)) for mark in marks if mark and mark in tail)
+            stop += place + length
         pieces += [(whole[done:start], False), (whole[start:stop], True)]
         done = stop
     pieces += [] if answered else [(whole, False)]
@@ -121,20 +120,8 @@ def read_answer(
 ) -> Answer:
     """Return what the tokens `ids` behind a prompt say, up to the first one that ends an answer."""
     end = next((place for place, token in enumerate(ids) if token in end_ids), None)
-    said = list(ids[:end])
-    text = processor.tokenizer.decode(said, skip_special_tokens=True)
-    return Answer(
-        # A placeholder that the model spelled out would ask for an image when the answer is trained on.
-        text=remove_placeholders(processor, text).strip(),
-        num_tokens=len(said),
-        finish_reason="length" if end is None else "stop",
-        num_image_tokens=num_image_tokens,
-        num_added_tokens=num_added_tokens,
-    )
-
-
-def _length_of_end(tail: str, special_tokens: Sequence[str]) -> int:
-    """Return how far the first special token of `tail` reaches."""
-    ends = [(tail.index(token), len(token)) for token in special_tokens if token and token in tail]
-    place, length = min(ends)
-    return place + length
+    kept = list(ids[:end])
+    text = processor.tokenizer.decode(kept, skip_special_tokens=True)
+    # A placeholder that the model spelled out would ask for an image when the answer is trained on.
+    text = remove_placeholders(processor, text).strip()
+    return Answer(text, len(kept), "length" if end is None else "stop", num_image_tokens, num_added_tokens)

@@ -48,8 +48,9 @@ class TransformersEngine(ProcessorCounter):
         self.end_ids = end_token_ids(self.processor, read_generation_config(model))
         # Without the checkpoint's penalties, beams and the like, which transformers would add to those of a call: both
         # engines draw from the model's own distribution, which is what is trained.
-        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.model.generation_config = base.generation_config = GenerationConfig()
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        for holder in {self.model, base}:
+            holder.generation_config = GenerationConfig()
         self._busy = threading.Lock()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
@@ -83,33 +84,28 @@ class TransformersEngine(ProcessorCounter):
         if reason is not None:
             raise ModelError(f"preferences.reference_logps=true: '{self.name}' cannot be scored: {reason}.")
         with self.tokenizing:
-            built = [self._build_pair(pair) for pair in pairs]
+            chosen = [self._build(pair, pair.chosen, pair.chosen_cut_off) for pair in pairs]
+            rejected = [self._build(pair, pair.rejected, pair.rejected_cut_off) for pair in pairs]
+        built = list(zip(chosen, rejected, strict=True))
         lengths = [
-            len(chosen.ids) + len(rejected.ids) - rejected.num_asked + self.guess_added_tokens(pair.image)
-            for pair, (chosen, rejected) in zip(pairs, built, strict=True)
+            len(first.ids) + len(second.ids) - second.num_asked + self.guess_added_tokens(pair.image)
+            for pair, (first, second) in zip(pairs, built, strict=True)
         ]
 
         def score_rows(rows: list[int]) -> list[tuple[float, float]]:
             with self.tokenizing:
                 batch = make_batch(self.builder, [pairs[row].image for row in rows], [built[row] for row in rows])
             with self._busy:
-                chosen, rejected = score(self.model, self._move(batch))
-            return list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+                logps = score(self.model, self._move(batch))
+            return list(zip(*(side.tolist() for side in logps), strict=True))
 
         with _lost_with_its_gpu():
             scores = self.batches.run(range(len(pairs)), lengths, [""] * len(pairs), score_rows)
         return [scores[row] for row in range(len(pairs))]
 
-    def _build_pair(self, pair: AnsweredPair) -> tuple[TokenSequence, TokenSequence]:
-        chosen, rejected = (
-            self.builder.build(
-                [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": answer}],
-                with_image=True,
-                cut_off=cut_off,
-            )
-            for answer, cut_off in ((pair.chosen, pair.chosen_cut_off), (pair.rejected, pair.rejected_cut_off))
-        )
-        return chosen, rejected
+    def _build(self, pair: AnsweredPair, answer: str, cut_off: bool) -> TokenSequence:
+        conversation = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": answer}]
+        return self.builder.build(conversation, with_image=True, cut_off=cut_off)
 
     def _move(self, batch: Batch) -> Batch:
         floats = self.model.dtype

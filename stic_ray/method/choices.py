@@ -107,9 +107,9 @@ def read_choice(response: str, choices: Sequence[str]) -> str:
     for found in (correct, _named(text, letters), alone):
         if len(set(found)) == 1:
             return str(found[0])
-    said, texts = normalise(text), {letter: normalise(choice) for letter, choice in zip(letters, choices, strict=True)}
-    exact = [letter for letter, choice in texts.items() if choice == said]
-    inside = exact or [letter for letter, choice in texts.items() if has_words(said, choice)]
+    words, texts = normalise(text), dict(zip(letters, map(normalise, choices), strict=True))
+    exact = [letter for letter, choice in texts.items() if choice == words]
+    inside = exact or [letter for letter, choice in texts.items() if has_words(words, choice)]
     return inside[0] if len(inside) == 1 else ""
 
 
@@ -118,7 +118,7 @@ def _start(text: str, letters: str) -> str | None:
     start = re.match(rf"[(\[{{<]*([{letters}{letters.lower()}])(?:[)\]}}>.:,;!。、]+|\s*(?:\n|$)|\s+[-–—]\s)", text)
     if start is None or re.match(r"\s*is(?:n't|\s+(?:not|wrong|incorrect|false))\b", text[start.end() :]):
         return None
-    if len(set(re.findall(rf"^[(\[]?([{letters}])[)\].:]", text, re.MULTILINE))) > 1:  # the choices, said again
+    if len(set(re.findall(rf"^[(\[]?([{letters}])[)\].:]", text, re.MULTILINE))) > 1:  # the choices, repeated
         return None
     another = rf"\s*(?:,|;|/|&|and|or)?\s*(?:\(?[{letters}]\b(?!\s+\w)|\([{letters.lower()}]\))"
     return "" if re.match(another, text[start.end() :]) else start[1].upper()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 MIN_SIZES = 4
 """Three parameters need one point more."""
 EXPONENTS = (0.02, 4.0)
-"""Slower growth cannot be told from a logarithm, faster growth not from a step."""
+"""Slower growth cannot be distinguished from a logarithm, faster growth not from a step."""
 
 Floats = NDArray[np.float64]
 

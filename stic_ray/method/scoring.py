@@ -33,10 +33,10 @@ def multiple_choice(prediction: str, answers: Sequence[str]) -> float:
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 when the response equals an accepted answer, case, punctuation and articles aside."""
-    said = normalise(prediction)
-    if not said:  # nothing but articles and punctuation: compare what was written
+    predicted = normalise(prediction)
+    if not predicted:  # nothing but articles and punctuation: compare what was written
         return float(prediction.strip().lower() in {answer.strip().lower() for answer in answers})
-    return float(said in {normalise(answer) for answer in answers})
+    return float(predicted in {normalise(answer) for answer in answers})
 
 
 def contains(prediction: str, answers: Sequence[str]) -> float:
@@ -50,19 +50,19 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     Averaged over leaving each annotator out in turn; with fewer than four answers it must be one of them. Both sides
     are normalised as the evaluation page of visualqa.org describes it.
     """
-    said, given = _vqa_text(prediction), [_vqa_text(answer) for answer in answers]
+    predicted, given = _vqa_text(prediction), [_vqa_text(answer) for answer in answers]
     if len(given) < 4:
-        return float(said in given)
-    num_equal = given.count(said)
-    return sum(min(1.0, (num_equal - (answer == said)) / 3) for answer in given) / len(given)
+        return float(predicted in given)
+    num_equal = given.count(predicted)
+    return sum(min(1.0, (num_equal - (answer == predicted)) / 3) for answer in given) / len(given)
 
 
 def relaxed_number(prediction: str, answers: Sequence[str]) -> float:
     """ChartQA's relaxed accuracy: numbers may be off by 5%, other answers must match exactly."""
-    said = _number(prediction)
+    predicted = _number(prediction)
     for answer in answers:
         expected = _number(answer)
-        if said is not None and expected is not None and abs(said - expected) <= 0.05 * abs(expected):
+        if predicted is not None and expected is not None and abs(predicted - expected) <= 0.05 * abs(expected):
             return 1.0
     return exact_match(prediction, answers)
 
