@@ -16,14 +16,13 @@ from stic_ray.core.errors import ConfigError, SourceError, SticError, one_line
 from stic_ray.core.overrides import apply_overrides, load_config
 from stic_ray.core.placement import check_fits, format_unplaced, unplaced
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.steps import Recipe, Step, Steps, check_given
+from stic_ray.core.steps import Recipe, Step, Steps, check_given, needs_of
 from stic_ray.estimate.steps import estimate_run, table
 from stic_ray.pipeline import names_of, run_evaluation_alone, run_pipeline
-from stic_ray.plan import machines_for, needs_of, plan
 from stic_ray.recipes import RECIPES, recipe, stic
 from stic_ray.report.scores import in_words
 from stic_ray.stages.evaluation import EVALUATION
-from stic_ray.status import run_status
+from stic_ray.status import machines_for, plan, run_status
 
 
 class _Parser(argparse.ArgumentParser):

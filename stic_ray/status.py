@@ -1,19 +1,70 @@
-"""How far a run is, from its directory alone: no Ray, no cluster, while it runs or after it died."""
+"""What a command would do, and how far a run is: from its directory alone, while it runs or after it died."""
 
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stic_ray.core import history, lease
+from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import RunError
+from stic_ray.core.placement import Machines, format_selector
+from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.rundir import NOTES_FAMILY, RECORD_FAMILY, STARTED, RunDir
-from stic_ray.core.steps import CONFIG, read_record
+from stic_ray.core.steps import CONFIG, Step, Steps, read_record
+from stic_ray.pipeline import REPORT, check_names
 from stic_ray.report.formats import duration, number
 
 _TRAINING = "training"
 """Folder of Ray Train's checkpoints while a training is not finished."""
+
+
+def plan(config: RunConfig, steps: Steps, run: RunDir | None, names: Sequence[str]) -> list[str]:
+    """Return a line per step: what it would do, or that it is done. Touches nothing."""
+    check_names(names, steps)
+    lines = []
+    for step in steps:
+        if step.name in names:
+            own = step.configured(config)
+            state = "done" if run and (run / step.name).manifest else "to do"
+            sources = [source for field in step.stage.sources for source in own.sources(field)]
+            reads = ", ".join(dict.fromkeys(step.inputs.values())) or ", ".join(sources)
+            lines.append(
+                f"{step.name:<12} {state:<6} reads {reads}; {_processes(step, own)}; "
+                f"leaves {step.name}/{step.stage.writes}"
+            )
+    if REPORT in names:
+        lines.append(f"{REPORT:<12} {'':<6} reads manifests, metrics, scores; leaves report.html, report.json")
+    return lines
+
+
+def machines_for(config: RunConfig) -> Machines:
+    """Return the machines that a run would find: of the cluster at RAY_ADDRESS, else this one."""
+    from stic_ray.stages import cluster  # Ray is for this only
+
+    return cluster.machines(config)
+
+
+def _processes(step: Step, config: RunConfig) -> str:
+    """Return with how many processes a step runs, and for training how the global batch comes about."""
+    actors, workers, need = config.actors, config.workers, step.stage.need(config)
+    if need.what == "tasks":
+        return need.what
+    if need.what == "workers":
+        global_batch = getattr(config, step.stage.section).global_batch
+        return (
+            f"{workers.num_workers} workers of {workers.num_cpus:g} CPU, {workers.num_gpus:g} GPU"
+            f"{format_selector(need.label_selector)}, "
+            f"ZeRO {workers.zero_stage}, {config.tuning.method}, global batch {global_batch} = "
+            f"{workers.num_workers} x {workers.micro_batch} x {accumulation_steps(global_batch, workers)} steps"
+        )
+    parallel = f", tensor parallel {actors.num_gpus:g}" if config.model.engine == "vllm" and actors.num_gpus > 1 else ""
+    least = f"{actors.min_actors} to " if actors.min_actors else ""
+    return (
+        f"{least}{actors.num_actors} actors of {actors.num_cpus:g} CPU, {need.each['GPU']:g} GPU"
+        f"{parallel}{format_selector(need.label_selector)}, batch {actors.batch_size}"
+    )
 
 
 def run_status(run: RunDir) -> list[str]:

@@ -41,7 +41,7 @@ def test_every_job_imports_without_running(file: Path) -> None:
 
 LIGHT = {
     "configurations": [name for name in MODULES if name.startswith("stic_ray.core")] + ["stic_ray.recipes"],
-    "commands": ["stic_ray.cli", "stic_ray.pipeline", "stic_ray.plan"],
+    "commands": ["stic_ray.cli", "stic_ray.pipeline", "stic_ray.status"],
     "results": [name for name in MODULES if name.startswith("stic_ray.report")],
     "studies": [name for name in MODULES if name.startswith("stic_ray.study")],
 }

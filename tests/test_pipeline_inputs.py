@@ -11,8 +11,8 @@ from stic_ray.core.overrides import apply_overrides
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import check_steps, identity
 from stic_ray.pipeline import REPORT, names_of, run_pipeline
-from stic_ray.plan import plan
 from stic_ray.recipes import demo, stic
+from stic_ray.status import plan
 
 FACTS = {"recipe": "test", "overrides": []}
 NAMES = (*(step.name for step in stic(demo().config)), REPORT)

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from stic_ray.core.cost import EstimateConfig
-from stic_ray.core.resources import ActorsConfig, ClusterConfig, WorkersConfig
+from stic_ray.core.resources import ActorsConfig, ClusterConfig, EstimateConfig, WorkersConfig
 from stic_ray.core.section import Count, NotNegative, Section, Share
 from stic_ray.core.training import ONLY_LANGUAGE, DPOConfig, SFTConfig, TuningConfig
 

@@ -32,7 +32,7 @@ class Need:
     """STRICT_SPREAD puts each on a machine of its own, STRICT_PACK all on one."""
 
     def __str__(self) -> str:
-        where = f" on nodes with {_pairs(self.label_selector)}" if self.label_selector else ""
+        where = format_selector(self.label_selector)
         where += {"STRICT_SPREAD": ", each on a node of its own", "STRICT_PACK": ", all on one node"}.get(
             self.placement_strategy, ""
         )
@@ -153,18 +153,19 @@ def format_resources(resources: Mapping[str, float]) -> str:
     return f"{cpus:g} CPU, {gpus_in_words}" if gpus else f"{cpus:g} CPU"
 
 
+def format_selector(selector: Mapping[str, str]) -> str:
+    """Return in words which nodes processes may be on; nothing for any."""
+    return f" on nodes with {_pairs(selector)}" if selector else ""
+
+
 def format_machines(nodes: Sequence[Node]) -> str:
     """Return the machines in words, equal ones together; labels that Ray itself sets are left out."""
-    kinds = Counter(
-        format_resources(node.resources) + "".join(f" [{_pairs(own)}]" for own in [_own_labels(node)] if own)
-        for node in nodes
-    )
+    kinds: Counter[str] = Counter()
+    for node in nodes:
+        labels = _pairs({key: value for key, value in node.labels.items() if not key.startswith("ray.io/")})
+        kinds[format_resources(node.resources) + (f" [{labels}]" if labels else "")] += 1
     counted = "; ".join(f"{number} x {kind}" for kind, number in sorted(kinds.items()))
     return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''}: {counted}" if nodes else "no node"
-
-
-def _own_labels(node: Node) -> dict[str, str]:
-    return {key: value for key, value in node.labels.items() if not key.startswith("ray.io/")}
 
 
 def _times(need: Need, node: Node) -> int:

@@ -1,4 +1,4 @@
-"""With what a run is computed: the processes that generate, and those that train.
+"""With what a run is computed, the processes that generate and those that train, and what that is expected to cost.
 
 No result depends on it but for ANSWER_SETTINGS of core/config.py and the rounding of sums.
 """
@@ -6,8 +6,9 @@ No result depends on it but for ANSWER_SETTINGS of core/config.py and the roundi
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
+from stic_ray.core.devices import find_device
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.section import Count, NotNegative, Positive, Section
 
@@ -142,6 +143,45 @@ class ClusterConfig(Section):
     max_failed_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Share of a stage's rows that may fail (storage away, credentials expired) for the stage to be done all the same.
     With more, the stage stops in the end, and the same command tries those rows again."""
+
+
+class EstimateConfig(Section):
+    """What `--dry-run` and the report reckon with (docs/operations.md)."""
+
+    device: str = "H100"
+    """GPU that actors and workers hold, by a name of core/devices.py."""
+    price_per_gpu_hour: Annotated[float, Field(ge=0.0)] | None = None
+    """Money for a GPU and its share of the machine; no money is told when unset."""
+    training_price_per_gpu_hour: Annotated[float, Field(ge=0.0)] | None = None
+    """The same for `dpo` and `sft`, which run on demand where the rest runs on spot machines; the same when unset."""
+    rates_of: str | None = None
+    """A finished run, a small pilot for one, whose measured rates are used; this run's own when unset."""
+    num_images: Count | None = None
+    """Images of the source, where neither the configuration nor a finished stage says."""
+    num_instructions: NotNegative | None = None
+    """Rows of instruction data, likewise."""
+    num_questions: NotNegative | None = None
+    """Questions of all benchmarks together, likewise."""
+    num_parameters: Positive | None = None
+    """Of the model, where neither its files nor its name ("7b") say."""
+    num_image_tokens: Count | None = None
+    """Positions that an image takes, where neither the model's files nor its family say."""
+    num_prompt_tokens: Count = 60
+    num_answer_tokens: Count = 175
+    """Mean length of a description; published ones have 100 to 250 tokens."""
+    image_bytes: Count = 162_000
+    """Mean size of an encoded image, where no index says; that of STIC's 6,099 COCO photographs when unset."""
+    compute_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    """Share of the device's peak FLOP/s that reading prompts and training reach."""
+    bandwidth_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    """Share of its memory bandwidth that writing answers reaches."""
+
+    @field_validator("device")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if find_device(name) is None:
+            raise ValueError("no such device in core/devices.py; known are H100, H200, A100 80GB, L40S, A10G, L4, ...")
+        return name
 
 
 def accumulation_steps(global_batch: int, workers: WorkersConfig) -> int:

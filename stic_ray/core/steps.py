@@ -181,6 +181,11 @@ def with_inputs(names: Collection[str], steps: Steps) -> set[str]:
     return found
 
 
+def needs_of(config: RunConfig, steps: Steps, names: Collection[str]) -> dict[str, Need]:
+    """Return the processes of the named steps."""
+    return {step.name: step.stage.need(step.configured(config)) for step in steps if step.name in names}
+
+
 def identity(step: Step, config: RunConfig) -> dict[str, Any]:
     """Return the settings that a step's result depends on, as flat "section.field" keys."""
     flat = step.configured(config).identifying()

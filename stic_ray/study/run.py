@@ -19,10 +19,10 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, StageError
 from stic_ray.core.placement import check_fits
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.steps import BASE
-from stic_ray.plan import machines_for, needs_of
+from stic_ray.core.steps import BASE, needs_of
 from stic_ray.recipes import stic
 from stic_ray.report.formats import duration
+from stic_ray.status import machines_for
 from stic_ray.study.plan import SCORING, SOURCE_STEPS, Run, Study, plan_study, read_record, read_variants, write_record
 from stic_ray.study.processes import DONE, FAILED, NOT_RUN, PIPELINE, Children, Outcome, outcome_of
 

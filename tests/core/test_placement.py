@@ -8,7 +8,7 @@ import pytest
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.overrides import apply_values
 from stic_ray.core.placement import Machines, Need, Node, check_fits, format_unplaced, matches, num_places, unplaced
-from stic_ray.plan import needs_of
+from stic_ray.core.steps import needs_of
 from stic_ray.recipes import demo, stic
 
 SMALL, GPU = Node({"CPU": 4.0}), Node({"CPU": 8.0, "GPU": 2.0}, {"group": "generation", "ray.io/node-id": "f"})
