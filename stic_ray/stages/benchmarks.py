@@ -55,9 +55,9 @@ def read_benchmark(uri: str) -> list[dict[str, Any]]:
     for number, question in enumerate(questions):
         if question["id"] is None:
             question["id"] = str(number) if str(number) not in given else f"row {number}"
-    repeated = [name for name, times in Counter(question["id"] for question in questions).items() if times > 1]
-    if repeated:
-        raise SourceError(f"evaluation.benchmarks: '{uri}' uses the id '{repeated[0]}' more than once.")
+    [(name, times)] = Counter(question["id"] for question in questions).most_common(1)
+    if times > 1:
+        raise SourceError(f"evaluation.benchmarks: '{uri}' uses the id '{name}' more than once.")
     return questions
 
 
@@ -128,9 +128,8 @@ def _problem(row: Mapping[str, Any], choices: list[Choice], answers: list[Any], 
     if unknown:
         return f"unknown metric '{unknown[0]}'.{nearest(str(unknown[0]), METRICS)} Valid: {', '.join(METRICS)}."
     are_open = [metric for metric in metrics if METRICS[metric].is_open]
-    if any(not isinstance(answer, str | int | float) or isinstance(answer, bool) for answer in answers) or (
-        not answers and not (are_open and row.get("answers") is not None)
-    ):
+    are_plain = all(isinstance(answer, str | int | float) and not isinstance(answer, bool) for answer in answers)
+    if not are_plain or not (answers or (are_open and row.get("answers") is not None)):
         return "neither 'answer' nor 'answers' with text or numbers."
     if not all(answer.strip() for answer in answers if isinstance(answer, str)):
         return "the answer is an empty text."
@@ -149,12 +148,11 @@ def _problem_of_answers(choices: list[Choice], answers: list[Any], metrics: list
     num_choices = len(shown(choices))
     if choices and not 2 <= num_choices <= len(LETTERS):
         return f"{num_choices} choices; from 2 to {len(LETTERS)} can be asked."
-    unknown = [answer for answer in answers if choices and letter_of(answer, choices) is None]
-    if unknown:
-        return f"the answer {unknown[0]!r} is none of the {num_choices} choices, as letter, number or text."
-    if "yes_no" in metrics:
-        neither = [answer for answer in answers if read_yes_no(str(answer)) != str(answer).strip(" .!").casefold()]
-        return f"the answer {neither[0]!r} is neither 'yes' nor 'no', as the metric yes_no asks." if neither else None
+    for answer in answers:
+        if choices and letter_of(answer, choices) is None:
+            return f"the answer {answer!r} is none of the {num_choices} choices, as letter, number or text."
+        if "yes_no" in metrics and read_yes_no(str(answer)) != str(answer).strip(" .!").casefold():
+            return f"the answer {answer!r} is neither 'yes' nor 'no', as the metric yes_no asks."
     return None
 
 
@@ -163,14 +161,12 @@ def _problem_of_objects(vocabulary: list[Any], answers: list[Any], metric: str) 
     if not vocabulary or any(not isinstance(entry, str) or not all(phrases_of(entry)) for entry in vocabulary):
         return f"the metric {metric} needs 'vocabulary': a list of phrases, synonyms apart by '|', none of them empty."
     times = Counter(phrase for entry in vocabulary for phrase in {each.casefold() for each in phrases_of(entry)})
-    repeated = [phrase for phrase, number in times.items() if number > 1]
-    if repeated:
-        return f"'{repeated[0]}' stands in more than one entry of 'vocabulary'; keep one of them."
+    phrase, number = times.most_common(1)[0]
+    if number > 1:
+        return f"'{phrase}' stands in more than one entry of 'vocabulary'; keep one of them."
     names = [phrases_of(entry)[0] for entry in vocabulary]
-    unknown = [answer for answer in answers if answer not in names]
-    return (
-        f"the answer {unknown[0]!r} is no name in 'vocabulary'.{nearest(str(unknown[0]), names)} "
-        "A name is what stands before the first '|'."
-        if unknown
-        else None
-    )
+    for answer in answers:
+        if answer not in names:
+            alike = nearest(str(answer), names)
+            return f"the answer {answer!r} is no name in 'vocabulary'.{alike} A name stands before the first '|'."
+    return None

@@ -1,8 +1,6 @@
 """Instruction data: read once, row by row, sampled, checked, and kept in small shards below the step's folder."""
 
 import heapq
-import pickle
-import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
@@ -72,7 +70,7 @@ def index_instructions(config: RunConfig, output: RunDir) -> tuple[list[ShardTas
     folder = output / "instructions"
     found = folder.read_json(_INDEX)
     if found is None:
-        rows = _distinct(_sampled(read_instructions(config.infusion), config.infusion.num_rows, config.seed))
+        rows = _distinct(_sampled(config))
         num_rows = num_shards = 0
         while some := list(islice(rows, config.pool.shard_size)):
             folder.write_shard(_FAMILY, num_shards, pa.Table.from_pylist(some, schema=_ROWS), _ROWS)
@@ -113,29 +111,17 @@ def _instruction(row: Row, source: Location, folder: Location) -> dict[str, Any]
     return found
 
 
-def _sampled(rows: Iterable[dict[str, Any]], wanted: int | None, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield `wanted` rows drawn by the run's seed, in the order of the source.
+def _sampled(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Return the rows that the run's seed draws, those with the smallest hashes, in the order of the source.
 
-    Those with the smallest hashes are drawn. A row that belongs to them so far waits on the local disk, so that not
-    even a large sample lives in memory.
+    The source is read twice, once to draw, so that no more than numbers of rows live in memory.
     """
-    if wanted is None:
-        yield from rows
-        return
-    drawn: list[tuple[int, int, int]] = []  # a heap: minus the hash, row number, place in the file
-    with tempfile.TemporaryFile() as file:
-        for number, row in enumerate(rows):
-            candidate = (-seed_for(seed, str(number), "instructions"), number, file.tell())
-            if len(drawn) < wanted:
-                heapq.heappush(drawn, candidate)
-            elif candidate > drawn[0]:
-                heapq.heapreplace(drawn, candidate)
-            else:
-                continue
-            pickle.dump(row, file)
-        for _, _, place in sorted(drawn, key=lambda each: each[1]):
-            file.seek(place)
-            yield pickle.load(file)
+    if config.infusion.num_rows is None:
+        return read_instructions(config.infusion)
+    _, rows = read_rows(config.infusion.source, "infusion.source")
+    hashed = ((seed_for(config.seed, str(row.number), "instructions"), row.number) for row in rows)
+    drawn = {number for _, number in heapq.nsmallest(config.infusion.num_rows, hashed)}
+    return (row for row in read_instructions(config.infusion) if row["number"] in drawn)
 
 
 def _distinct(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

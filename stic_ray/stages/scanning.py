@@ -21,8 +21,6 @@ from stic_ray.stages.reading import Patience
 from stic_ray.stages.shards import ShardJob, Shards, ShardTask, run_shards
 from stic_ray.stages.windows import Tables
 
-_PART = pa.schema([(name, pa.int64()) for name in Part.__dataclass_fields__])
-
 
 def scan_parts(
     config: RunConfig, parts: Sequence[Part], num_rows_before: int, listing: RunDir, output: RunDir, scan: RunDir
@@ -31,8 +29,7 @@ def scan_parts(
 
     The `num_rows_before` that the pool has from earlier count when it is judged how many may fail.
     """
-    pool = config.pool
-    source = Location.of(pool.source)
+    pool, source = config.pool, Location.of(config.pool.source)
     reading = Reading(
         column=pool.image_column,
         max_bytes=ImageLimits.of(pool).max_bytes,
@@ -44,7 +41,7 @@ def scan_parts(
         stage="pool",
         output=scan,
         families={"scan": SCAN},
-        load=lambda task: pa.Table.from_pylist([dict(task.payload)], schema=_PART),
+        load=lambda task: pa.Table.from_pylist([dict(task.payload)]),
         make_worker=lambda: partial(_scan_part, pool=pool, reading=reading, listing=listing, output=output),
         max_failed_share=config.cluster.max_failed_share,
         num_rows_before=num_rows_before,
