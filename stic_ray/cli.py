@@ -127,7 +127,7 @@ def status(description: str | None, arguments: Sequence[str] | None = None) -> N
 
 
 def print_plan(config: RunConfig, steps: Steps, address: str, names: Sequence[str]) -> None:
-    """Print configuration, plan and estimate. A run that cannot be reached is planned as a new one, and said so.
+    """Print configuration, plan and estimate. A run that cannot be reached is planned as a new one, with a note.
 
     Raises ConfigError, behind the plan, when a step can never run on the machines that the run would find.
     """

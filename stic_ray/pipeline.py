@@ -94,7 +94,7 @@ def check_names(names: Collection[str], steps: Steps) -> None:
 
 
 def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, facts: dict[str, Any]) -> None:
-    """Prepare, connect and run. Ray and torch are imported here, so that a finished run is told in no time."""
+    """Prepare, connect and run. Ray and torch are imported here, so that a finished run is recognised in no time."""
     from stic_ray.stages import cluster
 
     for name, value in cluster.process_environment(config).items():

@@ -28,16 +28,12 @@ IMAGE_SETTINGS = ("pool.shard_size", "pool.min_side_px", "pool.max_image_pixels"
 
 TOYWORLD = "toyworld"
 """Value of a source or a model path that stands for the pictures, data and model made on the spot."""
-
-
 TOY_SETTINGS = {
     "pool.source": ("toyworld.num_pictures",),
     "infusion.source": ("toyworld.num_instructions",),
     "evaluation.benchmarks": ("toyworld.num_scenes", "toyworld.split"),
 }
 """Fields that may name the toy world, and the settings that say what is made of it there."""
-
-
 MISSING = "???"
 """Stands in a recipe where its user must say what to read."""
 
@@ -168,7 +164,7 @@ class ToyworldConfig(Section):
     num_scenes: Count = 200
     """Questions of each benchmark."""
     split: Literal["test", "tuning"] = "test"
-    """Which held-out scenes the benchmarks ask about: settings are chosen on `tuning`, results are told on `test`."""
+    """Which held-out scenes the benchmarks ask about: `tuning` to choose settings, `test` for results."""
 
 
 class RunConfig(Section):
@@ -228,7 +224,7 @@ class RunConfig(Section):
         return flat
 
     def sources(self, name: str) -> tuple[str, ...]:
-        """Return what a field says that names one source or several; nothing when it is unset."""
+        """Return the sources that a field names, one or several; none when it is unset."""
         section, field = name.split(".")
         value = getattr(getattr(self, section), field)
         return (value,) if isinstance(value, str) else tuple(value or ())

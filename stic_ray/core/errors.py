@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from stic_ray.core.schemas import Reason
 
 _MAX_CHARACTERS = 500
-"""What an error says is cut there: compilers, parsers and clouds write pages."""
+"""Longer messages of errors are cut: compilers, parsers and clouds write pages."""
 
 
 class SticError(Exception):
@@ -81,12 +81,12 @@ class Failed(SticError):
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return what an error says in one line of limited length; the name of its type where it says nothing."""
+    """Return the message of an error in one line of limited length; the name of its type where it has none."""
     return " ".join(str(error).split())[:_MAX_CHARACTERS] or type_name(error)
 
 
 def type_and_message(error: BaseException) -> str:
-    """Return an error in one line: "ValueError: what it says"."""
+    """Return an error in one line: "ValueError: its message"."""
     return f"{type_name(error)}: {one_line(error)}"
 
 

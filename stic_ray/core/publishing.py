@@ -120,9 +120,8 @@ def delete_leftovers(output: RunDir, part: str, families: Iterable[str], done: I
     names = "|".join(re.escape(family_name(family, part)) for family in families)
     for file in output.location.files():
         unfinished = re.fullmatch(rf"(?:{names})-(\d+)\.parquet", file.base_name)
-        if (unfinished and int(unfinished[1]) not in kept) or re.fullmatch(
-            rf"\..+\.tmp|{NOTES_FAMILY}-.+\.json", file.base_name
-        ):
+        temporary = re.fullmatch(rf"\..+\.tmp|{NOTES_FAMILY}-.+\.json", file.base_name)
+        if temporary or (unfinished and int(unfinished[1]) not in kept):
             output.location.at(file.path).delete()
 
 

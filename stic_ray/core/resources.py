@@ -146,18 +146,18 @@ class ClusterConfig(Section):
 
 
 class EstimateConfig(Section):
-    """What `--dry-run` and the report reckon with (docs/operations.md)."""
+    """What `--dry-run` and the report calculate with (docs/operations.md)."""
 
     device: str = "H100"
     """GPU that actors and workers hold, by a name of core/devices.py."""
     price_per_gpu_hour: Annotated[float, Field(ge=0.0)] | None = None
-    """Money for a GPU and its share of the machine; no money is told when unset."""
+    """Money for a GPU and its share of the machine; no cost is estimated when unset."""
     training_price_per_gpu_hour: Annotated[float, Field(ge=0.0)] | None = None
     """The same for `dpo` and `sft`, which run on demand where the rest runs on spot machines; the same when unset."""
     rates_of: str | None = None
     """A finished run, a small pilot for one, whose measured rates are used; this run's own when unset."""
     num_images: Count | None = None
-    """Images of the source, where neither the configuration nor a finished stage says."""
+    """Images of the source, where neither the configuration nor a finished stage gives the number."""
     num_instructions: NotNegative | None = None
     """Rows of instruction data, likewise."""
     num_questions: NotNegative | None = None

@@ -74,11 +74,11 @@ class Stage:
     loads_model: Callable[[RunConfig], bool] = lambda config: True
     """Whether it opens the model of the run."""
     work: Callable[[RunConfig, Sizes], Work | None] = lambda config, sizes: None
-    """How much there is to do; None where nobody said how much."""
+    """How much there is to do; None where that is not known."""
     amount: str = ""
     """Field of Sizes with the number of rows, which `estimate.<amount>` gives where nothing else does."""
     amount_in_manifest: str | None = None
-    """Account of the manifest that says that number once the stage is finished."""
+    """Account of the manifest with that number once the stage is finished."""
     is_result: bool = False
     """Whether it is made for its own sake; others are made when something is made from them."""
     grows: bool = False
@@ -116,7 +116,7 @@ class Step:
         return tuple(dict.fromkeys(name for name in self.inputs.values() if "/" not in name))
 
     def record(self, config: RunConfig) -> dict[str, Any]:
-        """Return what config.yaml says of the step, for readers that have no stage objects."""
+        """Return what config.yaml holds of the step, for readers that have no stage objects."""
         need = self.stage.need(self.configured(config))
         return {
             "name": self.name,

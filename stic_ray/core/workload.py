@@ -1,4 +1,4 @@
-"""How much a step has to do, before anything is said of speed: rows, tokens, operations, bytes that it leaves."""
+"""How much a step has to do, whatever the speed: rows, tokens, operations, bytes that it leaves."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage does, before anything is said of speed."""
+    """What a stage does, whatever the speed."""
 
     num_rows: float
     """Images, instruction rows, or questions times models; trained on as often as there are epochs."""
