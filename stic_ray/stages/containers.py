@@ -86,16 +86,14 @@ def _name_of(uri: str) -> PurePosixPath:
     return PurePosixPath(uri.partition("?")[0] if "://" in uri else uri)
 
 
-def images_in(
-    files: Iterable[tuple[str, int | None]], reading: Reading, piece: int = 0, num_pieces: int = 1
-) -> Iterator[Found]:
-    """Yield the images of files (URI and size, if known), a few in memory at a time.
+def images_in(uris: Iterable[str], reading: Reading, piece: int = 0, num_pieces: int = 1) -> Iterator[Found]:
+    """Yield the images of files, a few in memory at a time.
 
     A file that cannot be read is one image with its outcome, and so is a damaged part of a container. `piece` of
     `num_pieces` is the share of a Parquet file's rows.
     """
     plain: list[str] = []
-    for uri, _ in files:
+    for uri in uris:
         if kind_of(uri) in ("image", "list"):
             plain.append(uri)
             continue

@@ -54,12 +54,13 @@ def _scan_part(part: pa.Table, pool: PoolConfig, reading: Reading, listing: RunD
     [given] = [Part(**row) for row in part.to_pylist()]
     shard = read_shard(listing.location / shard_name(FAMILY, given.shard), LISTING)
     files = shard.slice(given.start, given.stop - given.start)
-    sized = zip(files["uri"].to_pylist(), files["num_bytes"].to_pylist(), strict=True)
     copies = output.location / f"images-{given.shard:06d}-{given.start:06d}-{given.piece:06d}.bin"
     limits, with_hash = ImageLimits.of(pool), pool.near_duplicate_bits is not None
     accepted, rejected, failed = [], [], []
     with copies.writing() if pool.copy_compressed else nullcontext() as stream:
-        for image in images_in(sized, replace(reading, patience=Patience()), given.piece, given.num_pieces):
+        for image in images_in(
+            files["uri"].to_pylist(), replace(reading, patience=Patience()), given.piece, given.num_pieces
+        ):
             encoded = image.encoded
             identity = {"image_id": image_id(encoded if isinstance(encoded, bytes) else b""), "path": image.path}
             try:

@@ -23,7 +23,7 @@ BY_BYTES = ("tar", "Parquet, as it is", "Parquet, as it is, with a dictionary", 
 
 def found_in(source: Path, max_bytes: int = MANY_BYTES) -> list[Found]:
     rows = pa.concat_tables(entries(str(source))).to_pylist()
-    return list(images_in([(row["uri"], row["num_bytes"]) for row in rows], Reading("image", max_bytes)))
+    return list(images_in([row["uri"] for row in rows], Reading("image", max_bytes)))
 
 
 def encoded(found: list[Found]) -> list[bytes]:
@@ -71,7 +71,7 @@ def test_an_image_that_lies_as_it_is_is_read_without_what_is_around_it(kind: str
 def test_pieces_of_a_table_are_the_whole_of_it(tmp_path: Path) -> None:
     for kind in ("Parquet, compressed", "Parquet, paths"):
         source = SOURCES[kind](tmp_path / kind, PICTURES)
-        pieces = [list(images_in([(str(source), None)], Reading("image", MANY_BYTES), piece, 4)) for piece in range(4)]
+        pieces = [list(images_in([str(source)], Reading("image", MANY_BYTES), piece, 4)) for piece in range(4)]
         assert [image.encoded for piece in pieces for image in piece] == [i.encoded for i in found_in(source)]
         assert sum(map(bool, pieces)) > 1
 

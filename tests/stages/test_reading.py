@@ -155,21 +155,21 @@ def places_of(found: list[Found]) -> list[dict]:
 def test_every_kind_of_file_fails_with_its_disk_and_comes_back_with_it(kind: str, tmp_path: Path) -> None:
     file = AWAY[kind](tmp_path / "disk")
     reading = Reading("image", 10**6, patience=IMPATIENT)
-    there = list(images_in([(str(file), None)], reading))
+    there = list(images_in([str(file)], reading))
     places = places_of(there)
     assert places
     (tmp_path / "disk").rename(tmp_path / "away")
-    assert [type(image.encoded) for image in images_in([(str(file), None)], reading)] == [Failed]
+    assert [type(image.encoded) for image in images_in([str(file)], reading)] == [Failed]
     assert {type(image) for image in fetch_indexed(places, "image", patience=IMPATIENT)} == {Failed}
     (tmp_path / "away").rename(tmp_path / "disk")
-    assert list(images_in([(str(file), None)], reading)) == there
+    assert list(images_in([str(file)], reading)) == there
     assert fetch_indexed(places, "image") == [image.encoded for image in there]
 
 
 def test_many_threads_share_one_patience(tmp_path: Path) -> None:
     """All of a shard's files are away, and come back together, while some threads look why theirs is missing."""
     folder = as_files(tmp_path / "disk", tiny_pictures(40))
-    places = places_of(list(images_in([(str(file), None) for file in folder.iterdir()], Reading("image", 10**6))))
+    places = places_of(list(images_in([str(file) for file in folder.iterdir()], Reading("image", 10**6))))
     folder.rename(tmp_path / "away")
     lock = threading.Lock()
 

@@ -36,7 +36,7 @@ def found_in(source: Path, column: str = "image", **reading: Any) -> list[Found]
     root = Location.of(str(source))
     given: dict[str, Any] = {"root": root if source.is_dir() else None, **reading}
     rows = pa.concat_tables(entries(str(source))).to_pylist()
-    return list(images_in([(row["uri"], row["num_bytes"]) for row in rows], Reading(column, 10**6, **given)))
+    return list(images_in([row["uri"] for row in rows], Reading(column, 10**6, **given)))
 
 
 def listed(source: Path, output: Path, **settings: Any) -> list[Part]:
