@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -182,7 +182,7 @@ def _in_batch(file: Location, batch: Batch, rows: range, reading: Reading) -> It
     if isinstance(batch.values, Rejected):
         yield Found(file.uri, batch.values, batch.rows.start if batch.rows else None)
         return
-    values = batch.values.slice(rows.start - batch.rows.start, len(rows)).to_pylist()
+    values = batch.values.slice(rows.start - batch.rows.start, len(rows))
     some = [_image_or_place(file, value, reading) for value in values]
     addressed = _read_all((value for value in some if isinstance(value, Location)), reading)
     for row, value in zip(rows, some, strict=True):
@@ -194,9 +194,9 @@ def _in_batch(file: Location, batch: Batch, rows: range, reading: Reading) -> It
             yield Found(file.uri, value, row, offset)
 
 
-def _image_or_place(file: Location, value: Any, reading: Reading) -> bytes | Location | Rejected:
+def _image_or_place(file: Location, value: pa.Scalar, reading: Reading) -> bytes | Location | Rejected:
     try:
-        image = image_value(value)
+        image = image_value(value.as_py())
         if image is None:
             return Rejected(Reason.EMPTY_FILE, "no value")
         if isinstance(image, bytes):
@@ -208,6 +208,8 @@ def _image_or_place(file: Location, value: Any, reading: Reading) -> bytes | Loc
         return file.folder.inside(image, root if root and file.uri.startswith(root.uri.partition("?")[0]) else None)
     except Rejected as rejected:
         return rejected
+    except UnicodeError as error:  # a path that is no UTF-8, which Arrow does not check
+        return unreadable(error)
 
 
 def _in_tar(file: Location, stream: Stream, max_bytes: int) -> Iterator[Found]:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from stic_ray.core.config import PoolConfig
@@ -100,6 +101,19 @@ def test_values_that_are_no_image_are_rejected_rows(tmp_path: Path) -> None:
     assert reasons(found) == ["empty_file"] and [image.row for image in found] == [0, 1, 2]
     found = found_in(as_parquet(tmp_path / "b", ["none.png", None, "ftp://host/a.png"]))
     assert reasons(found) == ["unreadable_file", "empty_file", "unreadable_file"]
+
+
+@pytest.mark.parametrize("with_bytes", [False, True])
+def test_a_path_that_is_no_text_costs_its_own_row(with_bytes: bool, tmp_path: Path) -> None:
+    names = pa.array([b"0.png", b"\xff.png", b"2.png"])
+    paths = pa.Array.from_buffers(pa.string(), len(names), names.buffers())
+    images = pa.StructArray.from_arrays([pa.array(PICTURES[:3]), paths], ["bytes", "path"]) if with_bytes else paths
+    for number, picture in enumerate(PICTURES[:3]):
+        (tmp_path / f"{number}.png").write_bytes(picture)
+    pq.write_table(pa.table({"image": images}), tmp_path / "table.parquet")
+    found = found_in(tmp_path / "table.parquet")
+    assert [image.encoded for image in found if image.encoded in PICTURES] == [PICTURES[0], PICTURES[2]]
+    assert reasons(found) == ["unreadable_file"] and len(found) == 3
 
 
 def test_a_missing_file_of_a_list_is_a_rejected_row(tmp_path: Path) -> None:
