@@ -37,6 +37,8 @@ class _Text:
         self.text, self.at, self.line = "", 0, 1
         self.indent: str | None = None
         """What stands in front of the next value on its line; None where it does not begin one."""
+        self.row_indent: str | None = None
+        """What stood in front of the first row that began its line."""
         self.keys: set[str] = set()
         """Those of the last row."""
 
@@ -80,7 +82,10 @@ class _Text:
                 return None, self._skip_damaged(why, in_list=in_list)
             if end == len(self.text) and self.read_on():  # a number may go on
                 continue
-            written, self.keys = self.text[self.at : end], set(value) if isinstance(value, dict) else self.keys
+            written = self.text[self.at : end]
+            if isinstance(value, dict):
+                self.keys = set(value)
+                self.row_indent = self.indent if self.row_indent is None else self.row_indent
             self.skip_to(end)
             return _mended(value, written)
 
@@ -97,8 +102,9 @@ class _Text:
         if not in_list:
             end = self.text.find("\n", self.at)
             return None if end < 0 else end
-        if self.indent is not None:  # the next row stands below this one
-            below = re.compile(rf"\n(?:{re.escape(self.indent)}\{{|\])").search(self.text, self.at)
+        indent = self.row_indent if self.indent is None else self.indent
+        if indent is not None:  # the next row stands below this one
+            below = re.compile(rf"\n(?:{re.escape(indent)}\{{|\])").search(self.text, self.at)
             return below.start() if below else None
         # Behind a stray quote, texts and brackets change places, so the next row is known by what it holds.
         first_key = _FIRST_KEY.match(self.text, self.at)

@@ -112,6 +112,13 @@ def test_a_stray_quote_on_one_line_costs_its_own_row(damaged: str, number: int) 
     assert [place for place, (_, _, problem) in enumerate(found) if problem] == [number]
 
 
+def test_a_row_that_ends_too_early_costs_none_of_the_lines_below_it() -> None:
+    early = '{"id": 9, "a": 1, "b": 2, "c": 3}]}'  # what is behind its end stands in the middle of a line
+    rows = [json.dumps(row, ensure_ascii=False) for row in GOOD]
+    content = "[\n" + ",\n".join([rows[0], early, *rows[1:]]) + "\n]"
+    assert [row for row in good_of(content.encode()) if row["id"] != 9] == GOOD
+
+
 @pytest.mark.parametrize("cut", [1, 5, 20])
 def test_a_list_that_was_cut_off_keeps_what_is_whole(cut: int) -> None:
     found = values_of(json.dumps(GOOD).encode()[:-cut])
