@@ -144,9 +144,9 @@ def parquet_batches(
         row, stop = stop, stop + metadata.num_rows
         if not is_wanted(range(row, stop)):
             continue
-        chunk = verbatim_chunk(metadata, column)
-        verbatim = None if chunk is None else Verbatim(stream, *chunk)
         try:
+            chunk = verbatim_chunk(metadata, column)
+            verbatim = None if chunk is None else Verbatim(stream, *chunk)
             for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[column]):
                 yield Batch(range(row, row + batch.num_rows), batch[column], verbatim)
                 row += batch.num_rows

@@ -104,11 +104,11 @@ def read_parts(output: RunDir) -> list[Part] | None:
 
 
 def compare(uri: str, known: RunDir, num_shards: int) -> Change:
-    """Say how a source differs from the first shards of the listing in `known`; in linear time, by joins."""
+    """Say how a source differs from the first shards of the listing in `known`, in linear time."""
     before = _all_of(read_shard(shard, LISTING) for shard in known.shards(FAMILY)[:num_shards])
     now = _all_of(entries(uri))
-    both = now.join(before, "uri", join_type="inner", right_suffix="_before")
-    differs = [pc.field(name) != pc.field(f"{name}_before") for name in ("num_bytes", "mtime_ns")]  # null for null
+    both = now.join(before.group_by("uri").aggregate([("num_bytes", "max"), ("mtime_ns", "max")]), "uri", None, "inner")
+    differs = [pc.field(name) != pc.field(f"{name}_max") for name in ("num_bytes", "mtime_ns")]  # null for null
     return Change(
         num_new=now.join(before, "uri", join_type="left anti").num_rows,
         num_changed=both.filter(differs[0] | differs[1]).num_rows,
@@ -256,12 +256,13 @@ def _look_into_tables(uris: list[str], pool: PoolConfig) -> int:
                 if not check_column(file, parquet.schema_arrow, pool.image_column):
                     return _BYTES_PER_ADDRESS
                 group = parquet.metadata.row_group(0)
+                is_compressed = verbatim_chunk(group, pool.image_column) is None
         except SourceError as error:
             problem = problem or error
             continue
         except Exception:  # it is damaged, and becomes a rejected row
             return 1
-        if group.num_rows > 1 and not pool.copy_compressed and verbatim_chunk(group, pool.image_column) is None:
+        if group.num_rows > 1 and not pool.copy_compressed and is_compressed:
             logger.warning(
                 "pool: images lie in compressed row groups of %d, and for each image that is used, later stages read "
                 "and decompress that many. pool.copy_compressed=true copies them once, so that each is read by itself.",

@@ -14,7 +14,7 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.method.images import image_id
 from stic_ray.stages.containers import Found, Reading, images_in
 from stic_ray.stages.fetch import fetch_indexed
-from stic_ray.stages.listing import Part, compare, entries, read_parts, write_listing
+from stic_ray.stages.listing import FAMILY, Change, Part, compare, entries, read_parts, write_listing
 from tests.stages.sources import SOURCES, as_arrow, as_files, as_list, as_parquet, as_tar, tiny_pictures
 
 PICTURES = tiny_pictures(13)
@@ -174,6 +174,18 @@ def test_the_listing_is_cut_by_files_and_bytes(tmp_path: Path, monkeypatch: pyte
     assert read_parts(output) == parts
     assert [(part.start, part.stop) for part in parts if part.num_pieces == 1] == [(0, 4), (4, 8), (8, 12), (12, 13)]
     assert [part for part in parts if part.num_pieces > 1] == [Part(0, 13, 14, piece, 3) for piece in range(3)]
+
+
+def test_a_list_that_names_a_file_again_and_again_is_compared_line_by_line(tmp_path: Path) -> None:
+    source, known = as_files(tmp_path / "source", tiny_pictures(3)), RunDir.of(str(tmp_path / "known"))
+    first, second, third = sorted(source.iterdir())
+    names = tmp_path / "list.txt"
+    names.write_text(f"{first}\n" * 1000 + f"{second}\n")
+    write_listing(PoolConfig(source=str(names)), known, known)
+    num_shards = len(known.shards(FAMILY))
+    assert compare(str(names), known, num_shards) == Change()
+    names.write_text(f"{first}\n" * 1000 + f"{third}\n" * 2)
+    assert compare(str(names), known, num_shards) == Change(num_new=2, num_gone=1)
 
 
 def test_a_source_is_compared_with_its_listing(tmp_path: Path) -> None:
