@@ -121,6 +121,7 @@ def _end(started: subprocess.Popen[bytes]) -> None:
     started.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=10)
     for process in alive:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):  # a raylet takes its workers with it
+            process.kill()
     started.kill()
     started.wait()
