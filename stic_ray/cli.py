@@ -13,7 +13,7 @@ import yaml
 from stic_ray.core.config import RunConfig, is_toy
 from stic_ray.core.console import configure
 from stic_ray.core.errors import ConfigError, SourceError, SticError, one_line
-from stic_ray.core.overrides import apply_overrides, load_config
+from stic_ray.core.overrides import RECIPE, apply_overrides, load_config, read_mapping
 from stic_ray.core.placement import check_fits, format_unplaced, unplaced
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import Recipe, Step, Steps, check_given, needs_of
@@ -36,7 +36,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that every job has."""
     found = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--recipe", help=f"named run: {', '.join(RECIPES)} (default: demo, on its own model)")
-    found.add_argument("--config", metavar="FILE", help="YAML run configuration, instead of a recipe")
+    found.add_argument(
+        "--config", metavar="FILE", help="YAML run configuration, instead of a recipe or (its key recipe) on one"
+    )
     found.add_argument("--run", metavar="URI", help="run directory, local or s3://, gs:// (default: runs/<name>)")
     found.add_argument(
         "--set", metavar="SECTION.FIELD=VALUE", action="append", default=[], dest="overrides", help="repeatable"
@@ -57,7 +59,7 @@ def read_config(
     if options.recipe and options.config:
         raise ConfigError("Give --recipe or --config, not both.")
     named = own if own and not options.recipe else recipe(options.recipe or "demo")
-    chosen = Recipe(load_config(Path(options.config)), own.steps if own else stic) if options.config else named
+    chosen = _from_file(Path(options.config), own) if options.config else named
     config = apply_overrides(chosen.config, options.overrides)
     is_demo = not (own or options.recipe or options.config)
     if is_demo and not is_toy(config.model.path) and config.model.engine != "fake":
@@ -69,6 +71,14 @@ def read_config(
     name = options.config or options.recipe or chosen.config.name
     facts = {"recipe": name, "overrides": list(options.overrides)}
     return config, chosen, options.run or f"runs/{config.name}", facts
+
+
+def _from_file(path: Path, own: Recipe | None) -> Recipe:
+    """Return what a configuration file says: on the recipe that it names, or by itself with STIC's steps or `own`'s."""
+    name = read_mapping(path).get(RECIPE)
+    base = recipe(str(name)) if name is not None else None
+    steps = own.steps if own else base.steps if base else stic
+    return Recipe(load_config(path, base.config if base else None), steps)
 
 
 def full_pipeline(description: str | None, arguments: Sequence[str] | None = None, own: Recipe | None = None) -> None:

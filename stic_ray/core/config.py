@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from stic_ray.core.resources import ActorsConfig, ClusterConfig, EstimateConfig, WorkersConfig
-from stic_ray.core.section import Count, NotNegative, Section, Share
+from stic_ray.core.section import Count, NotNegative, Section, Share, Temperature
 from stic_ray.core.training import ONLY_LANGUAGE, DPOConfig, SFTConfig, TuningConfig
+from stic_ray.core.verification import CandidatesConfig
 
 AnswerMode = Literal["direct", "describe_and_respond"]
-Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
 
 MAY_CHANGE = ("actors", "workers", "cluster", "estimate")
 """Sections that may change between two invocations of the same run."""
@@ -177,6 +177,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     pool: PoolConfig = PoolConfig()
     preferences: PreferencesConfig = PreferencesConfig()
+    candidates: CandidatesConfig = CandidatesConfig()
     tuning: TuningConfig = TuningConfig()
     dpo: DPOConfig = DPOConfig()
     infusion: InfusionConfig = InfusionConfig()

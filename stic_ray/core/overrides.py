@@ -14,16 +14,29 @@ from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError, nearest, one_line
 from stic_ray.core.section import holds_words
 
+RECIPE = "recipe"
+"""Key of a configuration file that names the recipe whose steps it has, and whose settings it changes."""
 
-def load_config(path: Path) -> RunConfig:
-    """Read a run configuration from a YAML file; what it leaves out keeps its default.
+
+def load_config(path: Path, base: RunConfig | None = None) -> RunConfig:
+    """Read a run configuration from a YAML file; what it leaves out is as in `base`, or keeps its default.
 
     Raises ConfigError when the file is missing, is no YAML mapping, or holds an unknown key or a wrong value.
     """
+    data = {**(base.model_dump() if base else {}), "name": path.stem}
+    for key, value in read_mapping(path).items():
+        before = data.get(key)
+        data[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    data.pop(RECIPE, None)
+    return build_config(data)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return what a YAML file of a configuration holds. Raises ConfigError as `load_config`."""
     data = read_yaml(path, "configuration")
     if not isinstance(data, dict):
         raise ConfigError(f"'{path}' must hold a mapping of sections, found {type(data).__name__}.")
-    return build_config({"name": path.stem, **data})
+    return data
 
 
 def read_yaml(path: Path, what: str) -> Any:

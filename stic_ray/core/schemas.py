@@ -25,9 +25,11 @@ CORRUPTION = pa.struct(
         ("brightness_factor", pa.float64()),
         ("hue_shift_turns", pa.float64()),
         ("brightness_first", pa.bool_()),
+        ("strength", pa.float64()),
     ]
 )
-"""What was done to an image: `low_resolution` (shorter_side_px) or `colour_jitter` (the other three)."""
+"""What was done to an image: `low_resolution` (shorter_side_px), `colour_jitter` (the next three), or another kind
+with its strength, 0 to 1 (method/corruption.py)."""
 
 
 class Reason(StrEnum):
@@ -54,6 +56,13 @@ class Reason(StrEnum):
     SEVERAL_IMAGES = "several_images"
     VIDEO = "video"
     AUDIO = "audio"
+    NO_SCORE = "no_score"
+    GAP_TOO_SMALL = "gap_too_small"
+    BELOW_THRESHOLD = "below_threshold"
+    NOT_IN_TOP_SHARE = "not_in_top_share"
+    NO_MAJORITY = "no_majority"
+    UNBALANCED_LENGTHS = "unbalanced_lengths"
+    NO_QUESTION = "no_question"
     ENGINE_FAILED = "engine_failed"
     UNEXPECTED_ERROR = "unexpected_error"
     """The row raised what nothing was prepared for; its message has the error's type."""
@@ -114,6 +123,39 @@ FAILED = _schema(
 )
 """Rows that could not be done, for a reason outside of them: the same command tries them again."""
 
+CANDIDATES = _schema(
+    _column("image_id", pa.string(), "as in the index"),
+    _column("position", pa.int64(), "as in the index"),
+    _column("number", pa.int32(), "which of the image's answers, from 0"),
+    _column("prompt", pa.string(), "the prompt that it answers"),
+    _column("filed_under", pa.string(), "the plain prompt that the image's answers are trained under"),
+    _column("text", pa.string(), "the answer"),
+    _column("num_tokens", pa.int64(), "generated tokens"),
+    _column("finish_reason", pa.string(), "`stop`, or `length` at the token limit"),
+    _column("num_image_tokens", pa.int64(), "positions that hold a piece of the image"),
+    _column("num_added_tokens", pa.int64(), "by how many tokens the image makes a conversation longer than its text"),
+    _column("model", pa.string(), "path or hub id of the model that answered"),
+    _column("model_revision", pa.string(), "revision of a hub id, or a hash of the weights' index"),
+    _column("seed", pa.int64(), "the run's seed"),
+)
+"""Several answers of an image: a row each, in the order of images and numbers."""
+
+SCORES = _schema(
+    _column("image_id", pa.string(), "as in the index"),
+    _column("number", pa.int32(), "the candidate; null for a score of the image itself", nullable=True),
+    _column("scorer", pa.string(), "what gave the score"),
+    _column("value", pa.float64(), "higher is better, whatever the scorer"),
+)
+"""What is thought of an answer, or of an image."""
+
+STATEMENTS = _schema(
+    _column("image_id", pa.string(), "as in the index"),
+    _column("number", pa.int32(), "the candidate that says so"),
+    _column("question", pa.string(), "one of its statements, as a question that yes or no answers"),
+    _column("p_yes", pa.float64(), "probability of yes against no, 0 to 1"),
+)
+"""What scorer `claims` asked: a row for each statement of a candidate."""
+
 PAIRS = _schema(
     _column("image_id", pa.string(), "as in the index"),
     _column("position", pa.int64(), "as in the index"),
@@ -121,10 +163,19 @@ PAIRS = _schema(
     _column("prompt", MESSAGES, "the plain prompt that both answers are filed under"),
     _column("chosen", MESSAGES, "answer to the step-by-step prompt on the clean image"),
     _column("rejected", MESSAGES, "answer to the hallucination prompt, or to the corrupted image"),
+    _column("more_rejected", pa.list_(MESSAGES), "further dispreferred answers; null without", nullable=True),
+    _column("rejected_image", IMAGE, "the picture that the chosen answer does not fit; null without", nullable=True),
     _column("chosen_prompt", pa.string(), "the prompt that produced `chosen`"),
     _column("rejected_prompt", pa.string(), "the prompt that produced `rejected`"),
-    _column("negative", pa.string(), "`hallucination_prompt` or `corrupted_image`"),
+    _column(
+        "negative", pa.string(), "`hallucination_prompt`, `corrupted_image`, or another kind of dispreferred answer"
+    ),
     _column("corruption", CORRUPTION, "the corruption as applied; null on a clean image", nullable=True),
+    _column("rejected_image_corruption", CORRUPTION, "how `rejected_image` was made of the image", nullable=True),
+    _column("chosen_number", pa.int32(), "the candidate that was chosen; null without candidates", nullable=True),
+    _column("rejected_numbers", pa.list_(pa.int32()), "the candidates that were rejected", nullable=True),
+    _column("chosen_score", pa.float64(), "by which it was chosen", nullable=True),
+    _column("rejected_scores", pa.list_(pa.float64()), "by which they were rejected", nullable=True),
     _column("pixel_change", pa.float64(), "mean absolute change, 0 to 255; null if clean", nullable=True),
     _column("num_image_tokens", pa.int64(), "positions that hold a piece of the clean image"),
     _column("num_chosen_tokens", pa.int64(), "generated tokens"),

@@ -8,6 +8,8 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
+"""Of sampling; 0 is greedy decoding."""
 
 
 class Section(BaseModel):

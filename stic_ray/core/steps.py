@@ -41,6 +41,10 @@ class StepRun:
     identity: str = ""
     """Hash of the settings and inputs that the result depends on."""
 
+    def all(self, role: str) -> list[RunDir]:
+        """Return the folders of all inputs of a role, "role" and each "role:name", in their order."""
+        return [place for name, place in self.inputs.items() if name.partition(":")[0] == role]
+
     def model(self, role: str = "model") -> Location | None:
         """Return the checkpoint that an input holds, or the run's adapter without such an input; None for the base."""
         if role in self.inputs:
@@ -66,7 +70,7 @@ class Stage:
     section: str = ""
     """The section of the configuration with its own settings; a training's has its global batch."""
     reads: tuple[str, ...] | None = ()
-    """Roles of its inputs; None for any, which are models by their name."""
+    """Roles of its inputs, several of one as "role:name"; None for any, which are models by their name."""
     sources: tuple[str, ...] = ()
     """Fields of the configuration that name what it reads from outside of the run."""
     check: Callable[[StepRun], object] = lambda step: None
@@ -157,7 +161,7 @@ def check_steps(steps: Steps) -> None:
         if step.name in known or "/" in step.name or step.name in ("", BASE):
             raise ConfigError(f"Step '{step.name}': give each step a name of its own, without '/', and not '{BASE}'.")
         for role, source in step.inputs.items():
-            if step.stage.reads is not None and role not in step.stage.reads:
+            if step.stage.reads is not None and role.partition(":")[0] not in step.stage.reads:
                 allowed = ", ".join(step.stage.reads) or "nothing"
                 raise ConfigError(
                     f"Step '{step.name}' has an input '{role}'.{nearest(role, step.stage.reads)} "

@@ -21,6 +21,7 @@ class Corruption(TypedDict):
     brightness_factor: float | None
     hue_shift_turns: float | None
     brightness_first: bool | None
+    strength: float | None
 
 
 def draw_corruption(generator: random.Random, config: PreferencesConfig) -> Corruption:
@@ -33,6 +34,7 @@ def draw_corruption(generator: random.Random, config: PreferencesConfig) -> Corr
         brightness_factor=generator.uniform(1 - config.jitter_brightness, 1 + config.jitter_brightness),
         hue_shift_turns=generator.uniform(-config.jitter_hue, config.jitter_hue),
         brightness_first=generator.random() < 0.5,
+        strength=None,
     )
 
 
@@ -44,6 +46,7 @@ def low_resolution(shorter_side_px: int) -> Corruption:
         brightness_factor=None,
         hue_shift_turns=None,
         brightness_first=None,
+        strength=None,
     )
 
 

@@ -16,6 +16,20 @@ from stic_ray.method.prompts import PromptSet
 Negative = Literal["hallucination_prompt", "corrupted_image"]
 
 
+NO_CANDIDATES: dict[str, None] = dict.fromkeys(
+    (
+        "more_rejected",
+        "rejected_image",
+        "rejected_image_corruption",
+        "chosen_number",
+        "rejected_numbers",
+        "chosen_score",
+        "rejected_scores",
+    )
+)
+"""Columns of a pair that was not chosen from candidates and has one rejected answer on one picture."""
+
+
 @dataclass(frozen=True)
 class PairPlan:
     """What one image's pair is made from. Both answers are filed under `prompt` and the clean image."""

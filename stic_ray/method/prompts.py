@@ -16,14 +16,19 @@ Prompt = Annotated[str, AfterValidator(lambda text: without_placeholder(text).st
 PromptList = Annotated[tuple[Prompt, ...], Field(min_length=1)]
 
 _PLACEHOLDERS = {
+    "split": ("{answer}",),
+    "confirm": ("{question}",),
     "infuse": ("{description}", "{question}"),
     "choose": ("{question}", "{choices}"),
     "answer_briefly": ("{question}",),
 }
 
 
+_BUILT_IN = yaml.safe_load(files("stic_ray.method").joinpath("prompts.yaml").read_text(encoding="utf-8"))
+
+
 class PromptSet(BaseModel):
-    """What is asked, and how the parts of a prompt are put together."""
+    """What is asked, and how the parts of a prompt are put together; the last three may be left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,8 +39,11 @@ class PromptSet(BaseModel):
     infuse: Prompt
     choose: Prompt
     answer_briefly: Prompt
+    split: Prompt = _BUILT_IN["split"]
+    confirm: Prompt = _BUILT_IN["confirm"]
+    ask: PromptList = tuple(_BUILT_IN["ask"])
 
-    @field_validator("infuse", "choose", "answer_briefly")
+    @field_validator("infuse", "choose", "answer_briefly", "split", "confirm")
     @classmethod
     def _has_placeholders(cls, value: str, info: Any) -> str:
         missing = [name for name in _PLACEHOLDERS[info.field_name] if name not in value]
@@ -60,9 +68,7 @@ def load_prompts(path: str | None) -> PromptSet:
     Raises ConfigError when the file is missing, is no YAML, or lacks a part.
     """
     try:
-        built_in = files("stic_ray.method").joinpath("prompts.yaml")
-        text = read_text(Path(path).expanduser()) if path else built_in.read_text(encoding="utf-8")
-        return PromptSet.model_validate(yaml.safe_load(text))
+        return PromptSet.model_validate(yaml.safe_load(read_text(Path(path).expanduser())) if path else _BUILT_IN)
     except OSError as error:
         raise ConfigError(f"Cannot read the prompt set '{path}': {error.strerror}.") from error
     except yaml.YAMLError as error:

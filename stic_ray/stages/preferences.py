@@ -19,7 +19,15 @@ from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_token
 from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import decode_for_storage
-from stic_ray.method.preferences import AnswerText, PairPlan, judge_pair, pair_row, picture_for_rejected, plan_pair
+from stic_ray.method.preferences import (
+    NO_CANDIDATES,
+    AnswerText,
+    PairPlan,
+    judge_pair,
+    pair_row,
+    picture_for_rejected,
+    plan_pair,
+)
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetch_indexed, fetched, with_images
 from stic_ray.stages.ordering import index_shards
@@ -119,6 +127,7 @@ class PairMaker:
             "image": {"bytes": prepared.stored, "path": row["path"]},
             **pair_row(plan, chosen, rejected),
             "pixel_change": prepared.pixel_change,
+            **NO_CANDIDATES,
             "num_image_tokens": first.num_image_tokens,
             "num_sequence_tokens": length,
             "reference_chosen_logp": None,

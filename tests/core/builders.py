@@ -5,6 +5,8 @@ from typing import Any
 
 from PIL import Image
 
+from stic_ray.method.preferences import NO_CANDIDATES
+
 
 def png(colour: str = "red", size: tuple[int, int] = (12, 10)) -> bytes:
     buffer = io.BytesIO()
@@ -26,6 +28,7 @@ def pair(**changes: Any) -> dict[str, Any]:
         "negative": "hallucination_prompt",
         "corruption": None,
         "pixel_change": None,
+        **NO_CANDIDATES,
         "num_image_tokens": 16,
         "num_chosen_tokens": 4,
         "num_rejected_tokens": 7,

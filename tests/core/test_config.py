@@ -229,6 +229,12 @@ def test_a_config_file_keeps_the_defaults_of_what_it_leaves_out(tmp_path: Path) 
     assert config.sft == RunConfig(name="mine").sft
 
 
+def test_a_config_file_can_change_a_recipe(tmp_path: Path) -> None:
+    file = written(tmp_path, "recipe: demo\nseed: 3\ndpo:\n  beta: 0.2\n")
+    demo = recipe("demo").config
+    assert load_config(file, demo) == apply_overrides(demo, ["name=mine", "seed=3", "dpo.beta=0.2"])
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 def test_a_config_file_is_read_in_the_encoding_that_it_was_saved_in(

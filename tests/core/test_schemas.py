@@ -12,9 +12,13 @@ from PIL import Image as Pillow
 from stic_ray.core import schemas
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, PAIRS, REJECTED, Reason, check, table_of
+from stic_ray.method.preferences import NO_CANDIDATES
 from tests.core.builders import infused, pair, png
 
-TABLES = {name: getattr(schemas, name) for name in ("INDEX", "REJECTED", "PAIRS", "INFUSED", "PREDICTIONS")}
+TABLES = {
+    name: getattr(schemas, name)
+    for name in ("INDEX", "REJECTED", "CANDIDATES", "SCORES", "STATEMENTS", "PAIRS", "INFUSED", "PREDICTIONS")
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -28,7 +32,7 @@ def test_a_good_row_passes_and_keeps_its_values() -> None:
     assert table_of([], PAIRS).num_rows == 0
 
 
-OPTIONAL = {"corruption", "pixel_change", "reference_chosen_logp", "reference_rejected_logp"}
+OPTIONAL = {"corruption", "pixel_change", "reference_chosen_logp", "reference_rejected_logp", *NO_CANDIDATES}
 
 
 @pytest.mark.parametrize("column", [name for name in PAIRS.names if name not in OPTIONAL])

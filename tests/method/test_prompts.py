@@ -45,7 +45,9 @@ def test_the_built_in_set_is_complete_and_without_repetition() -> None:
 
 def test_a_users_own_set_is_read(tmp_path: Path) -> None:
     prompts = load_prompts(written(tmp_path, yaml.safe_dump(OWN)))
-    assert prompts.model_dump(mode="json") == OWN
+    assert {name: prompts.model_dump(mode="json")[name] for name in OWN} == OWN
+    built_in = load_prompts(None)
+    assert (prompts.split, prompts.confirm, prompts.ask) == (built_in.split, built_in.confirm, built_in.ask)
     assert prompts.infused("A cat.", "Colour?") == "A cat. / Colour?"
 
 
