@@ -84,6 +84,8 @@ class DPOConfig(OptimisationConfig):
     """Folder with the pairs of another run, its `preferences`; this run's own when unset."""
     num_images: Count | None = None
     """Train on the pairs of the first so many images of the pool's order; all of them when unset."""
+    num_pairs: Count | None = None
+    """Train on the first so many of these pairs, and refuse fewer: trainings on different pairs can be compared."""
     image: Literal["own", "blank", "shuffled"] = "own"
     """`blank` (uniform grey of the same size) and `shuffled` (another pair's picture) are controls."""
 

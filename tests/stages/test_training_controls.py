@@ -88,6 +88,7 @@ def test_too_few_pairs_are_told_in_one_line(tmp_path: Path, tiny_llava: Path) ->
     for settings, message in (
         ({"num_images": 4}, "dpo.num_images=4 leaves none of the pairs"),
         ({"num_images": 5, "image": "shuffled"}, "at least 2 pairs"),
+        ({"num_pairs": 3}, "dpo.num_pairs=3 are more than the 2 pairs that there are"),
     ):
         config = config_for(tiny_llava, dpo={"pairs": other.uri, **settings})
         with pytest.raises(SourceError, match=message):

@@ -196,6 +196,10 @@ def test_a_prefix_is_by_position_not_by_row(tmp_path: Path) -> None:
     assert said(read(tmp_path / "b")) == [f"good {position}" for position in (0, 2, 3, 7, 8, 5)]
 
 
+def test_so_many_pairs_are_the_first(tmp_path: Path) -> None:
+    assert said(read(tmp_path, num_pairs=4)) == [f"good {position}" for position in (0, 2, 3, 7)]
+
+
 def test_blank_pictures_are_grey_and_of_the_same_size(tmp_path: Path) -> None:
     pairs = read(tmp_path, image="blank", num_images=6)
     for row, position in zip(pairs, (0, 2, 3, 5), strict=True):

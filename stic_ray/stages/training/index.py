@@ -72,6 +72,10 @@ def index_pairs(config: RunConfig, shards: Iterable[Location], start: Location |
     num_pairs = sum(len(group.rows) for group in groups)
     if not num_pairs:
         raise SourceError(f"dpo.num_images={settings.num_images} leaves none of the pairs; use more images.")
+    if settings.num_pairs is not None:
+        if num_pairs < settings.num_pairs:
+            raise SourceError(f"dpo.num_pairs={settings.num_pairs} are more than the {num_pairs} pairs that there are.")
+        groups = _first(groups, settings.num_pairs)
     if num_pairs == 1 and settings.image == "shuffled":
         raise SourceError("dpo.image=shuffled needs at least 2 pairs to exchange their pictures, there is 1.")
     has_stored = settings.image == "own" and settings.objective != "sft" and None not in revisions
@@ -136,6 +140,17 @@ def _read_footer(shard: Location, limit: int | None) -> list[tuple[RowGroup, str
         if group.num_rows:
             revision = revisions[0] if has_logps and revisions[0] == revisions[1] else None
             found.append((RowGroup(shard.uri, number, rows), revision))
+    return found
+
+
+def _first(groups: Iterable[RowGroup], num_rows: int) -> list[RowGroup]:
+    """Return the groups with their first `num_rows` rows."""
+    found = []
+    for group in groups:
+        rows = group.rows[:num_rows]
+        num_rows -= len(rows)
+        if rows:
+            found.append(RowGroup(group.uri, group.number, rows))
     return found
 
 
