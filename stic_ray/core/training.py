@@ -86,6 +86,8 @@ class DPOConfig(OptimisationConfig):
     """Train on the pairs of the first so many images of the pool's order; all of them when unset."""
     num_pairs: Count | None = None
     """Train on the first so many of these pairs, and refuse fewer: trainings on different pairs can be compared."""
+    order: Literal["shuffled", "pool"] = "shuffled"
+    """`pool`: every epoch in the pool's order, for a schedule along it (`preferences.strength_end`)."""
     image: Literal["own", "blank", "shuffled"] = "own"
     """`blank` (uniform grey of the same size) and `shuffled` (another pair's picture) are controls."""
 

@@ -131,6 +131,17 @@ def test_a_resumed_epoch_has_the_same_batches_and_reads_nothing_of_those_before(
     assert len(rows._tables) <= 6, "three rows of this batch, and of the next, which accelerate fetches ahead"
 
 
+def test_the_pools_order_is_kept_where_it_is_asked_for(many: Rows, tmp_path: Path) -> None:
+    config = config_for(tmp_path, dpo={"order": "pool", "global_batch": 12})
+    trained = read_pairs(config, many)[0]
+    for epoch in (0, 1):
+        trained.set_epoch(epoch)
+        assert [place for row in trained for place in places([row])] == list(range(100))
+    assert len(trained._tables) == 1 and len(trained) == 108
+    shuffled = read_pairs(config_for(tmp_path, dpo={"global_batch": 12}), many)[0]
+    assert [place for row in shuffled for place in places([row])] != list(range(100))
+
+
 @pytest.mark.parametrize(("global_batch", "lanes"), [(1, 1), (8, 8), (12, 12), (32, 16), (34, 2), (100, 10), (37, 1)])
 def test_a_batch_comes_from_a_bounded_number_of_row_groups(global_batch: int, lanes: int) -> None:
     assert num_lanes(global_batch) == lanes

@@ -7,7 +7,8 @@ groups are put one behind the other in a seeded order, the rows of each shuffled
     lane 1   | ...... | row group 0 ............. | row group 5     every batch takes the next rows of every lane
     lane 2   | row group 3 ....... | row group 6 ............
 
-A worker thus needs the row groups of its own lanes, each for as long as its rows last, and reads each once.
+A worker thus needs the row groups of its own lanes, each for as long as its rows last, and reads each once. With
+`in_order` there is one lane, and row groups and rows come as they are stored.
 """
 
 from collections.abc import Sequence
@@ -56,13 +57,15 @@ class ParquetRows(Dataset[Example]):
         *,
         seed: int = 0,
         global_batch: int | None = None,
+        in_order: bool = False,
         image: Literal["own", "blank", "shuffled"] = "own",
     ) -> None:
         self._groups, self.columns, self._image = groups, [*columns], image
         self._seed, self._global_batch = seed, global_batch
+        self._shuffles = global_batch is not None and not in_order
         self._counts = np.array([len(group.rows) for group in groups], dtype=np.int64)
         self.num_rows = int(self._counts.sum())
-        self._num_lanes = num_lanes(global_batch) if global_batch else 1
+        self._num_lanes = num_lanes(global_batch) if global_batch and not in_order else 1
         self._at: dict[int, int] = {}
         """The row group that each lane is in."""
         self._tables: dict[int, pa.Table] = {}
@@ -73,7 +76,7 @@ class ParquetRows(Dataset[Example]):
         """Take the order of another epoch; accelerate calls it at the beginning of each."""
         self._epoch = epoch
         self._order = np.arange(len(self._groups))
-        if self._global_batch:
+        if self._shuffles:
             self._order = self._generator("order of row groups").permutation(self._order)
         self._ends = self._counts[self._order].cumsum()
 
@@ -94,7 +97,7 @@ class ParquetRows(Dataset[Example]):
         if group not in self._tables:
             self._tables[group] = read_group(self._groups[group], self.columns)
         offset = place - int(self._ends[number] - self._counts[group])
-        if self._global_batch:
+        if self._shuffles:
             offset = int(self._generator(f"rows of row group {group}").permutation(self._counts[group])[offset])
         return {**self._example(group, offset), WEIGHT: weight}
 
@@ -148,9 +151,14 @@ def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]
     """
     columns = ["image", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason"]
     stored = REFERENCE_LOGPS if rows.has_reference_logps else ()
-    image = config.dpo.image
+    settings, image = config.dpo, config.dpo.image
     trained = ParquetRows(
-        rows.trained, [*columns, *stored], seed=config.seed, global_batch=config.dpo.global_batch, image=image
+        rows.trained,
+        [*columns, *stored],
+        seed=config.seed,
+        global_batch=settings.global_batch,
+        in_order=settings.order == "pool",
+        image=image,
     )
     return trained, ParquetRows(rows.held_out, columns, image=image)
 
