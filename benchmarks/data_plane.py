@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from fake_stage import draw_pictures, fake_config, make_preferences, write_index
 from PIL import Image
 
-from stic_ray.core.config import PreferencesConfig
+from stic_ray.core.preferences import PreferencesConfig
 from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import INDEX, PAIRS, table_of
 from stic_ray.core.storage import Location
@@ -45,7 +45,7 @@ def plain_shard(index: str, output: str) -> tuple[float, int]:
     for row in read_shard(Location.of(index), INDEX).to_pylist():
         encoded = Path(row["path"]).read_bytes()
         picture = Image.open(Path(row["path"])).convert("RGB")
-        plan = plan_pair(row["image_id"], 0, config, prompts)
+        plan = plan_pair(row["image_id"], 0, config, prompts, row["position"])
         change = pixel_change(picture, corrupt(picture, plan.corruption)) if plan.corruption else None
         answers = [
             AnswerText(f"A long answer with seed {row['position']}.", 6, "stop"),

@@ -69,7 +69,7 @@ def requests_of(config: RunConfig, run: RunDir, prompts: PromptSet) -> list[Requ
     requests = []
     for row in (run / "pool").read_table("index", INDEX).to_pylist():
         clean, _ = decode_for_storage(Path(row["path"]).read_bytes())
-        plan = plan_pair(row["image_id"], config.seed, config.preferences, prompts)
+        plan = plan_pair(row["image_id"], config.seed, config.preferences, prompts, row["position"])
         for_rejected, _ = picture_for_rejected(plan, clean)
         for prompt, image, purpose in (
             (plan.chosen_prompt, clean, "chosen"),

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from stic_ray.core.preferences import PreferencesConfig
 from stic_ray.core.resources import ActorsConfig, ClusterConfig, EstimateConfig, WorkersConfig
-from stic_ray.core.section import Count, NotNegative, Section, Share, Temperature
+from stic_ray.core.section import Count, NotNegative, Section, Temperature
 from stic_ray.core.training import ONLY_LANGUAGE, DPOConfig, SFTConfig, TuningConfig
 from stic_ray.core.verification import CandidatesConfig
 
@@ -82,32 +83,6 @@ class PoolConfig(Section):
     near_duplicate_bits: Annotated[int, Field(ge=0, le=6)] | None = None
     """Reject an image whose 64-bit perceptual hash differs in at most so many bits from that of an image earlier in
     the order; 4 is a usual value. When unset, only equal bytes are duplicates."""
-
-
-class PreferencesConfig(Section):
-    """How preference pairs are made (STIC section 4.1, Algorithm 1)."""
-
-    num_images: Count | None = None
-    """Use the first so many images of the pool's order; all of them when unset."""
-    hallucination_share: Share = 0.5
-    """Probability of a hallucination prompt on the clean image; else a plain prompt on a corrupted image."""
-    low_resolution_share: Share = 0.5
-    """Probability that a corruption is low resolution; else colour jitter."""
-    low_resolution_px: Count = 20
-    """Shorter side after the low-resolution corruption."""
-    jitter_brightness: Share = 0.5
-    """Brightness factor is drawn from [1 - x, 1 + x]."""
-    jitter_hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.3
-    """Hue shift is drawn from [-x, x], in turns of the colour wheel."""
-    temperature: Temperature = 0.2
-    """0 is greedy decoding."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    max_new_tokens: Count = 1024
-    allow_truncated: bool = False
-    """Keep pairs with an answer that was cut off at `max_new_tokens`."""
-    reference_logps: bool = False
-    """Store the log-probabilities of both answers under the model that gave them: training then needs no pass of its
-    reference model, which pays where pairs are trained on more than once."""
 
 
 class InfusionConfig(Section):

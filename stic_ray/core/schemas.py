@@ -26,10 +26,11 @@ CORRUPTION = pa.struct(
         ("hue_shift_turns", pa.float64()),
         ("brightness_first", pa.bool_()),
         ("strength", pa.float64()),
+        ("seed", pa.int64()),
     ]
 )
 """What was done to an image: `low_resolution` (shorter_side_px), `colour_jitter` (the next three), or another kind
-with its strength, 0 to 1 (method/corruption.py)."""
+with its strength, 0 to 1, and the seed of what it draws (method/corruption.py); others are null."""
 
 
 class Reason(StrEnum):

@@ -78,6 +78,8 @@ def corruption_caption(corruption: Mapping[str, Any], pixel_change: float | None
     """Return what was done to an image, in order: "shorter side 20 px; mean change 9.1 of 255"."""
     if corruption["kind"] == "low_resolution":
         done = f"shorter side {corruption['shorter_side_px']} px"
+    elif corruption.get("strength") is not None:
+        done = f"{corruption['kind'].replace('_', ' ')} of strength {corruption['strength']:.2f}"
     else:
         brightness = f"brightness ×{corruption['brightness_factor']:.2f}"
         hue = f"hue {signed(corruption['hue_shift_turns'], 2)} turns"

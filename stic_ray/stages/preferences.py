@@ -1,6 +1,6 @@
 """Stage `preferences`: from the index to preference pairs (STIC Algorithm 1, first stage)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,11 +8,12 @@ import pyarrow as pa
 from PIL import Image
 
 from stic_ray.core.config import ANSWER_SETTINGS, RunConfig
-from stic_ray.core.errors import ConfigError
+from stic_ray.core.errors import ConfigError, Rejected
 from stic_ray.core.placement import actors_need
+from stic_ray.core.preferences import TEXT_NEGATIVES
 from stic_ray.core.randomness import seed_for
-from stic_ray.core.rundir import read_shard
-from stic_ray.core.schemas import INDEX, PAIRS
+from stic_ray.core.rundir import REJECTED_FAMILY, read_shard
+from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, table_of
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_tokens
@@ -23,16 +24,19 @@ from stic_ray.method.preferences import (
     NO_CANDIDATES,
     AnswerText,
     PairPlan,
+    answer_columns,
+    borrowed,
     judge_pair,
     pair_row,
     picture_for_rejected,
     plan_pair,
+    swapped,
 )
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetch_indexed, fetched, with_images
 from stic_ray.stages.ordering import index_shards
 from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
-from stic_ray.stages.windows import Rows
+from stic_ray.stages.windows import Rows, Tables
 
 
 def build_preferences(step: StepRun) -> dict[str, Any]:
@@ -68,6 +72,10 @@ class _Candidate(NamedTuple):
     pixel_change: float | None
 
 
+_NOT_YET = AnswerText("", 0, "stop")
+"""Stands for another image's answer until that is there."""
+
+
 class PairMaker:
     """Makes a pair of an image; owns the model."""
 
@@ -86,11 +94,11 @@ class PairMaker:
     def prepare(self, row: dict[str, Any]) -> _Candidate:
         """Decode the image, plan its pair and corrupt a copy of it."""
         clean, stored = decode_for_storage(fetched(row))
-        plan = plan_pair(row["image_id"], self.config.seed, self.config.preferences, self.prompts)
+        plan = plan_pair(row["image_id"], self.config.seed, self.config.preferences, self.prompts, row["position"])
         return _Candidate(row, plan, clean, stored, *picture_for_rejected(plan, clean))
 
-    def answer(self, prepared: Sequence[_Candidate]) -> list[tuple[Answer, Answer]]:
-        """Return the preferred and the dispreferred answer of each image.
+    def answer(self, prepared: Sequence[_Candidate]) -> list[tuple[Answer, Answer | None]]:
+        """Return the preferred answer of each image, and the dispreferred one where that is asked for.
 
         Its two requests travel next to each other, in one batch where that has room.
         """
@@ -101,31 +109,26 @@ class PairMaker:
                 ("chosen", each.plan.chosen_prompt, each.clean),
                 ("rejected", each.plan.rejected_prompt, each.for_rejected),
             )
+            if side == "chosen" or each.plan.asks_twice
         ]
-        answers = self.engine.generate(requests, self.sampling)
-        return list(zip(answers[::2], answers[1::2], strict=True))
+        answers = iter(self.engine.generate(requests, self.sampling))
+        return [(next(answers), next(answers) if each.plan.asks_twice else None) for each in prepared]
 
-    def finish(self, prepared: _Candidate, answer: tuple[Answer, Answer]) -> Rows:
-        """Return the pair."""
-        row, plan, (first, _) = prepared.row, prepared.plan, answer
-        chosen, rejected = (AnswerText(each.text, each.num_tokens, each.finish_reason) for each in answer)
-
-        def count_tokens(text: str) -> int:
-            conversation = [{"role": "user", "content": plan.prompt}, {"role": "assistant", "content": text}]
-            return self.engine.count_text_tokens(conversation, with_image=True) + first.num_added_tokens
-
-        length = judge_pair(
-            chosen,
-            rejected,
-            self.config.preferences,
-            count_tokens=count_tokens,
-            max_length_tokens=self.config.dpo.max_length_tokens,
-        )
+    def finish(self, prepared: _Candidate, answer: tuple[Answer, Answer | None]) -> Rows:
+        """Return the pair; one with another image's answer waits for that until `close_shard`."""
+        row, plan, (first, second) = prepared.row, prepared.plan, answer
+        chosen = _text_of(first)
+        rejected = _text_of(second) if second else None
+        count_tokens = self._counter(plan.prompt, first.num_added_tokens)
+        length = self._judge(chosen, rejected, count_tokens)
+        if plan.negative == "text_swap":
+            rejected = swapped(chosen, row["image_id"], self.config.seed, count_tokens)
+            length = self._judge(chosen, rejected, count_tokens)
         pair = {
             "image_id": row["image_id"],
             "position": row["position"],
             "image": {"bytes": prepared.stored, "path": row["path"]},
-            **pair_row(plan, chosen, rejected),
+            **pair_row(plan, chosen, rejected or _NOT_YET),
             "pixel_change": prepared.pixel_change,
             **NO_CANDIDATES,
             "num_image_tokens": first.num_image_tokens,
@@ -154,6 +157,46 @@ class PairMaker:
         for (_, pair), (chosen, rejected) in zip(pairs, self.engine.score_pairs(asked), strict=True):
             pair |= {"reference_chosen_logp": chosen, "reference_rejected_logp": rejected}
 
+    def close_shard(self, tables: Tables) -> Tables:
+        """Give the pairs that wait for it the preferred answer of another image of the shard."""
+        if "other_image" not in self.config.preferences.shares:
+            return tables
+        pairs, rejected = tables["pairs"].to_pylist(), tables[REJECTED_FAMILY].to_pylist()
+        answers = [AnswerText.in_pair(pair, "chosen") for pair in pairs]
+        kept = []
+        for pair in pairs:
+            try:
+                kept.append(pair if pair["negative"] != "other_image" else self._with_other(pair, answers))
+            except Rejected as error:
+                why = {"reason": error.reason, "message": error.message}
+                rejected.append({"image_id": pair["image_id"], "path": pair["image"]["path"], **why})
+        return {**tables, "pairs": table_of(kept, PAIRS), REJECTED_FAMILY: table_of(rejected, REJECTED)}
+
+    def _with_other(self, pair: dict[str, Any], answers: Sequence[AnswerText]) -> dict[str, Any]:
+        chosen, prompt = AnswerText.in_pair(pair, "chosen"), pair["prompt"][0]["content"]
+        other = borrowed(chosen.text, pair["image_id"], self.config.seed, answers)
+        num_added_tokens = pair["num_sequence_tokens"] - self._counter(prompt, 0)(chosen.text)
+        length = self._judge(chosen, other, self._counter(prompt, num_added_tokens))
+        return {**pair, **answer_columns("rejected", other), "num_sequence_tokens": length}
+
+    def _counter(self, prompt: str, num_added_tokens: int) -> Callable[[str], int]:
+        """Return what gives the length of the training sequence for an answer's text."""
+
+        def count_tokens(text: str) -> int:
+            conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            return self.engine.count_text_tokens(conversation, with_image=True) + num_added_tokens
+
+        return count_tokens
+
+    def _judge(self, chosen: AnswerText, rejected: AnswerText | None, count_tokens: Callable[[str], int]) -> int:
+        limit = self.config.dpo.max_length_tokens
+        settings = self.config.preferences
+        return judge_pair(chosen, rejected, settings, count_tokens=count_tokens, max_length_tokens=limit)
+
+
+def _text_of(answer: Answer) -> AnswerText:
+    return AnswerText(answer.text, answer.num_tokens, answer.finish_reason)
+
 
 def _load_shard(task: ShardTask, image_column: str) -> pa.Table:
     index = read_shard(Location.of(task.payload["index"]), INDEX).slice(0, task.payload["num_rows"])
@@ -172,13 +215,17 @@ def _check(step: StepRun) -> None:
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
     if not sizes.num_images:
         return None
-    reads, writes = 2 * sizes.num_prompt_tokens, min(sizes.num_answer_tokens, config.preferences.max_new_tokens)
+    shares = config.preferences.shares
+    num_requests = 2 - sum(shares.get(kind, 0.0) for kind in TEXT_NEGATIVES)
+    writes = min(sizes.num_answer_tokens, config.preferences.max_new_tokens)
+    reads = num_requests * sizes.num_prompt_tokens
     if config.model.engine == "vllm":  # the image of both clean requests is computed once
-        reads -= config.preferences.hallucination_share * sizes.model.num_image_tokens
+        reads -= shares.get("hallucination_prompt", 0.0) * sizes.model.num_image_tokens
     if config.preferences.reference_logps:
         reads += pair_tokens(sizes.num_prompt_tokens, writes, shared_prefix=True)
     stored = sizes.image_bytes + BYTES_PER_TEXT_TOKEN * 2 * writes
-    return Work(sizes.num_images, ((2, reads / 2, writes),), storage_bytes=sizes.num_images * stored)
+    requests = ((num_requests, reads / num_requests, writes),)
+    return Work(sizes.num_images, requests, storage_bytes=sizes.num_images * stored)
 
 
 PREFERENCES = Stage(

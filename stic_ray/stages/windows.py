@@ -75,6 +75,15 @@ class Completing(Protocol):
         ...
 
 
+@runtime_checkable
+class Closing(Protocol):
+    """A worker with something to do once all rows of a shard have ended."""
+
+    def close_shard(self, tables: Tables) -> Tables:
+        """Return a shard's output tables, by family, as they are to be written."""
+        ...
+
+
 @dataclass
 class _Row:
     given: dict[str, Any]
@@ -105,10 +114,11 @@ class Windows:
         size = self._actors.batch_size
         starts = range(0, shard.num_rows, size)
         done = list(self._threads.map(lambda start: self._window(shard.slice(start, size), start, quarantine), starts))
-        return {
+        tables = {
             family: pa.concat_tables([schema.empty_table(), *(tables[family] for tables in done)])
             for family, schema in self._families.items()
         }
+        return self._worker.close_shard(tables) if isinstance(self._worker, Closing) else tables
 
     def _window(self, window: pa.Table, start: int, quarantine: Quarantine) -> Tables:
         given = window.to_pylist()

@@ -72,6 +72,7 @@ def test_more_of_what_costs_costs_more() -> None:
     assert wall_s("preferences", estimate__device="A10G") > 3 * usual
     assert wall_s("preferences", model__engine="vllm") < usual  # the shared image, and no floor under a step
     assert wall_s("preferences", preferences__reference_logps=True) > usual
+    assert wall_s("preferences", preferences__negatives="text_swap") < 0.6 * usual  # one request in place of two
     assert wall_s("dpo", preferences__reference_logps=True) < wall_s("dpo")
     assert wall_s("dpo", workers__share_prefix=False) > 1.3 * wall_s("dpo")
     assert wall_s("sft", tuning__method="full") > wall_s("sft")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stic_ray.core.config import PreferencesConfig
+from stic_ray.core.preferences import PreferencesConfig
 from stic_ray.method.corruption import Corruption, corrupt, draw_corruption, low_resolution, pixel_change
 from tests.method.pictures import photo
 

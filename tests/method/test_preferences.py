@@ -1,22 +1,26 @@
 """One image to one pair: what is asked, and which answers are no pair."""
 
+import hashlib
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stic_ray.core.config import PreferencesConfig
 from stic_ray.core.errors import Rejected
+from stic_ray.core.preferences import NEGATIVES, PreferencesConfig
 from stic_ray.core.schemas import PAIRS, Reason, table_of
 from stic_ray.method.corruption import pixel_change
 from stic_ray.method.preferences import (
     AnswerText,
     PairPlan,
+    borrowed,
     judge_pair,
     pair_row,
     picture_for_rejected,
     plan_pair,
+    swapped,
 )
 from stic_ray.method.prompts import load_prompts
 from tests.core.builders import pair
@@ -28,7 +32,7 @@ IDS = [f"image-{number}" for number in range(4000)]
 
 
 def plans(seed: int = 0, config: PreferencesConfig = CONFIG, ids: list[str] = IDS) -> list[PairPlan]:
-    return [plan_pair(name, seed, config, PROMPTS) for name in ids]
+    return [plan_pair(name, seed, config, PROMPTS, position) for position, name in enumerate(ids)]
 
 
 def test_a_plan_depends_on_seed_and_id_alone() -> None:
@@ -53,6 +57,75 @@ def test_the_plan_of_an_image_is_the_same_for_ever() -> None:
     """Kept from today: a run that is finished next year must draw the same."""
     drawn = [(plan.negative, PROMPTS.plain.index(plan.prompt)) for plan in plans(seed=42, ids=IDS[:6])]
     assert drawn == KEPT
+
+
+def test_all_that_is_drawn_of_stic_is_the_same_for_ever() -> None:
+    """A hash of 500 plans, made before there were other kinds of dispreferred answers."""
+    fields = ("kind", "shorter_side_px", "brightness_factor", "hue_shift_turns", "brightness_first", "strength")
+    drawn = [
+        (
+            PROMPTS.plain.index(plan.prompt),
+            PROMPTS.step_by_step.index(plan.chosen_prompt),
+            plan.rejected_prompt in PROMPTS.hallucination and PROMPTS.hallucination.index(plan.rejected_prompt),
+            plan.negative,
+            [plan.corruption[field] for field in fields] if plan.corruption else None,
+        )
+        for plan in plans(seed=42, ids=IDS[:500])
+    ]
+    assert hashlib.blake2b(repr(drawn).encode(), digest_size=8).hexdigest() == "2f93586e97446598"
+
+
+def kinds_of(drawn: list[PairPlan]) -> Counter[str]:
+    return Counter(plan.corruption["kind"] if plan.corruption else plan.negative for plan in drawn)
+
+
+def test_kinds_are_drawn_by_their_weights() -> None:
+    """4,000 images, weights 1 to 3: 667 and 2,000 with standard deviations of 24 and 32."""
+    config = PreferencesConfig(negatives={"text_swap": 1.0, "crop": 2.0, "blur": 3.0})
+    found = kinds_of(plans(config=config))
+    assert found.keys() == {"text_swap", "crop", "blur"}
+    assert 570 < found["text_swap"] < 760 and 1870 < found["blur"] < 2130
+    reordered = PreferencesConfig(negatives={"blur": 6.0, "crop": 4.0, "text_swap": 2.0})
+    assert plans(config=reordered, ids=IDS[:100]) == plans(config=config, ids=IDS[:100])
+    assert config.shares == pytest.approx({"text_swap": 1 / 6, "crop": 2 / 6, "blur": 3 / 6})
+
+
+@pytest.mark.parametrize("kind", NEGATIVES)
+def test_every_kind_can_be_drawn_alone(kind: str) -> None:
+    clean = photo()
+    for plan in plans(config=PreferencesConfig(negatives=kind), ids=IDS[:20]):
+        assert kinds_of([plan]) == {kind: 1}
+        assert plan.asks_twice == (kind not in ("text_swap", "other_image"))
+        picture, change = picture_for_rejected(plan, clean)
+        assert (change is None) == (picture is clean) == (plan.corruption is None)
+
+
+def test_strength_goes_along_the_pools_order() -> None:
+    config = PreferencesConfig(negatives="blur", strength=0.2, strength_end=0.6, num_images=5)
+    drawn = [plan.corruption for plan in plans(config=config, ids=IDS[:5])]
+    assert [each["strength"] for each in drawn if each] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
+    assert PreferencesConfig(strength=0.3).strength_at(7) == 0.3
+    assert PreferencesConfig(strength=0.3, strength_end=0.9, num_images=1).strength_at(0) == 0.3
+
+
+def test_both_answers_may_be_asked_with_one_prompt() -> None:
+    """SeVa's way; everything else is drawn as before."""
+    for plan, before in zip(plans(config=PreferencesConfig(chosen_prompt="plain")), plans(), strict=True):
+        assert plan == replace(before, chosen_prompt=before.prompt)
+
+
+def test_another_answer_is_drawn_from_those_that_say_something_else() -> None:
+    answers = [said("a dog"), said(" a cat "), said("a cat"), said("a bird")]
+    drawn = {borrowed("a cat", f"image-{number}", 0, answers).text for number in range(40)}
+    assert drawn == {"a dog", "a bird"}
+    assert borrowed("a cat", "image-1", 0, answers) == borrowed("a cat", "image-1", 0, answers)
+    with pytest.raises(Rejected, match="no image of its shard has another answer"):
+        borrowed("a cat", "image-1", 0, [said("a cat")])
+
+
+def test_a_swapped_answer_has_the_length_of_its_text() -> None:
+    found = swapped(AnswerText("A red dog and a big cat.", 20, "stop"), "x", 0, lambda text: len(text.split("big")[0]))
+    assert found == AnswerText("A big dog and a red cat.", 20 + 2 - 16, "stop")
 
 
 def test_the_branches_are_half_and_half_and_so_are_the_corruptions() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from stic_ray.core.config import PreferencesConfig, RunConfig
+from stic_ray.core.config import RunConfig
+from stic_ray.core.preferences import PreferencesConfig
 from stic_ray.core.rundir import ESTIMATE, RunDir, row_counts
 from stic_ray.core.schemas import PAIRS, REJECTED, table_of
 from stic_ray.method.corruption import Corruption, corrupt, draw_corruption, low_resolution, pixel_change
