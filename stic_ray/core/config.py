@@ -15,7 +15,7 @@ from stic_ray.core.preferences import PreferencesConfig
 from stic_ray.core.resources import ActorsConfig, ClusterConfig, EstimateConfig, WorkersConfig
 from stic_ray.core.section import Count, NotNegative, Section, Temperature
 from stic_ray.core.training import ONLY_LANGUAGE, DPOConfig, SFTConfig, TuningConfig
-from stic_ray.core.verification import CandidatesConfig
+from stic_ray.core.verification import CandidatesConfig, RulesConfig
 
 AnswerMode = Literal["direct", "describe_and_respond"]
 
@@ -153,6 +153,7 @@ class RunConfig(Section):
     pool: PoolConfig = PoolConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     candidates: CandidatesConfig = CandidatesConfig()
+    rules: RulesConfig = RulesConfig()
     tuning: TuningConfig = TuningConfig()
     dpo: DPOConfig = DPOConfig()
     infusion: InfusionConfig = InfusionConfig()

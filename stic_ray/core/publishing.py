@@ -10,9 +10,9 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,6 +60,10 @@ class ShardRecord:
     def num_rows_in_all(self) -> int:
         """Rows of all families together."""
         return sum(self.num_rows.values())
+
+    def without(self, families: Collection[str]) -> "ShardRecord":
+        """Return the record without the rows of some families."""
+        return replace(self, num_rows={family: n for family, n in self.num_rows.items() if family not in families})
 
 
 def all_families(families: Mapping[str, pa.Schema]) -> dict[str, pa.Schema]:

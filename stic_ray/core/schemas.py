@@ -157,6 +157,20 @@ STATEMENTS = _schema(
 )
 """What scorer `claims` asked: a row for each statement of a candidate."""
 
+DECISIONS = _schema(
+    _column("image_id", pa.string(), "as in the index"),
+    _column("number", pa.int32(), "the candidate"),
+    _column("score", pa.float64(), "of all scorers that count together; null where one gave it none", nullable=True),
+    _column(
+        "taken",
+        pa.string(),
+        "`chosen`, `rejected` or, where it was chosen and rejected, `both`; null if neither",
+        nullable=True,
+    ),
+    _column("reason", pa.string(), "one of `Reason`, where a rule kept it from being taken", nullable=True),
+)
+"""What the rules made of the candidates: a row each."""
+
 PAIRS = _schema(
     _column("image_id", pa.string(), "as in the index"),
     _column("position", pa.int64(), "as in the index"),

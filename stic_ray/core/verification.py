@@ -1,10 +1,22 @@
 """The sections of the configuration about which answer is right: candidates, scores, and rules over them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
-from stic_ray.core.section import Count, Section, Temperature
+from stic_ray.core.section import Count, Positive, Section, Share, Temperature
+
+
+def _weights(given: Any) -> Any:
+    """Return a mapping of weights, or names of weight 1, as pairs ordered by name; the rest is pydantic's."""
+    names = [given] if isinstance(given, str) else given
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        given = dict.fromkeys(names, 1.0)
+    return tuple(sorted(given.items())) if isinstance(given, dict) else given
+
+
+Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_weights), PlainSerializer(dict)]
+"""Weights by name, {claims: 2, consistency: 1}; names alone, [claims, consistency], weigh 1."""
 
 PromptPart = Literal["step_by_step", "plain", "hallucination"]
 
@@ -23,3 +35,59 @@ class CandidatesConfig(Section):
     max_new_tokens: Count = 1024
     allow_truncated: bool = False
     """Keep answers that were cut off at `max_new_tokens`."""
+
+
+class RulesConfig(Section):
+    """Which answers of an image are taken, by their scores. Rules compose: an answer, or a pair, must pass them all."""
+
+    makes: Literal["pairs", "rows"] = "pairs"
+    """Preference pairs for stage `dpo`, or rows with the chosen answer alone for stage `sft`."""
+    scorers: Weights = (("consistency", 1.0),)
+    """Which scores count, each with its weight; a negative one turns a score around. May be empty where no rule needs
+    one: answers have the share of their group then (`majority`), or no score (`pairing=random`)."""
+    combine: Literal["value", "rank"] = "value"
+    """How several scores become one: `value` adds weight times value, in the scorers' own units; `rank` takes the
+    weighted mean of the ranks among the image's answers, 0 for the worst to 1 for the best (CSR), which scorers of
+    different units need."""
+    pairing: Literal["best_worst", "worse_half", "any", "random"] = "best_worst"
+    """`best_worst`: the best answer against the worst; `worse_half`: against one drawn from the worse half (SIcog);
+    `any`: two that are drawn, the better one chosen (RLAIF-V); `random`: drawn, whatever their scores, a control."""
+    min_gap: Positive | None = None
+    """By how much the chosen answer's score is above the rejected one's at least; by anything when unset."""
+    min_chosen_score: float | None = None
+    """No answer below it is chosen."""
+    max_rejected_score: float | None = None
+    """No answer above it is rejected."""
+    top_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Use this share of the images: those whose best answers have the highest scores of the whole pool."""
+    majority: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Only the largest group of answers that agree (case, punctuation and articles aside) are chosen, and none of them
+    is rejected; an image whose largest group has a smaller share of its answers gives nothing."""
+    max_length_difference: Share | None = None
+    """Largest difference between the tokens of the two answers of a pair, as a share of the longer one."""
+    num_pairs: Count = 1
+    """Pairs, or rows, of an image at most; none repeats another's texts."""
+    num_rejected: Count = 1
+    """Rejected answers of a pair at most."""
+
+    @model_validator(mode="after")
+    def _rules_fit_together(self) -> Self:
+        if 0.0 in dict(self.scorers).values():
+            raise ValueError("a scorer of weight 0 does nothing; leave it out of rules.scorers")
+        values = self.model_dump(exclude_defaults=True)
+        of_scores = ("min_gap", "min_chosen_score", "max_rejected_score")
+        of_pairs = ("min_gap", "max_rejected_score", "max_length_difference", "num_rejected")
+        if self.pairing == "random" and (given := [name for name in of_scores if name in values]):
+            raise ValueError(f"pairing=random looks at no score, so it cannot be used with {' and '.join(given)}")
+        if self.makes == "rows":
+            if given := [name for name in of_pairs if name in values]:
+                raise ValueError(f"makes=rows has no rejected answers, so it cannot be used with {' and '.join(given)}")
+            if self.pairing in ("worse_half", "any"):
+                raise ValueError(
+                    f"makes=rows takes the best answer, or one at random; pairing={self.pairing} is for pairs"
+                )
+        if not self.scorers and (self.top_share is not None or (self.majority is None and self.pairing != "random")):
+            raise ValueError("these rules need a score; name at least one in scorers, as {consistency: 1}")
+        if self.combine == "rank" and self.top_share is not None:
+            raise ValueError("top_share compares images, and ranks say nothing between them; use combine=value")
+        return self

@@ -54,6 +54,8 @@ class ShardJob:
     load: Callable[[ShardTask], pa.Table]
     make_worker: Callable[[], ShardWorker | RowWorker]
     """A RowWorker for a pool of actors, a ShardWorker for tasks."""
+    beside: tuple[str, ...] = ()
+    """Families with more about rows that others hold: they are no rows of their own in accounts, shares and rates."""
     part: str = ""
     """Tells jobs apart that share a folder; a part of the names of their files."""
     max_failed_share: float = 0.0
@@ -94,7 +96,7 @@ def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig |
     numbers = {task.number for task in tasks}
     families = list(all_families(job.families))
     found = published(job.output, job.part, families)
-    records = {number: record for number, record in found.items() if number in numbers}
+    records = {number: record.without(job.beside) for number, record in found.items() if number in numbers}
     todo = [task for task in tasks if task.number not in records or records[task.number].num_failed]
     if records:
         num_again = sum(bool(record.num_failed) for record in records.values())
@@ -110,7 +112,7 @@ def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig |
         num_dead = 0
         with closing(do_shards(job, todo, actors)) as done:
             for number, record, work in done:
-                records[number] = record
+                records[number] = record = record.without(job.beside)
                 progress.advance(record.num_rows_in_all, work)
                 num_dead = num_dead + 1 if 0 < record.num_failed == record.num_rows_in_all else 0
                 if num_dead >= _NUM_FAILED_SHARDS_OF_A_DEAD_STORAGE:

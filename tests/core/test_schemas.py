@@ -17,7 +17,17 @@ from tests.core.builders import infused, pair, png
 
 TABLES = {
     name: getattr(schemas, name)
-    for name in ("INDEX", "REJECTED", "CANDIDATES", "SCORES", "STATEMENTS", "PAIRS", "INFUSED", "PREDICTIONS")
+    for name in (
+        "INDEX",
+        "REJECTED",
+        "CANDIDATES",
+        "SCORES",
+        "STATEMENTS",
+        "DECISIONS",
+        "PAIRS",
+        "INFUSED",
+        "PREDICTIONS",
+    )
 }
 
 
