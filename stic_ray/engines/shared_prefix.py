@@ -1,9 +1,9 @@
-"""Both answers of a preference pair in one sequence, so that the image and the prompt are encoded once.
+"""All answers to a prompt in one sequence, so that the image and the prompt are encoded once.
 
-    prompt but its last token | last token, chosen answer | last token, rejected answer | padding
+    prompt but its last token | last token, chosen answer | last token, rejected answer | ... | padding
 
 Each answer begins with its own copy of the prompt's last token, which predicts the answer's first one. Positions go on
-from the prompt for both, and a token sees the prompt and its own answer only, so log-probabilities are those of two
+from the prompt for all, and a token sees the prompt and its own answer only, so log-probabilities are those of
 separate sequences (tests/engines/test_shared_prefix.py).
 """
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from stic_ray.engines.sequences import Batch, SequenceBuilder, TokenSequence
 
 PADDING, PROMPT, CHOSEN, REJECTED = range(4)
-"""What a position belongs to."""
+"""What a position belongs to; further answers count on from REJECTED."""
 FAMILIES = ("llava", "llava_next", "idefics3")
 """Model types that are tested to give the log-probabilities of separate sequences."""
 _TEXT_MODELS = ("llama", "mistral")
@@ -38,31 +38,37 @@ def reason_against(config: PreTrainedConfig) -> str | None:
 
 def make_batch(
     builder: SequenceBuilder,
-    images: Sequence[Image.Image],
-    pairs: Sequence[tuple[TokenSequence, TokenSequence]],
+    images: Sequence[Image.Image | None],
+    rows: Sequence[Sequence[TokenSequence]],
 ) -> Batch:
-    """Return the inputs of B pairs: the processor's for the images, and four tensors of shape (B, T).
+    """Return the inputs of B rows: the processor's for the images, and four tensors of shape (B, T).
 
-    `input_ids`, `position_ids`, `segments` (PADDING to REJECTED), and `is_answer`, true where a token is predicted
-    that belongs to an answer. `pairs` are the chosen and the rejected sequence of each, alike up to their answers.
+    `input_ids`, `position_ids`, `segments` (PADDING, PROMPT, and CHOSEN plus the number of the answer), and
+    `is_answer`, true where a token is predicted that belongs to an answer. `rows` are the sequences of each row's
+    answers, one or more, alike up to their answers.
     """
-    asked = [TokenSequence(chosen.ids[: chosen.num_asked], [False] * chosen.num_asked) for chosen, _ in pairs]
+    asked = [TokenSequence(first.ids[: first.num_asked], [False] * first.num_asked) for first, *_ in rows]
     inputs = builder.batch(asked, images, pad_left=True)
     prompt_ids, prompt_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
     inputs.pop("is_answer")
-    lengths = prompt_mask.sum(1)
+    last_ids, lengths = prompt_ids[:, -1].tolist(), prompt_mask.sum(1)
     parts = [(prompt_ids[:, :-1], prompt_mask[:, :-1] * PROMPT, (prompt_mask.cumsum(1) - 1).clamp(min=0)[:, :-1])]
-    for segment, sequences in zip((CHOSEN, REJECTED), zip(*pairs, strict=True), strict=True):
-        ids = [sequence.ids[sequence.num_asked :] for sequence in sequences]
-        rows = [torch.tensor([last, *row]) for last, row in zip(prompt_ids[:, -1].tolist(), ids, strict=True)]
-        filled = pad_sequence([torch.full_like(row, segment) for row in rows], batch_first=True)
-        padded = pad_sequence(rows, batch_first=True, padding_value=builder.tokenizer.pad_token_id)
+    begins, num_columns = [], prompt_ids.shape[1] - 1
+    for number in range(max(map(len, rows))):
+        answers = [row[number] if number < len(row) else None for row in rows]
+        ids = [
+            torch.tensor([] if answer is None else [last, *answer.ids[answer.num_asked :]], dtype=torch.long)
+            for last, answer in zip(last_ids, answers, strict=True)
+        ]
+        filled = pad_sequence([torch.full_like(each, CHOSEN + number) for each in ids], batch_first=True)
+        padded = pad_sequence(ids, batch_first=True, padding_value=builder.tokenizer.pad_token_id)
         positions = lengths.unsqueeze(1) - 1 + torch.arange(padded.shape[1])
         parts.append((padded, filled, positions))
+        begins.append(num_columns)
+        num_columns += padded.shape[1]
     input_ids, segments, position_ids = (torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))
     is_answer = segments >= CHOSEN
-    begin_chosen = parts[0][0].shape[1]
-    is_answer[:, [begin_chosen, begin_chosen + parts[1][0].shape[1]]] = False
+    is_answer[:, begins] = False
     return {
         **inputs,
         "input_ids": input_ids,
@@ -97,20 +103,20 @@ def model_inputs(batch: Batch, config: PreTrainedConfig) -> dict[str, Tensor]:
     return {**rest, "attention_mask": seen}
 
 
-def sum_by_answer(logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of chosen and rejected answers, each of shape (B,).
+def sum_by_answer(logps: Tensor, batch: Batch) -> Tensor:
+    """Return the log-probabilities of each row's answers, shape (B, K); 0 where a row has fewer than K.
 
-    `logps` of shape (B, K) are those of the last K tokens.
+    `logps` of shape (B, N) are those of the last N tokens.
     """
     columns = slice(-logps.shape[1], None)
     segments, is_answer = batch["segments"][:, columns], batch["is_answer"][:, columns]
-    chosen, rejected = ((logps * (is_answer & (segments == segment))).sum(1) for segment in (CHOSEN, REJECTED))
-    return chosen, rejected
+    numbers = range(CHOSEN, int(batch["segments"].max()) + 1)
+    return torch.stack([(logps * (is_answer & (segments == number))).sum(1) for number in numbers], dim=1)
 
 
 @torch.inference_mode()
-def score(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of chosen and rejected answers under a model, in float32, each of shape (B,)."""
+def score(model: Any, batch: Batch) -> Tensor:
+    """Return the log-probabilities of each row's answers under a model, in float32, shape (B, K)."""
     num_asked = int((batch["segments"] < CHOSEN).all(0).cumprod(0).sum())
     num_kept = batch["segments"].shape[1] - num_asked  # the others' logits are not needed
     outputs = model(**model_inputs(batch, model.config), use_cache=False, logits_to_keep=num_kept)

@@ -97,7 +97,7 @@ class TransformersEngine(ProcessorCounter):
                 batch = make_batch(self.builder, [pairs[row].image for row in rows], [built[row] for row in rows])
             with self._busy:
                 logps = score(self.model, self._move(batch))
-            return list(zip(*(side.tolist() for side in logps), strict=True))
+            return [(chosen, rejected) for chosen, rejected in logps.tolist()]
 
         with _lost_with_its_gpu():
             scores = self.batches.run(range(len(pairs)), lengths, [""] * len(pairs), score_rows)

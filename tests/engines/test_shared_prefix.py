@@ -74,7 +74,7 @@ def separate_logps(model: Any, processor: Any) -> Tensor:
 def shared_logps(model: Any, batch: dict[str, Tensor]) -> Tensor:
     logps = model(**shared_prefix.model_inputs(batch, model.config)).logits[:, :-1].log_softmax(-1)
     of_tokens = logps.gather(2, batch["input_ids"][:, 1:].unsqueeze(2)).squeeze(2)
-    return torch.stack(shared_prefix.sum_by_answer(of_tokens, batch), dim=1)
+    return shared_prefix.sum_by_answer(of_tokens, batch)
 
 
 @pytest.mark.parametrize("family", EMBEDDED)
@@ -84,10 +84,30 @@ def test_log_probabilities_are_those_of_separate_sequences(family: str, checkpoi
     batch = pairs_batch(processor)
     with torch.no_grad():
         expected, found = separate_logps(model, processor), shared_logps(model, batch)
-    for each in (found, torch.stack(shared_prefix.score(model, batch), dim=1)):
+    for each in (found, shared_prefix.score(model, batch)):
         # Sums go to -943 here, where neighbouring float32 numbers are 6e-5 apart.
         torch.testing.assert_close(each, expected, atol=1e-4, rtol=2e-7)
     assert (expected[:, 0] - expected[:, 1]).abs().min() > 0.1, "the answers differ, so mixing them up would show"
+
+
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_rows_may_have_different_numbers_of_answers(family: str, checkpoint: Checkpoints) -> None:
+    """One, three and two of them, the last row without a picture where the others have one."""
+    processor, model = processor_and_model(checkpoint(family))
+    builder = SequenceBuilder(processor)
+    images = [*PICTURES[:2], None]
+    texts = [[ANSWERS[0][0]], [*ANSWERS[1], "Perhaps."], [*ANSWERS[2]]]
+    rows = [
+        [builder.build(asked(prompt, answer), with_image=image is not None) for answer in answers]
+        for prompt, image, answers in zip(PROMPTS, images, texts, strict=True)
+    ]
+    found = shared_prefix.score(model, shared_prefix.make_batch(builder, images, rows))
+    assert found.shape == (3, 3)
+    for row, image, logps in zip(rows, images, found, strict=True):
+        alone = [
+            shared_prefix.score(model, shared_prefix.make_batch(builder, [image], [[each]])).item() for each in row
+        ]
+        assert logps.tolist() == pytest.approx([*alone, *[0.0] * (3 - len(row))], rel=1e-6, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", EMBEDDED)
