@@ -35,13 +35,14 @@ from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.core.storage import Location
 from stic_ray.method.images import encode_png
 from stic_ray.stages.training.building import make_dpo_trainer
-from stic_ray.stages.training.data import REFERENCE_LOGPS, PreferenceCollator
-from stic_ray.stages.training.index import index_pairs
+from stic_ray.stages.training.collators import PLACES, PreferenceCollator
+from stic_ray.stages.training.index import REFERENCE_LOGPS, index_pairs
 from stic_ray.stages.training.models import model_of
+from stic_ray.stages.training.scores import score_answers
 
 PROMISE = 1.8
 SIDES = ("trl", "shared_prefix", "shared_prefix_and_stored_reference")
-_WARMUP_STEPS = 2
+WARMUP_STEPS = 2
 
 
 def main() -> None:
@@ -110,15 +111,15 @@ def run_side(options: argparse.Namespace) -> dict[str, Any]:
     if options.gpu:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    seconds = float(np.median(clock.seconds[_WARMUP_STEPS:]))
+    seconds = float(np.median(clock.seconds[WARMUP_STEPS:]))
     peak = (
         torch.cuda.max_memory_allocated() if options.gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     )
     return {"pairs_per_s": options.pairs_per_step / seconds, "peak_gib": peak / 2**30, **facts}
 
 
-def configuration(options: argparse.Namespace) -> RunConfig:
-    """Return the run that both trainers are made from."""
+def configuration(options: argparse.Namespace, **dpo: Any) -> RunConfig:
+    """Return the run that trainers are made from, with further settings of `dpo`."""
     size = options.pairs_per_step
     return build_config(
         {
@@ -127,9 +128,10 @@ def configuration(options: argparse.Namespace) -> RunConfig:
             "tuning": {"method": "full" if options.full else "lora", "lora_dropout": 0.0},
             "dpo": {
                 "global_batch": size,
-                "num_steps": options.num_steps + _WARMUP_STEPS,
+                "num_steps": options.num_steps + WARMUP_STEPS,
                 "learning_rate": 1e-5,
                 "num_held_out": 0,
+                **dpo,
             },
             "workers": {
                 "zero_stage": 0,
@@ -157,7 +159,7 @@ def trls_trainer(ours: Any, config: RunConfig, pairs: Path) -> DPOTrainer:
         args=TRLDPOConfig(**kept),
         train_dataset=data,
         processing_class=processor,
-        data_collator=PreferenceCollator(processor=processor),
+        data_collator=WithoutPlaces(processor=processor),
         peft_config=adapter,
     )
 
@@ -168,12 +170,21 @@ def compare(trainer: Any, num_pairs: int) -> dict[str, Any]:
     shared = trainer._prepare_inputs(trainer.data_collator([dict(row) for row in rows]))
     plain = trainer._prepare_inputs(PreferenceCollator(processor=trainer.processing_class)([dict(row) for row in rows]))
     with torch.no_grad():
-        found, expected = (torch.stack(trainer.logps(model_of(trainer), batch)[:2]) for batch in (shared, plain))
+        model, network = model_of(trainer), trainer.network
+        found, expected = (score_answers(model, network, batch).answers for batch in (shared, plain))
     num_answer_tokens = plain["completion_mask"].sum().item()
     return {
         "max_abs_logp_diff": (found - expected).abs().max().item(),
         "prefix_share": 1 - num_answer_tokens / plain["attention_mask"].sum().item(),
     }
+
+
+class WithoutPlaces(PreferenceCollator):
+    """Batches of two answers as TRL takes them, which knows their order."""
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch without the places of its answers."""
+        return {name: value for name, value in super().__call__(examples).items() if name != PLACES}
 
 
 class WithReference(torch.utils.data.Dataset[dict[str, Any]]):
@@ -186,9 +197,8 @@ class WithReference(torch.utils.data.Dataset[dict[str, Any]]):
         for start in range(0, len(self.pairs), num_pairs):
             rows = [self.pairs[start + number] for number in range(num_pairs)]
             with torch.no_grad():
-                found = trainer.reference_logps(trainer._prepare_inputs(trainer.data_collator(rows)))[:2]
-            columns = zip(*(each.float().tolist() for each in found), strict=True)
-            self.values += [dict(zip(REFERENCE_LOGPS, each, strict=True)) for each in columns]
+                found = trainer.reference_scores(trainer._prepare_inputs(trainer.data_collator(rows))).own_image
+            self.values += [dict(zip(REFERENCE_LOGPS, each, strict=True)) for each in found.answers.float().tolist()]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -218,20 +228,24 @@ class Clock(TrainerCallback):
         self.last_s = now_s
 
 
-def write_pairs(options: argparse.Namespace, folder: Path) -> Path:
+def write_pairs(options: argparse.Namespace, folder: Path, *, with_rejected_image: bool = False) -> Path:
     """Write a shard of pairs with pictures of noise, and answers of random words."""
     generator = np.random.default_rng(0)
     side_px = SIDES_PX[options.size]
     words = ("a", "red", "blue", "green", "circle", "square", "at", "the", "top", "left", "one", "small")
     rows = []
     for _ in range(options.pairs_per_step * 4):
-        picture = Image.fromarray(generator.integers(0, 255, (side_px, side_px, 3), dtype=np.uint8))
+        picture, other = (
+            {"bytes": encode_png(Image.fromarray(pixels)), "path": None}
+            for pixels in generator.integers(0, 255, (2, side_px, side_px, 3), dtype=np.uint8)
+        )
         chosen, rejected = (" ".join(generator.choice(words, options.answer_tokens)) for _ in range(2))
         rows.append(
             {
                 **{name: 0 for name in PAIRS.names if PAIRS.field(name).type == "int64"},
                 **{name: "x" for name in PAIRS.names if PAIRS.field(name).type == "string"},
-                "image": {"bytes": encode_png(picture), "path": None},
+                "image": picture,
+                "rejected_image": other if with_rejected_image else None,
                 "prompt": [{"role": "user", "content": "Describe the picture."}],
                 "chosen": [{"role": "assistant", "content": chosen}],
                 "rejected": [{"role": "assistant", "content": rejected}],

@@ -4,8 +4,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from stic_ray.core.preferences import GradedCorruption
 from stic_ray.core.section import Count, NotNegative, Positive, Section, Share
 
+NotNegativeWeight = Annotated[float, Field(ge=0.0)]
 Part = Literal["vision_tower", "projector", "language_model"]
 ONLY_LANGUAGE: frozenset[Part] = frozenset({"language_model"})
 
@@ -80,6 +82,25 @@ class DPOConfig(OptimisationConfig):
     """Strength of the pull to the reference model; lambda in the paper. Unused by `objective=sft`."""
     alpha: Annotated[float, Field(ge=0.0)] = 1 / 1024
     """Weight of the summed log-probability of the preferred answer. Unused by `objective=sft`."""
+    text_weight: NotNegativeWeight = 1.0
+    """Weight of the preference between answers, the DPO part; of several rejected answers it is the mean over them."""
+    conditional_weight: NotNegativeWeight = 0.0
+    """Weight of mDPO's conditional preference: the preferred answer is likelier with its image than with the rejected
+    one."""
+    anchor_weight: NotNegativeWeight = 0.0
+    """Weight of mDPO's anchor: the reward of the preferred answer itself is above `anchor_delta`."""
+    anchor_delta: float = 0.0
+    symmetric_weight: NotNegativeWeight = 0.0
+    """Weight of S-VCO's four terms, for pairs whose rejected answer is true of their rejected image."""
+    own_tokens_weight: NotNegativeWeight = 0.0
+    """Weight of POVID's preference to the tokens that the model itself finds likeliest with the rejected image."""
+    rejected_image: Literal["pair", GradedCorruption] = "pair"
+    """The picture that the preferred answer does not fit: the one of the pair, or its image corrupted so, anew in each
+    epoch."""
+    rejected_image_strength: Share = 0.5
+    """Of that corruption: 0 leaves the picture nearly as it was, 1 nearly nothing of it."""
+    rejected_image_strength_end: Share | None = None
+    """Strength at the last step: it goes there evenly from `rejected_image_strength`; constant when unset."""
     pairs: str | None = None
     """Folder with the pairs of another run, its `preferences`; this run's own when unset."""
     num_images: Count | None = None
@@ -90,6 +111,44 @@ class DPOConfig(OptimisationConfig):
     """`pool`: every epoch in the pool's order, for a schedule along it (`preferences.strength_end`)."""
     image: Literal["own", "blank", "shuffled"] = "own"
     """`blank` (uniform grey of the same size) and `shuffled` (another pair's picture) are controls."""
+
+    @property
+    def image_terms(self) -> dict[str, float]:
+        """Return the weights of the terms that need a rejected image, of those that have one."""
+        names = ("conditional", "symmetric", "own_tokens")
+        weights = {name: float(getattr(self, f"{name}_weight")) for name in names}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def rejected_image_strengths(self) -> tuple[float, float]:
+        """Return the strength of made images at the first and at the last step."""
+        begin, end = self.rejected_image_strength, self.rejected_image_strength_end
+        return begin, begin if end is None else end
+
+    @model_validator(mode="after")
+    def _terms_fit_together(self) -> "DPOConfig":
+        terms = [f"{name}_weight" for name in self.image_terms]
+        added = [*terms, *(["anchor_weight"] if self.anchor_weight else [])]
+        if added and self.objective != "paper":
+            raise ValueError(f"{added[0]} adds a term to objective=paper; leave it out with objective={self.objective}")
+        if self.text_weight != 1 and self.objective == "sft":
+            raise ValueError("text_weight is of the DPO part, which objective=sft does not have; leave it out")
+        if terms and self.image != "own":
+            raise ValueError(
+                f"{terms[0]} compares a pair's own image with a rejected one, and image={self.image} takes the own one "
+                "away; use image=own"
+            )
+        if self.symmetric_weight and self.rejected_image != "pair":
+            raise ValueError(
+                "symmetric_weight needs rejected images that the rejected answers are true of: "
+                f"rejected_image=pair, not {self.rejected_image}"
+            )
+        if self.rejected_image_strength_end is not None and self.rejected_image == "pair":
+            raise ValueError(
+                "rejected_image_strength_end is for images that training makes; choose how in rejected_image, or leave "
+                "it out"
+            )
+        return self
 
 
 class SFTConfig(OptimisationConfig):

@@ -1,7 +1,8 @@
-"""STIC's training objective, by the paper and by the released code, as functions of log-probabilities.
+"""STIC's training objective, by the paper and by the released code, and terms about images that may be added to it.
 
-Shapes: B pairs, T target positions, V vocabulary. All log-probabilities are natural and summed over the answer's
-tokens unless the name says `_BT`.
+Shapes: B pairs, R rejected answers of each, T target positions, V vocabulary. All log-probabilities are natural and
+summed over the answer's tokens unless the name says `_BT`. A log-ratio is log p of the policy minus that of the
+reference, of the same answer to the same prompt and image.
 """
 
 from typing import NamedTuple
@@ -11,22 +12,40 @@ import torch.nn.functional as F
 
 
 class PairLogps(NamedTuple):
-    """Summed log-probabilities of both answers under policy and reference; each of shape (B,)."""
+    """Summed log-probabilities of the answers under policy and reference: (B,), or (B, R) of several rejected ones."""
 
     policy_chosen: torch.Tensor
     policy_rejected: torch.Tensor
     reference_chosen: torch.Tensor
     reference_rejected: torch.Tensor
+    is_there: torch.Tensor | None = None
+    """Which of the R rejected answers a row has, shape (B, R); all of them when None."""
 
 
 class ObjectiveTerms(NamedTuple):
-    """The loss to minimise and its parts, means over pairs; `loss` is dpo + regulariser. Rewards have shape (B,)."""
+    """The loss to minimise and its parts, means over pairs; `loss` is dpo + regulariser.
+
+    Rewards have shape (B,); of several rejected answers it is the mean of theirs.
+    """
 
     loss: torch.Tensor
     dpo: torch.Tensor
     regulariser: torch.Tensor
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
+    margins: torch.Tensor
+    """Chosen minus rejected reward of each rejected answer, shape (B, R)."""
+
+
+class ImageLogRatios(NamedTuple):
+    """Log-ratios of both answers given the pair's own image, its rejected image, and no image; each of shape (B,)."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    chosen_on_rejected_image: torch.Tensor
+    rejected_on_rejected_image: torch.Tensor
+    chosen_without_image: torch.Tensor
+    rejected_without_image: torch.Tensor
 
 
 def regularised_dpo(
@@ -36,14 +55,72 @@ def regularised_dpo(
 
     STIC Algorithm 1. With the policy equal to the reference the margin is 0 and the DPO part is ln 2. The
     regulariser is a sum over the answer's tokens, not a mean: longer answers weigh more. `weights`, of shape (B,),
-    multiply the pairs before the mean over all B.
+    multiply the pairs before the mean over all B. Of several rejected answers a pair has the mean of l over them.
     """
     weights = torch.ones_like(logps.policy_chosen) if weights is None else weights
     chosen_rewards = beta * (logps.policy_chosen - logps.reference_chosen)
-    rejected_rewards = beta * (logps.policy_rejected - logps.reference_rejected)
-    dpo = -(weights * F.logsigmoid(chosen_rewards - rejected_rewards)).mean()
+    rejected_rewards = (beta * (logps.policy_rejected - logps.reference_rejected)).reshape(len(weights), -1)
+    margins = chosen_rewards.unsqueeze(1) - rejected_rewards
+    dpo = (weights * mean_over_rejected(preference(margins), logps.is_there)).mean()
     regulariser = -alpha * (weights * logps.policy_chosen).mean()
-    return ObjectiveTerms(dpo + regulariser, dpo, regulariser, chosen_rewards.detach(), rejected_rewards.detach())
+    rejected_rewards = mean_over_rejected(rejected_rewards, logps.is_there)
+    record = (value.detach() for value in (chosen_rewards, rejected_rewards, margins))
+    return ObjectiveTerms(dpo + regulariser, dpo, regulariser, *record)
+
+
+def preference(margins: torch.Tensor) -> torch.Tensor:
+    """Return -log sigma(margin) of each: Bradley and Terry's loss where the better side has that much more reward."""
+    return -F.logsigmoid(margins)
+
+
+def mean_over_rejected(values: torch.Tensor, is_there: torch.Tensor | None) -> torch.Tensor:
+    """Return the mean over the R rejected answers that each row has, shape (B,)."""
+    if is_there is None:
+        return values.mean(1)
+    return (values * is_there).sum(1) / is_there.sum(1)
+
+
+def conditional_preference(chosen: torch.Tensor, on_rejected_image: torch.Tensor, *, beta: float) -> torch.Tensor:
+    """Return -log sigma(beta * (r(image) - r(rejected image))), r the log-ratio of the chosen answer; shape (B,).
+
+    mDPO (arXiv:2406.11839), conditional preference optimisation: the answer is the same, so that only the picture can
+    make the difference.
+    """
+    return preference(beta * (chosen - on_rejected_image))
+
+
+def anchored_preference(chosen: torch.Tensor, *, beta: float, delta: float) -> torch.Tensor:
+    """Return -log sigma(beta * r - delta), r the log-ratio of the chosen answer; shape (B,).
+
+    mDPO (arXiv:2406.11839), anchored preference optimisation: the reward of the chosen answer itself is to be above
+    `delta`, where a difference of rewards grows while both fall.
+    """
+    return preference(beta * chosen - delta)
+
+
+def symmetric_preference(ratios: ImageLogRatios, *, beta: float) -> torch.Tensor:
+    """Return the sum of S-VCO's four terms (arXiv:2502.13928), shape (B,).
+
+    The chosen answer is true of the image, the rejected one of the rejected image. Each is to be likelier with the
+    image that it is true of than without any (attend), and likelier without any than with the other (reject).
+    """
+    margins = (
+        ratios.chosen - ratios.chosen_without_image,
+        ratios.chosen_without_image - ratios.chosen_on_rejected_image,
+        ratios.rejected_on_rejected_image - ratios.rejected_without_image,
+        ratios.rejected_without_image - ratios.rejected,
+    )
+    return preference(beta * torch.stack(margins)).sum(0)
+
+
+def own_tokens_preference(chosen: torch.Tensor, own_tokens: torch.Tensor, *, beta: float) -> torch.Tensor:
+    """Return -log sigma(beta * (r(chosen) - r(own tokens))) with log-ratios given the clean image; shape (B,).
+
+    POVID's second stage (arXiv:2402.11411). The own tokens are those that the policy finds likeliest at each position
+    of the chosen answer when it sees the noised image. Policy and reference score the same ones: where they are those
+    of the answer, nothing is pushed.
+    """
+    return preference(beta * (chosen - own_tokens))
 
 
 def answer_logps(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from stic_ray.engines.rendering import Message, split_answers
 from stic_ray.engines.sequences import ProcessorCounter, SequenceBuilder
 from stic_ray.engines.shared_prefix import reason_against
 from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
-from stic_ray.stages.training.data import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
+from stic_ray.stages.training.collators import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
 from stic_ray.stages.training.models import model_of
 from tests import tiny_models
 from tests.engines.conftest import Checkpoints, Engines

@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from stic_ray.method.objectives import (
+    ImageLogRatios,
     ObjectiveTerms,
     PairLogps,
+    anchored_preference,
     answer_logps,
+    conditional_preference,
     noisy_argmax_logps,
+    own_tokens_preference,
     regularised_dpo,
+    symmetric_preference,
 )
 
 LN2 = math.log(2)
@@ -211,3 +216,73 @@ def test_half_precision_logits_are_summed_in_full_precision() -> None:
     found = answer_logps(model, torch.zeros(1, 4096).long(), torch.ones(1, 4096))
     assert found.dtype is torch.float32
     assert found.item() == pytest.approx(4096 * (1 - math.log(math.e + 3)), rel=1e-5)
+
+
+def test_several_rejected_answers_are_averaged_over_those_that_are_there() -> None:
+    """beta 1, rewards of the chosen 0 and 1; of the rejected (-1, 2) and (1, none): margins 1, -2 and 0.
+
+    The first row: (ln(1 + e^-1) + ln(1 + e^2)) / 2 = (0.313262 + 2.126928) / 2 = 1.220095, the second ln 2. Their mean
+    is 0.956621; with weights 2 and 0 it is 1.220095.
+    """
+    given = PairLogps(
+        torch.tensor([-3.0, -4.0]),
+        torch.tensor([[-4.0, -1.0], [-2.0, 0.0]]),
+        torch.tensor([-3.0, -5.0]),
+        torch.tensor([[-3.0, -3.0], [-3.0, 0.0]]),
+        torch.tensor([[True, True], [True, False]]),
+    )
+    terms = regularised_dpo(given, beta=1.0, alpha=0.0)
+    assert terms.dpo.item() == pytest.approx(0.956621, abs=1e-6)
+    assert terms.rejected_rewards.tolist() == pytest.approx([0.5, 1.0])
+    assert terms.margins.tolist() == [[1.0, -2.0], [0.0, 1.0]]
+    weighted = regularised_dpo(given, beta=1.0, alpha=0.0, weights=torch.tensor([2.0, 0.0]))
+    assert weighted.dpo.item() == pytest.approx(1.220095, abs=1e-6)
+
+
+def test_mdpos_terms() -> None:
+    """beta 0.5: ln(1 + e^-(0.5 * (2 + 2))) = ln(1 + e^-2) = 0.126928; the anchor ln(1 + e^-(0.5 * 2 - 0.5)) = 0.474077.
+
+    With log-ratios of 0 both are ln 2 where delta is 0.
+    """
+    chosen, other, zero = torch.tensor([2.0]), torch.tensor([-2.0]), torch.zeros(1)
+    assert conditional_preference(chosen, other, beta=0.5).tolist() == pytest.approx([0.126928], abs=1e-6)
+    assert anchored_preference(chosen, beta=0.5, delta=0.5).tolist() == pytest.approx([0.474077], abs=1e-6)
+    assert conditional_preference(zero, zero, beta=0.5).tolist() == pytest.approx([LN2])
+    assert anchored_preference(zero, beta=0.5, delta=0.0).tolist() == pytest.approx([LN2])
+
+
+def test_the_anchor_holds_the_chosen_answer_where_a_difference_does_not() -> None:
+    """Both log-ratios fall by 3: the conditional term stays, the anchor rises."""
+    chosen, other = torch.tensor([1.0]), torch.tensor([0.0])
+    assert conditional_preference(chosen - 3, other - 3, beta=1.0).equal(
+        conditional_preference(chosen, other, beta=1.0)
+    )
+    assert anchored_preference(chosen - 3, beta=1.0, delta=0.0) > anchored_preference(chosen, beta=1.0, delta=0.0)
+
+
+def test_svcos_terms() -> None:
+    """beta 1. The chosen answer: 1 with its image, 0 without, -2 with the other one: margins 1 and 2.
+
+    The rejected one: -1 with its image, 0 without, 3 with the other one: margins -1 and -3. Together
+    0.313262 + 0.126928 + 1.313262 + 3.048587 = 4.802039.
+    """
+    ratios = ImageLogRatios(*(torch.tensor([value]) for value in (1.0, 3.0, -2.0, -1.0, 0.0, 0.0)))
+    assert symmetric_preference(ratios, beta=1.0).tolist() == pytest.approx([4.802039], abs=1e-6)
+    assert symmetric_preference(ImageLogRatios(*[torch.zeros(2)] * 6), beta=1.0).tolist() == pytest.approx(
+        [4 * LN2] * 2
+    )
+
+
+def test_svcos_anchor_pulls_both_ways() -> None:
+    """The gradients of the answers without an image cancel where every margin is the same."""
+    ratios = ImageLogRatios(*(torch.zeros(1, requires_grad=True) for _ in range(6)))
+    symmetric_preference(ratios, beta=1.0).sum().backward()
+    found = [float(ratio.grad) for ratio in ratios if ratio.grad is not None]
+    assert found == pytest.approx([-0.5, 0.5, 0.5, -0.5, 0.0, 0.0])
+
+
+def test_povids_term() -> None:
+    """beta 0.1: ln(1 + e^-(0.1 * (4 - -6))) = ln(1 + e^-1) = 0.313262; own tokens that are the answer's give ln 2."""
+    chosen = torch.tensor([4.0])
+    assert own_tokens_preference(chosen, torch.tensor([-6.0]), beta=0.1).tolist() == pytest.approx([0.313262], abs=1e-6)
+    assert own_tokens_preference(chosen, chosen, beta=0.1).tolist() == pytest.approx([LN2])

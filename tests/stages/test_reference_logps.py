@@ -54,12 +54,12 @@ def test_they_are_what_training_would_work_out(tmp_path: Path, tiny_llava: Path)
     trainer: Any = make_dpo_trainer(config, pairs_in(config, Path(run.shards("pairs")[0].path)), tmp_path / "out")
     batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
     with torch.no_grad():
-        expected = trainer.reference_logps(batch)
-        trainer.reference_logps = None  # is not asked again
+        expected = trainer.reference_scores(batch).own_image.answers
+        trainer.reference_scores = None  # is not asked again
         trainer.compute_loss(model_of(trainer).eval(), dict(batch))
     assert not set(REFERENCE_LOGPS) & set(trainer.eval_dataset.columns), "evaluation compares tokens"
-    stored = torch.stack([batch[name] for name in REFERENCE_LOGPS])
-    torch.testing.assert_close(stored, torch.stack(expected[:2]), atol=1e-4, rtol=1e-6)
+    stored = torch.stack([batch[name] for name in REFERENCE_LOGPS], dim=1)
+    torch.testing.assert_close(stored, expected, atol=1e-4, rtol=1e-6)
     assert figures_of(trainer)["loss/dpo"] == pytest.approx(LN_2, abs=1e-5)
 
 

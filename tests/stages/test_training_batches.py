@@ -20,8 +20,9 @@ from stic_ray.engines.loading import load_processor
 from stic_ray.engines.sequences import image_token_id
 from stic_ray.engines.shared_prefix import CHOSEN, PROMPT, REJECTED
 from stic_ray.stages.training.building import make_dpo_trainer, make_sft_trainer
-from stic_ray.stages.training.data import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
+from stic_ray.stages.training.collators import IGNORED, AnswersOnlyCollator, PreferenceCollator, check_image_tokens
 from stic_ray.stages.training.models import model_of
+from stic_ray.stages.training.scores import score_answers
 from stic_ray.stages.training.trainers import means
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 from tests import tiny_models
@@ -190,7 +191,7 @@ def test_stored_log_probabilities_take_the_place_of_the_reference(tmp_path: Path
     model: Any = model_of(trainer).eval()
     batch = trainer.data_collator([dict(trainer.train_dataset[i]) for i in range(4)])
     with torch.no_grad():
-        chosen, rejected, _ = trainer.logps(model, batch)
+        chosen, rejected = score_answers(model, trainer.network, batch).answers.unbind(1)
         stored = {"reference_chosen_logp": chosen - 2.0, "reference_rejected_logp": rejected - 0.5}
         found = trainer.compute_loss(model, {**batch, **stored})
     assert found.item() == pytest.approx(math.log1p(math.exp(-1.5)), rel=1e-5)

@@ -16,7 +16,7 @@ from stic_ray.pipeline import names_of
 from stic_ray.recipes import stic
 from stic_ray.stages.dpo import DPO
 from stic_ray.stages.training.building import make_dpo_trainer
-from stic_ray.stages.training.data import AnswersOnlyCollator
+from stic_ray.stages.training.collators import AnswersOnlyCollator
 from stic_ray.stages.training.models import model_of
 from tests.stages.builders import draw_pictures, pairs_in, run_stages, step_of
 from tests.stages.test_training_batches import config_for, picture, write_pairs

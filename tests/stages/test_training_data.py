@@ -16,7 +16,8 @@ from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PAIRS, table_of
 from stic_ray.engines.loading import load_processor
-from stic_ray.stages.training.data import WEIGHT, AnswersOnlyCollator, Example, ParquetRows, num_lanes, read_pairs
+from stic_ray.stages.training.collators import AnswersOnlyCollator
+from stic_ray.stages.training.data import WEIGHT, Example, ParquetRows, num_lanes, read_pairs
 from stic_ray.stages.training.index import ONE_IN, Rows, is_held_out
 from tests.stages.builders import pairs_in
 from tests.stages.test_training_batches import config_for, encoded, picture

@@ -32,6 +32,7 @@ from stic_ray.stages.training.reporting import (
     summarise,
     warn_of_easy_pairs,
 )
+from stic_ray.stages.training.scores import score_answers
 from stic_ray.stages.training.trainers import means
 from tests.stages.builders import check, pairs_in
 from tests.stages.test_training_batches import config_for
@@ -99,9 +100,9 @@ def test_held_out_rows_are_evaluated_along_the_way_and_at_the_end(
             alone = [trainer.compute_loss(model, trainer.data_collator([row])).item() for row in held_out]
             assert min(alone) < lines[-1]["eval_loss"] < max(alone)
             return
-        chosen, rejected, _ = trainer.logps(model, dict(batch))
-        reference = trainer.reference_logps(dict(batch))
-    margins = config.dpo.beta * (chosen - reference.chosen - rejected + reference.rejected)
+        chosen, rejected = score_answers(model, trainer.network, batch).answers.unbind(1)
+        before, rejected_before = trainer.reference_scores(batch).own_image.answers.unbind(1)
+    margins = config.dpo.beta * (chosen - before - rejected + rejected_before)
     expected = {
         "eval_logps/chosen": chosen.mean(),
         "eval_logps/rejected": rejected.mean(),

@@ -15,13 +15,8 @@ from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.training import OptimisationConfig
 from stic_ray.engines.loading import choose_dtype, load_processor
 from stic_ray.engines.shared_prefix import reason_against
-from stic_ray.stages.training.data import (
-    AnswersOnlyCollator,
-    ParquetRows,
-    PreferenceCollator,
-    SharedPrefixCollator,
-    read_pairs,
-)
+from stic_ray.stages.training.collators import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
+from stic_ray.stages.training.data import ParquetRows, num_steps_of, read_pairs
 from stic_ray.stages.training.index import Rows
 from stic_ray.stages.training.models import (
     describe_parts,
@@ -29,6 +24,7 @@ from stic_ray.stages.training.models import (
     prepare_start,
     set_trainable,
 )
+from stic_ray.stages.training.scores import views_of
 from stic_ray.stages.training.trainers import LikelihoodTrainer, RegularisedDPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -53,9 +49,10 @@ def make_dpo_trainer(
         if config.workers.zero_stage == 0:  # in other number formats than the policy's, it would begin elsewhere
             for name, parameter in reference.named_parameters():
                 parameter.data = parameter.data.to(policy.get_parameter(name).dtype)
-    collator = PreferenceCollator(load_processor(start.model))
+    views = views_of(config.dpo)
+    collator = PreferenceCollator(load_processor(start.model), views)
     trainer = RegularisedDPOTrainer(start, pairs, collator, args=args, model=policy, ref_model=reference)
-    trainer.speed.has_reference_pass = not rows.has_reference_logps
+    trainer.speed.has_reference_pass = bool(views) or not rows.has_reference_logps
     if isinstance(policy, PeftModel):  # an adapter that was there before, of which TRL has made a frozen copy
         prepare_reference_adapter(policy)
     if not config.workers.share_prefix:
@@ -65,7 +62,7 @@ def make_dpo_trainer(
     else:
         reason = reason_against(cast(Any, policy).config)
     if reason is None:
-        trainer.data_collator = SharedPrefixCollator(collator.builder.processor)
+        trainer.data_collator = SharedPrefixCollator(collator.builder.processor, views)
     else:
         logger.warning("dpo: image and prompt are encoded once for each answer: %s", reason)
     return trainer
@@ -102,12 +99,12 @@ def training_arguments(
     `universal` says that training goes on from a checkpoint in DeepSpeed's universal form.
     """
     workers = config.workers
-    num_steps = stage.num_steps or -(-rows.num_trained // stage.global_batch) * stage.num_epochs
+    num_steps = num_steps_of(stage, rows)
     on_gpu = workers.num_gpus > 0
     num_loaders = (4 if on_gpu else 0) if workers.num_loaders is None else workers.num_loaders
     if num_loaders:
         # A fork would copy the state of object store clients, CUDA and Ray, none of which lives on in a child.
-        multiprocessing.set_forkserver_preload([ParquetRows.__module__])
+        multiprocessing.set_forkserver_preload([PreferenceCollator.__module__])
     return {
         "output_dir": str(folder),
         "seed": config.seed,

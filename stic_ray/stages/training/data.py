@@ -1,4 +1,4 @@
-"""What the trainers read: rows straight from Parquet, a row group at a time, in a seeded order, and batches of them.
+"""What the trainers read: rows straight from Parquet, a row group at a time, in a seeded order.
 
 The order is a function of seed, epoch, rows and global batch, so any number of workers sees the same batches. The row
 groups are put one behind the other in a seeded order, the rows of each shuffled, and the sequence is cut into lanes:
@@ -18,23 +18,18 @@ import datasets
 import numpy as np
 import PIL.Image
 import pyarrow as pa
-import torch
 from torch.utils.data import Dataset
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.randomness import seed_for
-from stic_ray.engines.sequences import SequenceBuilder, TokenSequence, labels_of
-from stic_ray.engines.shared_prefix import make_batch
+from stic_ray.core.training import OptimisationConfig
 from stic_ray.stages.training.index import REFERENCE_LOGPS, RowGroup, Rows, damaged, read_group
+from stic_ray.stages.training.rejected_images import ImageMaker
 
-IGNORED = -100
-"""Label of a position that the loss leaves out."""
 WEIGHT = "weight"
 """Of a row in the mean over its batch: 1, or 0 for one that only fills up an epoch."""
-_GREY = (128, 128, 128)
-_SMALL_TALK = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "Yes."}]
-_BLANK = {"image": PIL.Image.new("RGB", (64, 64), _GREY), "messages": _SMALL_TALK, WEIGHT: 0.0}
-"""A row of which nothing is learned."""
+GREY = (128, 128, 128)
+"""Colour of a blank picture."""
 MAX_LANES = 16
 """A batch comes from at most so many row groups: more mix no better and cost memory."""
 _DECODER = datasets.Image(mode="RGB")
@@ -59,8 +54,9 @@ class ParquetRows(Dataset[Example]):
         global_batch: int | None = None,
         in_order: bool = False,
         image: Literal["own", "blank", "shuffled"] = "own",
+        maker: ImageMaker | None = None,
     ) -> None:
-        self._groups, self.columns, self._image = groups, [*columns], image
+        self._groups, self.columns, self._image, self._maker = groups, [*columns], image, maker
         self._seed, self._global_batch = seed, global_batch
         self._shuffles = global_batch is not None and not in_order
         self._counts = np.array([len(group.rows) for group in groups], dtype=np.int64)
@@ -99,7 +95,13 @@ class ParquetRows(Dataset[Example]):
         offset = place - int(self._ends[number] - self._counts[group])
         if self._shuffles:
             offset = int(self._generator(f"rows of row group {group}").permutation(self._counts[group])[offset])
-        return {**self._example(group, offset), WEIGHT: weight}
+        example = self._example(group, offset)
+        if self._maker is not None:
+            batch = self._global_batch
+            step = self._epoch * (len(self) // batch) + index // batch if batch else self._maker.num_steps
+            made = self._maker.make(example["image"], example["image_id"], self._epoch, step)
+            example["rejected_image"] = made
+        return {**example, WEIGHT: weight}
 
     def _place(self, index: int) -> tuple[int, int, float]:
         """Return the lane of a row, its place in the sequence of the epoch's rows, and its weight."""
@@ -121,12 +123,19 @@ class ParquetRows(Dataset[Example]):
             return example
         if self._image == "shuffled":
             example["image"] = self._next_image(group, offset)
+        for name in ("image", "rejected_image"):
+            if name in example:
+                example[name] = self._decode(example[name], name, group, row)
+        if self._image == "blank":
+            example["image"] = PIL.Image.new("RGB", example["image"].size, GREY)
+        return example
+
+    def _decode(self, encoded: dict[str, Any], name: str, group: int, row: int) -> PIL.Image.Image:
         try:
-            picture = _DECODER.decode_example(example["image"])
+            return _DECODER.decode_example(encoded)
         except Exception as error:  # of whatever type: the stage that wrote the row could decode it
             where = self._groups[group]
-            raise damaged(where.uri, f"the picture of row {row} in row group {where.number}: {error}") from error
-        return {**example, "image": PIL.Image.new("RGB", picture.size, _GREY) if self._image == "blank" else picture}
+            raise damaged(where.uri, f"{name} of row {row} in row group {where.number}: {error}") from error
 
     def _next_image(self, group: int, offset: int) -> dict[str, Any]:
         """Return the encoded picture of the row behind this one, and of the first row for the last.
@@ -144,108 +153,40 @@ class ParquetRows(Dataset[Example]):
 
 
 def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]:
-    """Return the pairs that stage `dpo` trains on and those held out, with the pictures that `dpo.image` asks for.
+    """Return the pairs that stage `dpo` trains on and those held out, with the pictures that `dpo.*` asks for.
 
     The former have REFERENCE_LOGPS where all pairs carry those of the model that training begins with; evaluation
     asks the reference itself, as it compares the tokens.
     """
     columns = ["image", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason"]
+    settings = config.dpo
+    if settings.objective == "paper":
+        columns.append("more_rejected")
+    maker = None
+    if settings.image_terms and settings.rejected_image == "pair":
+        columns.append("rejected_image")
+    elif settings.image_terms:
+        columns.append("image_id")
+        num_steps = num_steps_of(settings, rows)
+        maker = ImageMaker(settings.rejected_image, settings.rejected_image_strengths, num_steps, config.seed)
     stored = REFERENCE_LOGPS if rows.has_reference_logps else ()
-    settings, image = config.dpo, config.dpo.image
     trained = ParquetRows(
         rows.trained,
         [*columns, *stored],
         seed=config.seed,
         global_batch=settings.global_batch,
         in_order=settings.order == "pool",
-        image=image,
+        image=settings.image,
+        maker=maker,
     )
-    return trained, ParquetRows(rows.held_out, columns, image=image)
+    return trained, ParquetRows(rows.held_out, columns, image=settings.image, maker=maker)
+
+
+def num_steps_of(settings: OptimisationConfig, rows: Rows) -> int:
+    """Return the optimiser steps of a training on these rows."""
+    return settings.num_steps or -(-rows.num_trained // settings.global_batch) * settings.num_epochs
 
 
 def num_lanes(global_batch: int) -> int:
     """Return how many lanes the rows of a batch come from: the largest divisor that is not above MAX_LANES."""
     return next(lanes for lanes in range(min(MAX_LANES, global_batch), 0, -1) if global_batch % lanes == 0)
-
-
-def check_image_tokens(input_ids: torch.Tensor, token_id: int, has_image: list[bool]) -> None:
-    """Raise AssertionError unless exactly the rows with an image hold image tokens.
-
-    A row that lost them would train the language model alone and nothing else would show it (STIC's released
-    code trains so: docs/method.md).
-    """
-    found = (input_ids == token_id).any(dim=1).tolist()
-    assert found == has_image, f"rows with an image {has_image}, rows with image tokens {found}"
-
-
-class Collator:
-    """What makes a batch of rows."""
-
-    def __init__(self, processor: Any) -> None:
-        self.builder = SequenceBuilder(processor)
-
-    def sequence(self, example: Example, side: str = "chosen") -> TokenSequence:
-        """Return the sequence of a conversation, or of a pair's answer, which has no end where it was cut off."""
-        messages = example["messages"] if "messages" in example else [*example["prompt"], *example[side]]
-        cut_off = example.get(f"{side}_finish_reason") == "length"
-        return self.builder.build(messages, with_image=example["image"] is not None, cut_off=cut_off)
-
-
-class PreferenceCollator(Collator):
-    """Preference pairs as sequences of their own: the B chosen ones first and the B rejected ones behind them."""
-
-    def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """Return input_ids, masks (`completion_mask`: the answers) and image inputs of 2B sequences, and B weights."""
-        sequences = [self.sequence(example, side) for side in ("chosen", "rejected") for example in examples]
-        batch = self.builder.batch(sequences, [example["image"] for example in examples] * 2)
-        batch["completion_mask"] = batch.pop("is_answer").long()
-        check_image_tokens(batch["input_ids"], self.builder.image_token_id, [True] * 2 * len(examples))
-        return batch | _columns(examples, WEIGHT)
-
-
-class SharedPrefixCollator(Collator):
-    """Preference pairs with image and prompt there once; rows may carry the reference's log-probabilities."""
-
-    def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """Return what `shared_prefix.make_batch` does; WEIGHT and REFERENCE_LOGPS, each (B,), where rows have them."""
-        pairs = [(self.sequence(example), self.sequence(example, "rejected")) for example in examples]
-        batch = make_batch(self.builder, [example["image"] for example in examples], pairs)
-        check_image_tokens(batch["input_ids"], self.builder.image_token_id, [True] * len(examples))
-        return batch | _columns(examples, WEIGHT, *REFERENCE_LOGPS)
-
-
-class AnswersOnlyCollator(Collator):
-    """Conversations with the loss on what the assistant says, its end-of-turn token included, and nowhere else.
-
-    Of a pair, that is the preferred answer. TRL's own mask needs generation markers in the chat template, which many
-    checkpoints lack.
-    """
-
-    needs_image = False
-    """Whether a blank picture is put beside rows which all lack one; it weighs nothing in the loss.
-
-    The vision tower and the projector thus take part in every micro-batch. Otherwise a worker whose rows are all
-    text has no gradients for them, or never asks for the weights that ZeRO-3 keeps elsewhere, and the others wait.
-    LLaVA does the same (`prepare_inputs_labels_for_multimodal` and the trainer's dummy image of its data collator).
-    """
-
-    def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """Return input_ids, attention_mask, labels and, where a row has an image, pixel values.
-
-        A row of weight 0 has no label: the loss is a mean over labels.
-        """
-        if self.needs_image and all(example["image"] is None for example in examples):
-            examples = [*examples, _BLANK]
-        images = [example["image"] for example in examples]
-        batch = self.builder.batch([self.sequence(example) for example in examples], images)
-        batch["labels"] = labels_of(batch, IGNORED)
-        del batch["is_answer"]
-        batch["labels"][torch.tensor([example.get(WEIGHT) == 0 for example in examples])] = IGNORED
-        check_image_tokens(batch["input_ids"], self.builder.image_token_id, [image is not None for image in images])
-        return batch
-
-
-def _columns(examples: list[Example], *names: str) -> dict[str, torch.Tensor]:
-    """Return the columns that all rows have."""
-    known = [name for name in names if all(example.get(name) is not None for example in examples)]
-    return {name: torch.tensor([example[name] for example in examples]) for name in known}

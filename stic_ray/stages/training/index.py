@@ -35,6 +35,15 @@ class RowGroup:
     rows: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a footer says of all rows of a row group."""
+
+    revision: str | None
+    """The model whose REFERENCE_LOGPS they have, of all their answers; None without."""
+    has_rejected_images: bool
+
+
 @dataclass(frozen=True)
 class Rows:
     """What a stage reads: about 200 bytes for each row group, nothing for a row."""
@@ -67,8 +76,9 @@ def index_pairs(config: RunConfig, shards: Iterable[Location], start: Location |
     found = _read_footers(shards, settings.num_images)
     if not found:
         raise SourceError("Stage preferences left no pairs to train on; see its rejected-*.parquet.")
-    groups = [group for group, _ in found if group.rows]
-    revisions = {revision for group, revision in found if group.rows}
+    found = [(group, facts) for group, facts in found if group.rows]
+    groups = [group for group, _ in found]
+    revisions = {facts.revision for _, facts in found}
     num_pairs = sum(len(group.rows) for group in groups)
     if not num_pairs:
         raise SourceError(f"dpo.num_images={settings.num_images} leaves none of the pairs; use more images.")
@@ -78,6 +88,12 @@ def index_pairs(config: RunConfig, shards: Iterable[Location], start: Location |
         groups = _first(groups, settings.num_pairs)
     if num_pairs == 1 and settings.image == "shuffled":
         raise SourceError("dpo.image=shuffled needs at least 2 pairs to exchange their pictures, there is 1.")
+    terms = [*settings.image_terms] if settings.rejected_image == "pair" else []
+    if terms and not all(facts.has_rejected_images for _, facts in found):
+        raise SourceError(
+            f"dpo.{terms[0]}_weight needs a rejected image with every pair, and pairs are here without one; with "
+            "dpo.rejected_image=crop, or another kind, training makes them from the pairs' own images."
+        )
     has_stored = settings.image == "own" and settings.objective != "sft" and None not in revisions
     if has_stored:
         has_stored = revisions == {fingerprint(model_at(config.model, start.local_copy() if start else None))}
@@ -109,14 +125,14 @@ def is_held_out(row_id: str) -> bool:
     return seed_for(0, row_id, "held-out") % ONE_IN == 0
 
 
-def _read_footers(shards: Iterable[Location], limit: int | None = None) -> list[tuple[RowGroup, str | None]]:
+def _read_footers(shards: Iterable[Location], limit: int | None = None) -> list[tuple[RowGroup, Facts]]:
     """Return the row groups with their rows at positions below `limit`, each with what `_read_footer` says of it."""
     with ThreadPoolExecutor(_NUM_READERS) as readers:
         return [*chain.from_iterable(readers.map(partial(_read_footer, limit=limit), shards))]
 
 
-def _read_footer(shard: Location, limit: int | None) -> list[tuple[RowGroup, str | None]]:
-    """Return the row groups of a shard, each with the revision of the model whose REFERENCE_LOGPS all its rows have."""
+def _read_footer(shard: Location, limit: int | None) -> list[tuple[RowGroup, Facts]]:
+    """Return the row groups of a shard with what their statistics say."""
     try:
         with shard.open() as stream:
             footer = pq.read_metadata(stream)
@@ -128,7 +144,9 @@ def _read_footer(shard: Location, limit: int | None) -> list[tuple[RowGroup, str
         columns = [group.column(place) for place in range(group.num_columns)]
         known = {column.path_in_schema: column.statistics for column in columns if column.is_stats_set}
         limits = {name: (s.min, s.max) for name, s in known.items() if s.has_min_max and s.null_count == 0}
-        has_logps = all(name in known and known[name].null_count == 0 for name in REFERENCE_LOGPS)
+        full = {name for name, s in known.items() if s.null_count == 0}
+        has_one_rejected = all(s.num_values == 0 for name, s in known.items() if name.startswith("more_rejected."))
+        has_logps = full.issuperset(REFERENCE_LOGPS) and has_one_rejected
         revisions = limits.get("model_revision", (None, None))
         rows: Sequence[int] = range(group.num_rows)
         least, greatest = limits.get("position", (-math.inf, math.inf))
@@ -139,7 +157,7 @@ def _read_footer(shard: Location, limit: int | None) -> list[tuple[RowGroup, str
             rows = tuple(row for row in rows if positions[row] < limit)
         if group.num_rows:
             revision = revisions[0] if has_logps and revisions[0] == revisions[1] else None
-            found.append((RowGroup(shard.uri, number, rows), revision))
+            found.append((RowGroup(shard.uri, number, rows), Facts(revision, "rejected_image.bytes" in full)))
     return found
 
 

@@ -27,7 +27,8 @@ from transformers import Trainer
 from stic_ray.core.devices import find_device
 from stic_ray.engines.loading import parts_of
 from stic_ray.engines.shared_prefix import PADDING
-from stic_ray.stages.training.data import IGNORED, WEIGHT
+from stic_ray.stages.training.collators import IGNORED
+from stic_ray.stages.training.data import WEIGHT
 from stic_ray.stages.training.models import num_weights
 
 STEP = "seconds/step"
@@ -63,11 +64,13 @@ class Speed:
         optimizer.register_step_pre_hook(lambda *_: begun.append(self._now()))
         optimizer.register_step_post_hook(lambda *_: self._spans.append(("optimizer", begun.pop(), self._now())))
 
-    def count(self, batch: dict[str, torch.Tensor]) -> None:
+    def count(self, batch: dict[str, Any]) -> None:
         """Count the rows that a micro-batch trains on, not those of weight 0, and its tokens."""
         rows = batch[WEIGHT] > 0 if WEIGHT in batch else (batch["labels"] != IGNORED).any(1)
-        present = batch["segments"] != PADDING if "segments" in batch else batch["attention_mask"]
-        self._rows, self._tokens = self._rows + rows.sum(), self._tokens + present.sum()
+        self._rows = self._rows + rows.sum()
+        for view in (batch, *(view for view in batch.values() if isinstance(view, dict))):
+            present = view["segments"] != PADDING if "segments" in view else view["attention_mask"]
+            self._tokens = self._tokens + present.sum()
 
     def take(self) -> torch.Tensor:
         """Return what this worker measured of a step, for `figures`, and begin anew."""

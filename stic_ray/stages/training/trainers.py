@@ -1,28 +1,38 @@
 """What happens in a training step, on TRL's trainers: from a batch to the loss, the optimiser, and the logged figures.
 
-Rows, their order and batches are in `data.py`, objectives in `method/objectives.py`. transformers runs
-the loop: it takes the micro-batches of a step (`get_batch_samples`), goes forward and back through each
-(`training_step`, `compute_loss`), lets the optimiser take its step, and logs (`log`).
+Rows and their order are in `data.py`, batches in `collators.py`, what a model says of them in `scores.py`, and the
+objectives in `method/objectives.py`. transformers runs the loop: it takes the micro-batches of a step
+(`get_batch_samples`), goes forward and back through each (`training_step`, `compute_loss`), lets the optimiser take its
+step, and logs (`log`).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import datasets
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from transformers import Trainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import use_adapter
 
-from stic_ray.engines.sequences import labels_of
-from stic_ray.engines.shared_prefix import model_inputs, sum_by_answer
-from stic_ray.method.objectives import PairLogps, answer_logps, noisy_argmax_logps, regularised_dpo
+from stic_ray.method.objectives import PairLogps, mean_over_rejected, regularised_dpo
 from stic_ray.stages.training import models
-from stic_ray.stages.training.data import IGNORED, REFERENCE_LOGPS, WEIGHT, Collator, ParquetRows
+from stic_ray.stages.training.collators import REJECTED_IMAGE, Collator
+from stic_ray.stages.training.data import WEIGHT, ParquetRows
+from stic_ray.stages.training.index import REFERENCE_LOGPS
 from stic_ray.stages.training.metrics import Speed
+from stic_ray.stages.training.scores import (
+    AnswerLogps,
+    Scores,
+    drift,
+    image_terms,
+    lengths_of,
+    likeliest_tokens,
+    score_pairs,
+    text_figures,
+)
 
 _COLUMNS = datasets.Dataset.from_list(
     [{"image": None, "prompt": None, "chosen": None, "rejected": None, "messages": None}]
@@ -139,7 +149,7 @@ class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncom
         num_rows = self.args.per_device_train_batch_size  # in evaluation, too
         with torch.no_grad():
             found = (outputs.label_mask, outputs.entropy, outputs.is_top1)
-            # A blank picture's row stands behind the others (data.py), and not in every worker's batch.
+            # A blank picture's row stands behind the others (collators.py), and not in every worker's batch.
             num_tokens, entropy, correct = (x.detach().float().sum(1)[:num_rows] for x in found)
             self.record(num_tokens, {"entropy": entropy, "mean_token_accuracy": correct})
         loss = -outputs.log_probs.sum()
@@ -154,100 +164,63 @@ class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncom
         return loss
 
 
-class AnswerLogps(NamedTuple):
-    """Log-probabilities of the answers of B pairs."""
-
-    chosen: torch.Tensor
-    """Summed over the answer; shape (B,)."""
-    rejected: torch.Tensor
-    by_token: torch.Tensor | None
-    """Of the last K tokens of each sequence, 0 outside the answers; None where tokens were not scored as they are."""
-
-
 class RegularisedDPOTrainer(StepTrainer, DPOTrainer):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Minimises `method.objectives.regularised_dpo` on batches of `SharedPrefixCollator` or `PreferenceCollator`."""
+    """Minimises `method.objectives.regularised_dpo`, and terms about images, on batches of a `PairCollator`."""
 
-    def loss_of(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any = None) -> torch.Tensor:
+    def loss_of(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Return the mean over the pairs of a micro-batch, by their weights."""
-        settings, weights = self.config.dpo, inputs.get(WEIGHT)
-        policy = self.logps(model, inputs)
+        settings, network = self.config.dpo, self.network
+        own = likeliest_tokens(model, network, inputs[REJECTED_IMAGE]) if settings.own_tokens_weight else None
+        policy = score_pairs(model, network, inputs, settings, own)
         with torch.no_grad():
-            stored = [inputs[name] for name in REFERENCE_LOGPS if name in inputs]
-            reference = AnswerLogps(stored[0], stored[1], None) if stored else self.reference_logps(inputs)
-        logps = PairLogps(policy.chosen, policy.rejected, reference.chosen, reference.rejected)
-        terms = regularised_dpo(logps, beta=settings.beta, alpha=settings.alpha, weights=weights)
-        with torch.no_grad():
-            margins = terms.chosen_rewards - terms.rejected_rewards
-            values = {
-                "loss/dpo": F.softplus(-margins),
-                "loss/regulariser": -settings.alpha * policy.chosen,
-                "rewards/chosen": terms.chosen_rewards,
-                "rewards/rejected": terms.rejected_rewards,
-                "rewards/margins": margins,
-                "rewards/accuracies": (margins > 0).float(),
-                "logps/chosen": policy.chosen,
-                "logps/rejected": policy.rejected,
-                **_drift(policy, reference, inputs),
-            }
-            counts = torch.ones_like(margins) if weights is None else (weights > 0).float()
-            self.record(counts, {name: value * counts for name, value in values.items()})
-        return terms.loss
-
-    def logps(self, model: Any, inputs: dict[str, torch.Tensor]) -> AnswerLogps:
-        """Return the log-probabilities of the answers under a model."""
-        arguments = {
-            name: value for name, value in inputs.items() if name not in ("completion_mask", WEIGHT, *REFERENCE_LOGPS)
-        }
-        is_shared = "segments" in inputs
-        if is_shared or self.config.dpo.objective == "paper":
-            if is_shared:
-                labels = labels_of(arguments, IGNORED)
-                arguments = model_inputs(arguments, cast(Any, self.accelerator.unwrap_model(model)).config)
+            stored = None
+            if own is None and all(name in inputs for name in REFERENCE_LOGPS):
+                stored = AnswerLogps(torch.stack([inputs[name] for name in REFERENCE_LOGPS], dim=1))
+            if stored is not None and not settings.image_terms:
+                reference = Scores(stored, {})
             else:
-                labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
-            # TRL's fused head gives log-probabilities without holding the logits of all positions.
-            outputs = model(**arguments, labels=labels, use_cache=False, fused_lm_head=True)
-            return AnswerLogps(*_by_answer(outputs.log_probs, inputs), outputs.log_probs)
-        logits_BTV = model(**arguments, use_cache=False).logits[:, :-1]
-        labels_BT, mask_BT = inputs["input_ids"][:, 1:], inputs["completion_mask"][:, 1:]
-        chosen_half, rejected_half = zip(*(x.chunk(2) for x in (logits_BTV, labels_BT, mask_BT)), strict=True)
-        return AnswerLogps(answer_logps(*chosen_half), noisy_argmax_logps(*rejected_half), None)
+                reference = self.reference_scores(inputs, own, stored)
+            lengths = lengths_of(inputs)
+        is_there = lengths[:, 1:] > 0
+        (chosen, rejected), (chosen_before, rejected_before) = (
+            (scores.own_image.answers[:, 0], scores.own_image.answers[:, 1:]) for scores in (policy, reference)
+        )
+        logps = PairLogps(chosen, rejected, chosen_before, rejected_before, is_there)
+        weights = inputs.get(WEIGHT, torch.ones_like(chosen))
+        terms = regularised_dpo(logps, beta=settings.beta, alpha=settings.alpha, weights=weights)
+        loss = settings.text_weight * terms.dpo + terms.regulariser
+        added, figures = image_terms(settings, policy, reference)
+        for name, term in added.items():
+            loss = loss + getattr(settings, f"{name}_weight") * (weights * term).mean()
+        with torch.no_grad():
+            values = {
+                **text_figures(settings, terms, policy.own_image, is_there),
+                "lengths/chosen": lengths[:, 0],
+                "lengths/rejected": mean_over_rejected(lengths[:, 1:], is_there),
+                **drift(policy.own_image, reference.own_image, inputs, lengths),
+                **figures,
+            }
+            counts = (weights > 0).float()
+            self.record(counts, {name: value.detach() * counts for name, value in values.items()})
+        return loss
 
-    def reference_logps(self, inputs: dict[str, torch.Tensor]) -> AnswerLogps:
-        """Return those under the model that training started from.
+    @property
+    def network(self) -> Any:
+        """The configuration of the model."""
+        return cast(Any, self.accelerator.unwrap_model(self.model)).config
+
+    def reference_scores(
+        self, inputs: dict[str, Any], own: torch.Tensor | None = None, stored: AnswerLogps | None = None
+    ) -> Scores:
+        """Return the scores under the model that training started from; `stored` as in `score_pairs`.
 
         It is a frozen model of its own where the policy is trained whole; else the policy with the frozen copy of
         the adapter that it started from, or without its new one.
         """
+        settings, network = self.config.dpo, self.network
         if self.ref_model is not None:
-            return self.logps(self.ref_model, inputs)
+            return score_pairs(self.ref_model, network, inputs, settings, own, stored)
         policy = self.accelerator.unwrap_model(self.model)
         assert isinstance(policy, PeftModel), "without a reference model the policy must carry an adapter"
         with use_adapter(policy, models.REFERENCE if models.REFERENCE in policy.peft_config else None):
-            return self.logps(self.model, inputs)
-
-
-def _by_answer(values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums over chosen and rejected answers, each of shape (B,), of a value per token, its last K tokens."""
-    if "segments" in inputs:
-        return sum_by_answer(values, inputs)
-    mask_BT = inputs["completion_mask"][:, 1:]
-    chosen, rejected = (values[:, -mask_BT.shape[1] :] * mask_BT).sum(1).chunk(2)
-    return chosen, rejected
-
-
-def _drift(policy: AnswerLogps, reference: AnswerLogps, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the answers' lengths in tokens and, where both models scored each token, how far the policy has gone.
-
-    `kl` estimates KL(reference || policy) per token: e^d - 1 - d for d = log p(policy) - log p(reference), which is
-    never negative (Schulman, "Approximating KL divergence", the third estimator), over the tokens of both answers.
-    They are the reference's own, though to prompts that asked for more, or on other images.
-    """
-    known = policy.by_token if policy.by_token is not None else inputs["completion_mask"][:, 1:].float()
-    lengths = _by_answer(torch.ones_like(known), inputs)
-    drift = {"lengths/chosen": lengths[0], "lengths/rejected": lengths[1]}
-    if policy.by_token is None or reference.by_token is None:
-        return drift
-    change = policy.by_token - reference.by_token
-    chosen, rejected = _by_answer(change.expm1() - change, inputs)
-    return {**drift, "kl": (chosen + rejected) / (lengths[0] + lengths[1])}
+            return score_pairs(self.model, network, inputs, settings, own, stored)
