@@ -19,11 +19,13 @@ from stic_ray.core.config import (
 from stic_ray.core.errors import ConfigError, nearest
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import BASE, Recipe, Step
+from stic_ray.core.verification import QuestionsConfig
 from stic_ray.stages.dpo import DPO
 from stic_ray.stages.evaluation import EVALUATION
 from stic_ray.stages.infusion import INFUSION
 from stic_ray.stages.pool import POOL
 from stic_ray.stages.preferences import PREFERENCES
+from stic_ray.stages.questions import QUESTIONS_STAGE
 from stic_ray.stages.sft import SFT
 
 
@@ -104,7 +106,34 @@ def llava16_7b() -> Recipe:
     return Recipe(config, stic)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "any_model": any_model, "llava16_7b": llava16_7b}
+def with_own_questions(config: RunConfig) -> tuple[Step, ...]:
+    """Return the steps of fine-tuning on questions that the model asked and answered itself."""
+    return (
+        Step(POOL),
+        Step(QUESTIONS_STAGE, inputs={"index": "pool"}),
+        Step(SFT, inputs={"rows": "questions"}),
+        Step(EVALUATION, inputs={model: model for model in config.evaluation.models if model != BASE}),
+    )
+
+
+def self_questions() -> Recipe:
+    """Fine-tune the toy world's model on its own questions and majority answers (V-Zero, VisPlay, without their RL).
+
+    No instruction data is needed. On a model of yours, set what `any_model` sets but infusion.source.
+    """
+    config = demo().config
+    evaluation = config.evaluation.model_copy(update={"models": ("base", "sft")})
+    questions = QuestionsConfig(num_questions=2, num_answers=8, max_question_tokens=48, max_new_tokens=24)
+    changed = {"name": "self_questions", "questions": questions, "evaluation": evaluation}
+    return Recipe(config.model_copy(update=changed), with_own_questions)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "demo": demo,
+    "any_model": any_model,
+    "llava16_7b": llava16_7b,
+    "self_questions": self_questions,
+}
 
 
 def recipe(name: str) -> Recipe:

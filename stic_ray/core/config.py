@@ -15,7 +15,7 @@ from stic_ray.core.preferences import PreferencesConfig
 from stic_ray.core.resources import ActorsConfig, ClusterConfig, EstimateConfig, WorkersConfig
 from stic_ray.core.section import Count, NotNegative, Section, Temperature
 from stic_ray.core.training import ONLY_LANGUAGE, DPOConfig, SFTConfig, TuningConfig
-from stic_ray.core.verification import CandidatesConfig, RulesConfig
+from stic_ray.core.verification import CandidatesConfig, QuestionsConfig, RulesConfig
 
 AnswerMode = Literal["direct", "describe_and_respond"]
 
@@ -154,6 +154,7 @@ class RunConfig(Section):
     preferences: PreferencesConfig = PreferencesConfig()
     candidates: CandidatesConfig = CandidatesConfig()
     rules: RulesConfig = RulesConfig()
+    questions: QuestionsConfig = QuestionsConfig()
     tuning: TuningConfig = TuningConfig()
     dpo: DPOConfig = DPOConfig()
     infusion: InfusionConfig = InfusionConfig()

@@ -5,18 +5,15 @@ description of Hugging Face `datasets`, so that `load_dataset("parquet", ...)` g
 trainers take the files as they are.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
 import pyarrow as pa
 
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-"""Storage type of the Image feature of `datasets`: encoded bytes, and where they came from."""
-
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-"""A conversation, as TRL and chat templates take it."""
+from stic_ray.core.columns import IMAGE, MESSAGES
+from stic_ray.core.columns import column as _column
+from stic_ray.core.columns import schema as _schema
 
 CORRUPTION = pa.struct(
     [
@@ -64,32 +61,10 @@ class Reason(StrEnum):
     NO_MAJORITY = "no_majority"
     UNBALANCED_LENGTHS = "unbalanced_lengths"
     NO_QUESTION = "no_question"
+    TOO_EASY = "too_easy"
     ENGINE_FAILED = "engine_failed"
     UNEXPECTED_ERROR = "unexpected_error"
     """The row raised what nothing was prepared for; its message has the error's type."""
-
-
-def _column(name: str, kind: pa.DataType, meaning: str, *, nullable: bool = False) -> pa.Field:
-    # Arrow's own flag stays "nullable": `datasets` ignores the feature description of a column that is not.
-    return pa.field(name, kind, metadata={"meaning": meaning, "required": "no" if nullable else "yes"})
-
-
-def _schema(*columns: pa.Field) -> pa.Schema:
-    schema = pa.schema(columns)
-    features = {column.name: _feature(column.type) for column in schema}
-    return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-
-
-def _feature(kind: pa.DataType) -> Any:
-    """Describe an Arrow type in the JSON of `datasets.Features`."""
-    if kind == IMAGE:
-        return {"_type": "Image", "mode": "RGB"}
-    if pa.types.is_struct(kind):
-        return {kind.field(i).name: _feature(kind.field(i).type) for i in range(kind.num_fields)}
-    if pa.types.is_list(kind):
-        return {"feature": _feature(kind.value_type), "_type": "List"}
-    names = {"double": "float64"}
-    return {"dtype": names.get(str(kind), str(kind)), "_type": "Value"}
 
 
 _REJECTION = (
@@ -215,6 +190,40 @@ INFUSED = _schema(
     _column("num_sequence_tokens", pa.int64(), "image and conversation, as trained on"),
     _column("model", pa.string(), "path of the model that described; null where none was asked to", nullable=True),
 )
+
+QUESTIONS = _schema(
+    _column("image_id", pa.string(), "as in the index"),
+    _column("position", pa.int64(), "as in the index"),
+    _column("number", pa.int32(), "which of the image's questions, from 0"),
+    _column("asked_with", pa.string(), "the prompt that asked for a question"),
+    _column("question", pa.string(), "the question; what the model wrote in its place where there was none"),
+    _column("answers", pa.list_(pa.string()), "the model's answers, in order; none to a question that was dropped"),
+    _column("answer", pa.string(), "the most frequent one; null where there is none", nullable=True),
+    _column("share", pa.float64(), "share of the answers that are the same as it, 0 to 1"),
+    _column("reason", pa.string(), "why it was dropped, one of `Reason`; null where it was kept", nullable=True),
+    _column("model", pa.string(), "path or hub id of the model that asked and answered"),
+    _column("model_revision", pa.string(), "revision of a hub id, or a hash of the weights' index"),
+    _column("seed", pa.int64(), "the run's seed"),
+)
+"""What the model asked itself, and what it answered: a row for each question."""
+
+EXPORTED_QUESTIONS = _schema(
+    _column("data_source", pa.string(), "names the reward function to a framework"),
+    _column("prompt", MESSAGES, "the question, with <image> where the picture belongs"),
+    _column("images", pa.list_(IMAGE), "the picture"),
+    _column("ability", pa.string(), "a label"),
+    _column(
+        "reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())]), "the majority's answer"
+    ),
+    _column(
+        "extra_info",
+        pa.struct([("split", pa.string()), ("index", pa.int64()), ("question", pa.string()), ("share", pa.float64())]),
+        "what a reward function may look at",
+    ),
+    _column("problem", pa.string(), "`prompt` as one text, for frameworks without messages"),
+    _column("answer", pa.string(), "the majority's answer, likewise"),
+)
+"""Kept questions as verl (`prompt`, `reward_model`) and EasyR1 (`problem`, `answer`) read them."""
 
 PREDICTIONS = _schema(
     _column("benchmark", pa.string(), "name of the benchmark file, without its ending"),

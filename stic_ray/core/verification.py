@@ -91,3 +91,33 @@ class RulesConfig(Section):
         if self.combine == "rank" and self.top_share is not None:
             raise ValueError("top_share compares images, and ranks say nothing between them; use combine=value")
         return self
+
+
+class QuestionsConfig(Section):
+    """Questions that the model asks itself about each image, and which of them are kept (V-Zero, VisPlay, EvoLMM)."""
+
+    num_images: Count | None = None
+    """Use the first so many images of the pool's order; all of them when unset."""
+    num_questions: Count = 2
+    """Questions asked about each image."""
+    num_answers: Annotated[int, Field(ge=2)] = 8
+    """Answers to each question."""
+    majority: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    """Keep a question where at least this share of its answers is the same."""
+    max_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Drop a question where more than this share is: what the model always answers alike teaches it nothing."""
+    temperature: Annotated[float, Field(gt=0.0, le=5.0)] = 1.0
+    """Of questions and answers; without any, all answers would agree."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_question_tokens: Count = 64
+    """A question that does not end before is dropped."""
+    max_new_tokens: Count = 32
+    """Of an answer; one that is cut off counts for no answer."""
+    export: bool = False
+    """Write the kept questions for frameworks of reinforcement learning, too: export-*.parquet."""
+
+    @model_validator(mode="after")
+    def _something_is_kept(self) -> Self:
+        if self.max_share < self.majority:
+            raise ValueError(f"max_share={self.max_share:g} is below majority={self.majority:g} and leaves no question")
+        return self

@@ -9,12 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stic_ray.core.errors import Failed, Rejected, SourceError
-from stic_ray.core.schemas import Reason
+from stic_ray.core.rundir import read_shard
+from stic_ray.core.schemas import INDEX, Reason
 from stic_ray.core.storage import Location
 from stic_ray.method.images import image_id
 from stic_ray.stages.columns import arrow_batches, image_value, parquet_batches
 from stic_ray.stages.containers import NUM_THREADS, kind_of
 from stic_ray.stages.reading import Patience, Stream, check_size, read_file, unreadable
+from stic_ray.stages.shards import ShardTask
 
 FETCHED = [
     pa.field("encoded", pa.large_binary()),
@@ -39,6 +41,12 @@ def with_images(table: pa.Table, images: Sequence[Image | None]) -> pa.Table:
     for field, values in zip(FETCHED, columns, strict=True):
         table = table.append_column(field, pa.array(values, field.type))
     return table
+
+
+def load_indexed(task: ShardTask, image_column: str) -> pa.Table:
+    """Return the images of an index shard with their bytes; the payload has its address, and how many are used."""
+    index = read_shard(Location.of(task.payload["index"]), INDEX).slice(0, task.payload["num_rows"])
+    return with_images(index, fetch_indexed(index.to_pylist(), image_column))
 
 
 def fetched(row: Mapping[str, Any]) -> bytes:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 from PIL import Image
 
 from stic_ray.core.config import ANSWER_SETTINGS, RunConfig
@@ -12,8 +11,8 @@ from stic_ray.core.errors import ConfigError, Rejected
 from stic_ray.core.placement import actors_need
 from stic_ray.core.preferences import TEXT_NEGATIVES
 from stic_ray.core.randomness import seed_for
-from stic_ray.core.rundir import REJECTED_FAMILY, read_shard
-from stic_ray.core.schemas import INDEX, PAIRS, REJECTED, table_of
+from stic_ray.core.rundir import REJECTED_FAMILY
+from stic_ray.core.schemas import PAIRS, REJECTED, table_of
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_tokens
@@ -33,7 +32,7 @@ from stic_ray.method.preferences import (
     swapped,
 )
 from stic_ray.method.prompts import PromptSet, load_prompts
-from stic_ray.stages.fetch import fetch_indexed, fetched, with_images
+from stic_ray.stages.fetch import fetched, load_indexed
 from stic_ray.stages.ordering import index_shards
 from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
 from stic_ray.stages.windows import Rows, Tables
@@ -52,7 +51,7 @@ def build_preferences(step: StepRun) -> dict[str, Any]:
         stage=step.name,
         output=output,
         families={"pairs": PAIRS},
-        load=partial(_load_shard, image_column=config.pool.image_column),
+        load=partial(load_indexed, image_column=config.pool.image_column),
         make_worker=partial(PairMaker, config, load_prompts(config.prompts), step.model()),
         max_failed_share=config.cluster.max_failed_share,
     )
@@ -196,11 +195,6 @@ class PairMaker:
 
 def _text_of(answer: Answer) -> AnswerText:
     return AnswerText(answer.text, answer.num_tokens, answer.finish_reason)
-
-
-def _load_shard(task: ShardTask, image_column: str) -> pa.Table:
-    index = read_shard(Location.of(task.payload["index"]), INDEX).slice(0, task.payload["num_rows"])
-    return with_images(index, fetch_indexed(index.to_pylist(), image_column))
 
 
 def _check(step: StepRun) -> None:

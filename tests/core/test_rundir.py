@@ -76,6 +76,8 @@ def test_rows_survive_as_they_were_written(stage: RunDir) -> None:
             "brightness_factor": 0.75,
             "hue_shift_turns": -0.1,
             "brightness_first": True,
+            "strength": None,
+            "seed": None,
         },
         pixel_change=12.5,
     )

@@ -40,7 +40,8 @@ def test_a_dry_run_prints_the_whole_plan_and_touches_nothing(recipe: str, tmp_pa
     refused = f"error: preferences, infusion, evaluation ask for {actors}, 1 GPU" if actors else ""
     assert done.returncode == (1 if refused else 0) and done.stderr.startswith(refused), done.stderr
     assert f"dpo, sft ask for {workers}, 1 GPU, and 0 fit: this machine has" in done.stderr or not refused
-    for word in ("learning_rate", "pool ", "preferences ", "dpo ", "infusion ", "sft ", "evaluation ", "report "):
+    known = RECIPES[recipe]()
+    for word in ("learning_rate", "report ", *(f"{step.name} " for step in known.steps(known.config))):
         assert word in done.stdout
     assert "GPU-hours" in done.stdout, "and an estimate"
     assert list(tmp_path.iterdir()) == []
