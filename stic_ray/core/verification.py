@@ -10,7 +10,7 @@ from stic_ray.core.section import Count, Positive, Section, Share, Temperature
 def _weights(given: Any) -> Any:
     """Return a mapping of weights, or names of weight 1, as pairs ordered by name; the rest is pydantic's."""
     names = [given] if isinstance(given, str) else given
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
         given = dict.fromkeys(names, 1.0)
     return tuple(sorted(given.items())) if isinstance(given, dict) else given
 

@@ -11,10 +11,13 @@ from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import ESTIMATE, RunDir, read_shard
 from stic_ray.core.schemas import REJECTED
 from stic_ray.core.steps import read_record
+from stic_ray.report.candidates import collect_candidates
 from stic_ray.report.formats import shortened
 from stic_ray.report.gallery import collect_gallery
 from stic_ray.report.scores import collect_scores, headline
 
+CANDIDATES_ROLE = "candidates"
+"""Of inputs: a step that decides about candidates has a gallery of its own."""
 SCORES, PAIRS_FILES = "scores.json", "pairs-*.parquet"
 """What steps write that the page has a section of its own for."""
 MAX_REJECTED_SHARDS = 64
@@ -87,9 +90,26 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
             **collect_gallery(run / name, num_gallery_pairs),
         }
         for name, step in steps.items()
-        if step["writes"] == PAIRS_FILES
+        if step["writes"] == PAIRS_FILES and CANDIDATES_ROLE not in step["inputs"]
     ]
-    return {**_without_passwords(report), "galleries": galleries}
+    candidates = [
+        {
+            "stage": name,
+            "status": statuses[name],
+            **_rules_of(record.config, step),
+            **collect_candidates(run, step, num_gallery_pairs // 2),
+        }
+        for name, step in steps.items()
+        if CANDIDATES_ROLE in step["inputs"] and step["section"] == "rules"
+    ]
+    return {**_without_passwords(report), "galleries": galleries, "candidates": candidates}
+
+
+def _rules_of(config: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's rules that are set, and whether they put several scores together."""
+    rules = dict(config.get("rules") or {}) | {key.partition(".")[2]: value for key, value in step["settings"].items()}
+    is_combined = len(rules.get("scorers") or ()) != 1 or rules.get("combine") == "rank"
+    return {"rules": {name: value for name, value in rules.items() if value is not None}, "is_combined": is_combined}
 
 
 def _without_passwords(value: Any) -> Any:

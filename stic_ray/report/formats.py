@@ -27,6 +27,18 @@ _LABELS = {
     "corrupted_image": "corrupted image",
     "low_resolution": "low resolution",
     "colour_jitter": "colour jitter",
+    "worse_candidate": "worse candidate",
+    "random_candidate": "random candidate",
+    "no_score": "no score",
+    "gap_too_small": "gap too small",
+    "below_threshold": "past a threshold",
+    "not_in_top_share": "not in the top share",
+    "no_majority": "no majority",
+    "unbalanced_lengths": "unbalanced lengths",
+    "identical_answers": "identical answers",
+    "empty_answer": "empty answer",
+    "truncated_answer": "cut off",
+    "too_long": "too long to train on",
 }
 _MAX_LIST_ITEMS = 20
 

@@ -55,7 +55,7 @@ def collect_gallery(stage: RunDir, num_pairs: int) -> dict[str, Any]:
     items: dict[str, dict[str, Any]] = {}
     for number, shard in enumerate(read):
         rows = {candidate.row: candidate for candidate in chosen if candidate.shard == number}
-        for row, values in _rows(shard, sorted(rows)):
+        for row, values in read_rows(shard, sorted(rows), _SHOWN):
             items[rows[row].image_id] = _item(values, rows[row].kind)
     return {
         "num_shards": len(shards),
@@ -94,16 +94,16 @@ def _candidates(shard: Location, number: int) -> Iterator[Candidate]:
         yield Candidate(values["image_id"], corruption["kind"] if corruption else values["negative"], number, row)
 
 
-def _rows(shard: Location, wanted: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(shard: Location, wanted: Sequence[int], schema: pa.Schema) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the wanted rows of a shard, ascending; reads in small batches, and no further than the last one."""
     if not wanted:
         return
     start = 0
     with shard.filesystem.open_input_file(shard.path) as stream:
         # Batches hold half the memory of a whole row group, whose images would all become one table.
-        for batch in pq.ParquetFile(stream).iter_batches(_BATCH_ROWS, columns=_SHOWN.names):
+        for batch in pq.ParquetFile(stream).iter_batches(_BATCH_ROWS, columns=schema.names):
             here = [row for row in wanted if start <= row < start + batch.num_rows]
-            table = check(pa.Table.from_batches([batch]), _SHOWN)
+            table = check(pa.Table.from_batches([batch]), schema)
             yield from ((row, table.slice(row - start, 1).to_pylist()[0]) for row in here)
             start += batch.num_rows
             if start > wanted[-1]:

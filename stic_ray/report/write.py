@@ -23,11 +23,14 @@ def write_report(run: RunDir) -> None:
     files cannot be read or written.
     """
     report = collect(run)
-    galleries = [
-        {**gallery, "items": [{key: item[key] for key in item if key not in _PICTURES} for item in gallery["items"]]}
-        for gallery in report["galleries"]
-    ]
-    run.write_json("report.json", {**report, "galleries": galleries})
+    without = {
+        name: [
+            {**each, "items": [{key: item[key] for key in item if key not in _PICTURES} for item in each["items"]]}
+            for each in report[name]
+        ]
+        for name in ("galleries", "candidates")
+    }
+    run.write_json("report.json", {**report, **without})
     run.write_text("report.html", render(report))
 
 
