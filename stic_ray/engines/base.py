@@ -46,16 +46,15 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class AnsweredPair:
-    """Two answers to one question about an image, to be scored."""
+class AnsweredPrompt:
+    """Answers to one prompt, to be scored."""
 
-    image: Image.Image
     prompt: str
-    chosen: str
-    rejected: str
-    chosen_cut_off: bool = False
-    """Whether the answer reached its limit, and so has no end."""
-    rejected_cut_off: bool = False
+    image: Image.Image | None
+    """An RGB picture, or None for a text-only question."""
+    answers: tuple[str, ...]
+    cut_off: tuple[bool, ...] = ()
+    """Which of them reached their limit, and so have no end; () for none."""
 
 
 class TokenCounter(Protocol):
@@ -87,9 +86,9 @@ class Engine(TokenCounter, Protocol):
 class Scorer(Protocol):
     """An engine that can also say how likely given answers are."""
 
-    def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
-        """Return log p of the chosen and the rejected answer of each pair, summed over the tokens of training.
+    def score_answers(self, asked: Sequence[AnsweredPrompt]) -> list[list[float]]:
+        """Return log p of each answer given its prompt, summed over the tokens of training.
 
-        Raises ModelError for a model that it cannot do this for.
+        Those are the answer's and what ends the turn, unless the answer was cut off.
         """
         ...

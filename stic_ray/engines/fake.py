@@ -1,5 +1,6 @@
 """A scripted engine: no weights, real everything else. Tests and benchmarks of the data plane share it."""
 
+import hashlib
 import os
 import signal
 import threading
@@ -15,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stic_ray.core.errors import EngineLost, ModelError, one_line
 from stic_ray.core.overrides import read_text
+from stic_ray.core.randomness import random_for
 from stic_ray.core.rundir import digest
-from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.base import Answer, AnsweredPrompt, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, FittingBatches
 from stic_ray.method.prompts import fill
 
@@ -99,6 +101,16 @@ class FakeEngine:
             answers = self.batches.run(range(len(requests)), lengths, groups, answer)
             return [answers[row] for row in range(len(requests))]
 
+    def score_answers(self, asked: Sequence[AnsweredPrompt]) -> list[list[float]]:
+        """Return what depends on prompt, picture and answer alone: minus 1 to minus 2 for each word and the end."""
+        return [
+            [
+                -(len(answer.split()) + (not cut_off)) * (1 + _fraction(each.prompt, each.image, answer))
+                for answer, cut_off in zip(each.answers, each.cut_off or [False] * len(each.answers), strict=True)
+            ]
+            for each in asked
+        ]
+
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
         """Count words."""
         return sum(len(message["content"].split()) for message in messages)
@@ -137,6 +149,11 @@ def _happen(fault: Fault) -> None:
             raise RuntimeError(f"the script raises at {fault.size or fault.prompt}")
         case "lose":
             raise EngineLost(f"the script loses its engine at {fault.size or fault.prompt}")
+
+
+def _fraction(prompt: str, image: Image.Image | None, answer: str) -> float:
+    picture = "" if image is None else hashlib.sha256(image.tobytes()).hexdigest()
+    return random_for(0, picture, f"{prompt}\n{answer}").random()
 
 
 def _size(image: Image.Image | None) -> str:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
 from stic_ray.core.errors import EngineError, EngineLost, SticError, type_and_message
-from stic_ray.engines.base import Answer, AnsweredPair, Engine, Request, Sampling, Scorer
+from stic_ray.engines.base import Answer, AnsweredPrompt, Engine, Request, Sampling, Scorer
 
 logger = logging.getLogger(__name__)
 
@@ -93,13 +93,13 @@ class GuardedEngine:
             self.num_answered += len(requests)
         return answers
 
-    def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
-        """Return log p of the chosen and the rejected answer of each pair; raises and ends as `generate` does."""
-        if not pairs:
+    def score_answers(self, asked: Sequence[AnsweredPrompt]) -> list[list[float]]:
+        """Return log p of every answer to every prompt; raises and ends as `generate` does."""
+        if not asked:
             return []
         assert isinstance(self._engine, Scorer), f"{type(self._engine).__name__} cannot score; checked before work"
-        with self._call(2 * len(pairs)):
-            return self._engine.score_pairs(pairs)
+        with self._call(sum(len(each.answers) for each in asked)):
+            return self._engine.score_answers(asked)
 
     def take_work(self) -> Work:
         """Return what was done since the last time this was asked."""

@@ -17,14 +17,16 @@ from transformers import (
 )
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.core.errors import EngineLost, ModelError
-from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
+from stic_ray.core.errors import EngineLost
+from stic_ray.engines import shared_prefix
+from stic_ray.engines.answer_logps import answer_sequences, make_batch, score_batch
+from stic_ray.engines.base import Answer, AnsweredPrompt, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, FittingBatches
 from stic_ray.engines.fingerprints import fingerprint
 from stic_ray.engines.loading import choose_dtype, load_model, read_generation_config
 from stic_ray.engines.rendering import end_token_ids, read_answer
 from stic_ray.engines.sequences import Batch, ProcessorCounter, TokenSequence
-from stic_ray.engines.shared_prefix import make_batch, reason_against, score
+from stic_ray.engines.shared_prefix import reason_against
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 _GPU_FAILURE = re.compile(
@@ -75,37 +77,34 @@ class TransformersEngine(ProcessorCounter):
                 answers |= self.batches.run(rows, lengths, [request.image_id for request in requests], answer)
         return [answers[row] for row in range(len(requests))]
 
-    def score_pairs(self, pairs: Sequence[AnsweredPair]) -> list[tuple[float, float]]:
-        """Return log p of the chosen and the rejected answer of each pair, summed over the tokens that training sees.
+    def score_answers(self, asked: Sequence[AnsweredPrompt]) -> list[list[float]]:
+        """Return log p of each answer to each prompt, summed over the tokens that training sees.
 
-        Raises ModelError for a model that cannot share the prompt between answers.
+        A prompt is computed once for all its answers where the family can share it (`shared_prefix.reason_against`);
+        else each answer makes a sequence of its own. Raises as `generate` does.
         """
-        reason = reason_against(self.model.config)
-        if reason is not None:
-            raise ModelError(f"preferences.reference_logps=true: '{self.name}' cannot be scored: {reason}.")
+        shares = reason_against(self.model.config) is None
+        make, score = (shared_prefix.make_batch, shared_prefix.score) if shares else (make_batch, score_batch)
         with self.tokenizing:
-            chosen = [self._build(pair, pair.chosen, pair.chosen_cut_off) for pair in pairs]
-            rejected = [self._build(pair, pair.rejected, pair.rejected_cut_off) for pair in pairs]
-        built = list(zip(chosen, rejected, strict=True))
+            built = [(each.image, answer_sequences(self.builder, each)) for each in asked]
+        rows = [(image, row) for image, own in built for row in ([own] if shares else [[each] for each in own]) if row]
         lengths = [
-            len(first.ids) + len(second.ids) - second.num_asked + self.guess_added_tokens(pair.image)
-            for pair, (first, second) in zip(pairs, built, strict=True)
+            row[0].num_asked + sum(len(each.ids) - each.num_asked for each in row) + self.guess_added_tokens(image)
+            for image, row in rows
         ]
 
-        def score_rows(rows: list[int]) -> list[tuple[float, float]]:
+        def score_rows(places: list[int]) -> list[list[float]]:
+            images, sequences = zip(*(rows[place] for place in places), strict=True)
             with self.tokenizing:
-                batch = make_batch(self.builder, [pairs[row].image for row in rows], [built[row] for row in rows])
+                batch = make(self.builder, images, sequences)
             with self._busy:
-                logps = score(self.model, self._move(batch))
-            return [(chosen, rejected) for chosen, rejected in logps.tolist()]
+                logps = score(self.model, self._move(batch)).tolist()
+            return [found[: len(own)] for found, own in zip(logps, sequences, strict=True)]
 
         with _lost_with_its_gpu():
-            scores = self.batches.run(range(len(pairs)), lengths, [""] * len(pairs), score_rows)
-        return [scores[row] for row in range(len(pairs))]
-
-    def _build(self, pair: AnsweredPair, answer: str, cut_off: bool) -> TokenSequence:
-        conversation = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": answer}]
-        return self.builder.build(conversation, with_image=True, cut_off=cut_off)
+            scores = self.batches.run(range(len(rows)), lengths, [""] * len(rows), score_rows)
+        found = iter(logp for place in range(len(rows)) for logp in scores[place])
+        return [[next(found) for _ in each.answers] for each in asked]
 
     def _move(self, batch: Batch) -> Batch:
         floats = self.model.dtype

@@ -16,7 +16,7 @@ from stic_ray.core.schemas import PAIRS, REJECTED, table_of
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_tokens
-from stic_ray.engines.base import Answer, AnsweredPair, Request, Sampling
+from stic_ray.engines.base import Answer, AnsweredPrompt, Request, Sampling
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import (
@@ -146,14 +146,15 @@ class PairMaker:
             return
         pairs = [(candidate, rows["pairs"][0]) for candidate, rows in finished]
         asked = [
-            AnsweredPair(
+            AnsweredPrompt(
+                pair["prompt"][0]["content"],
                 candidate.clean,
-                *(pair[side][0]["content"] for side in ("prompt", "chosen", "rejected")),
-                *(pair[f"{side}_finish_reason"] == "length" for side in ("chosen", "rejected")),
+                tuple(pair[side][0]["content"] for side in ("chosen", "rejected")),
+                tuple(pair[f"{side}_finish_reason"] == "length" for side in ("chosen", "rejected")),
             )
             for candidate, pair in pairs
         ]
-        for (_, pair), (chosen, rejected) in zip(pairs, self.engine.score_pairs(asked), strict=True):
+        for (_, pair), (chosen, rejected) in zip(pairs, self.engine.score_answers(asked), strict=True):
             pair |= {"reference_chosen_logp": chosen, "reference_rejected_logp": rejected}
 
     def close_shard(self, tables: Tables) -> Tables:

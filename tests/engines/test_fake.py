@@ -8,7 +8,7 @@ from PIL import Image
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import EngineError, ModelError
-from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.base import Answer, AnsweredPrompt, Request, Sampling
 from stic_ray.engines.opening import check_engine, open_engine
 
 RED = Image.new("RGB", (30, 20), (255, 0, 0))
@@ -89,3 +89,16 @@ def test_looking_at_a_deadly_script_is_safe(tmp_path: Path) -> None:
 def test_a_missing_script_is_refused_with_its_setting(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=rf"model\.path='{tmp_path}/none\.yaml'"):
         check_engine(ModelConfig(engine="fake", path=f"{tmp_path}/none.yaml"))
+
+
+def test_answers_have_scores_that_depend_on_all_that_is_given(tmp_path: Path) -> None:
+    engine = open_engine(fake(tmp_path, "{}"), ActorsConfig())
+    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    asked = [
+        AnsweredPrompt("?", image, ("One.", "Two."), (False, cut_off))
+        for image, cut_off in ((red, True), (blue, False))
+    ]
+    asked.append(AnsweredPrompt("Well?", None, ("One.",)))
+    found = engine.score_answers(asked)
+    assert found == engine.score_answers(asked) and len({logp for own in found for logp in own}) == 5
+    assert all(-4 <= logp <= -1 for own in found for logp in own)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines import shared_prefix
-from stic_ray.engines.base import AnsweredPair
+from stic_ray.engines.base import AnsweredPrompt
 from stic_ray.engines.loading import load_model, load_processor
 from stic_ray.engines.rendering import Message, split_answers
 from stic_ray.engines.sequences import SequenceBuilder, image_token_id
@@ -182,9 +182,9 @@ def test_other_families_and_attentions_are_refused(checkpoint: Checkpoints) -> N
 def test_an_answer_that_was_cut_off_is_scored_without_an_end(family: str, loaded: Engines) -> None:
     """What is stored beside a pair is what its training will score."""
     engine = loaded(family)
-    whole = AnsweredPair(PICTURES[0], PROMPTS[0], *ANSWERS[0])
-    cut = replace(whole, chosen_cut_off=True)
-    (chosen, rejected), (shorter, same) = engine.score_pairs([whole, cut])
+    whole = AnsweredPrompt(PROMPTS[0], PICTURES[0], ANSWERS[0])
+    cut = replace(whole, cut_off=(True, False))
+    (chosen, rejected), (shorter, same) = engine.score_answers([whole, cut])
     assert same == pytest.approx(rejected, rel=1e-5)
     sequence = engine.builder.build(asked(PROMPTS[0], ANSWERS[0][0]), with_image=True)
     batch = engine.builder.batch([sequence], [PICTURES[0]])

@@ -11,7 +11,7 @@ import torch
 from transformers import set_seed
 
 from stic_ray.core.config import ModelConfig
-from stic_ray.engines.base import AnsweredPair, Request, Sampling
+from stic_ray.engines.base import AnsweredPrompt, Request, Sampling
 from stic_ray.engines.batching import BatchLimits
 from stic_ray.engines.checking import check_model
 from stic_ray.engines.rendering import Message, split_answers
@@ -196,13 +196,12 @@ def test_separate_sequences_of_pairs_are_the_familys_own(family: str, loaded: En
         logps = engine.model(**inputs).logits[0, :-1].log_softmax(-1)
         logps = logps.gather(1, inputs["input_ids"][0, 1:, None]).squeeze(1)
         assert found[place].item() == pytest.approx(logps[-int(mask[place].sum()) :].sum().item(), rel=1e-4)
-    if reason_against(engine.model.config) is None:
-        asked = [
-            AnsweredPair(p["image"], *(p[side][0]["content"] for side in ("prompt", "chosen", "rejected")))
-            for p in pairs
-        ]
-        scores = torch.tensor(engine.score_pairs(asked)).T.flatten()
-        torch.testing.assert_close(scores, found, rtol=1e-4, atol=1e-3)
+    asked = [
+        AnsweredPrompt(p["prompt"][0]["content"], p["image"], tuple(p[s][0]["content"] for s in ("chosen", "rejected")))
+        for p in pairs
+    ]
+    scores = torch.tensor(engine.score_answers(asked)).T.flatten()
+    torch.testing.assert_close(scores, found, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
