@@ -15,7 +15,7 @@ from stic_ray.core.preferences import PreferencesConfig
 from stic_ray.core.resources import ActorsConfig, ClusterConfig, EstimateConfig, WorkersConfig
 from stic_ray.core.section import Count, NotNegative, Section, Temperature
 from stic_ray.core.training import ONLY_LANGUAGE, DPOConfig, SFTConfig, TuningConfig
-from stic_ray.core.verification import CandidatesConfig, QuestionsConfig, RulesConfig
+from stic_ray.core.verification import CandidatesConfig, QuestionsConfig, RulesConfig, ScoresConfig
 
 AnswerMode = Literal["direct", "describe_and_respond"]
 
@@ -153,6 +153,7 @@ class RunConfig(Section):
     pool: PoolConfig = PoolConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     candidates: CandidatesConfig = CandidatesConfig()
+    scores: ScoresConfig = ScoresConfig()
     rules: RulesConfig = RulesConfig()
     questions: QuestionsConfig = QuestionsConfig()
     tuning: TuningConfig = TuningConfig()

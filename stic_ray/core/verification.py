@@ -1,8 +1,9 @@
 """The sections of the configuration about which answer is right: candidates, scores, and rules over them."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
 from stic_ray.core.section import Count, Positive, Section, Share, Temperature
 
@@ -19,6 +20,9 @@ Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_weights), Pl
 """Weights by name, {claims: 2, consistency: 1}; names alone, [claims, consistency], weigh 1."""
 
 PromptPart = Literal["step_by_step", "plain", "hallucination"]
+Likelihood = Literal["log_p", "image_logratio", "implicit_reward"]
+"""Scorers that are made of log-probabilities."""
+ClaimsValue = Literal["denied", "expected_denied", "confirmed_minus_denied"]
 
 
 class CandidatesConfig(Section):
@@ -35,6 +39,63 @@ class CandidatesConfig(Section):
     max_new_tokens: Count = 1024
     allow_truncated: bool = False
     """Keep answers that were cut off at `max_new_tokens`."""
+
+
+class ScoresConfig(Section):
+    """How good each candidate is, in the eyes of one scorer or several (docs/verification.md)."""
+
+    scorers: Annotated[tuple[str, ...], Field(min_length=1)] = ("consistency",)
+    """Names of scorers, or `package.module:name` of your own."""
+    model: str | None = None
+    """Model that is asked: a folder with an adapter or a model, or a hub id; when unset what the role `model` holds,
+    else the run's."""
+    reference: str | None = None
+    """Model that `implicit_reward` compares with, likewise; when unset what the role `reference` holds, else the
+    run's."""
+    prompt: Literal["asked", "filed_under"] = "asked"
+    """The prompt under which log-probabilities are taken: what the candidate answers, or what it is trained under."""
+    per_token: tuple[Likelihood, ...] = ("log_p",)
+    """Scorers whose log-probabilities are divided by the tokens of the answer."""
+    consistency_ngram: Count = 2
+    """Words in a run, by which `consistency` compares answers."""
+    similarity_model: str | None = None
+    """Sentence-embedding model by whose cosine `consistency` compares them instead: a folder or a hub id."""
+    claims: ClaimsValue = "denied"
+    """What `claims` makes of an answer's statements: minus the number that is denied, minus the number to be expected
+    by their probabilities, or the confirmed ones minus the denied ones."""
+    max_claims: Count = 32
+    """Statements of an answer that are asked about; further ones are left out."""
+    max_split_tokens: Count = 512
+    """Limit of the text with an answer's statements."""
+    image_text_model: str | None = None
+    """CLIP, SigLIP or the like, for `image_text`: a folder or a hub id."""
+    image_text_value: Literal["cosine", "logit"] = "cosine"
+    image_text_unit: Literal["answer", "sentence"] = "answer"
+    """What is compared with the picture: the answer up to the model's limit, or each sentence, then their mean."""
+    repetition_ngram: Count = 3
+    """Words in a run that `repetition` looks for again."""
+    pattern: str | None = None
+    """Regular expression of which `pattern` counts the matches; each is one less."""
+    column_source: str | None = None
+    """Parquet file, or folder of such files, for `column`: with `image_id`, and `number` for scores of answers."""
+    column: str = "score"
+    """Column of `column_source` with the scores; higher is better."""
+
+    @field_validator("scorers", "per_token")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("name each of them once")
+        return names
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression of Python: {error}") from error
+        return pattern
 
 
 class RulesConfig(Section):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
+from stic_ray.core.storage import Location
 from stic_ray.engines.base import Engine, TokenCounter
 from stic_ray.engines.fake import FakeEngine, read_script
 from stic_ray.engines.guarded import GuardedEngine
@@ -29,6 +30,19 @@ def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | No
 
     limits = BatchLimits(actors.batch_size, actors.batch_tokens)
     return TransformersEngine(model, limits=limits, on_gpu=actors.num_gpus > 0, merge=actors.merge_adapter)
+
+
+def named_model(model: ModelConfig, name: str) -> ModelConfig:
+    """Return another model in the place of the run's: a folder with an adapter on it, or with a model, or a hub id."""
+    place = Location.of(name)
+    if model.engine != "fake" and place.is_folder():
+        from stic_ray.engines.adapters import is_adapter, model_at
+
+        checkpoint = place.local_copy()
+        found = model_at(model, checkpoint)
+        return found if is_adapter(checkpoint) else found.model_copy(update={"chat_template": None})
+    others = {"revision": None, "adapter": None, "chat_template": None, "trust_remote_code": False}
+    return model.model_copy(update={"path": name, **others})
 
 
 def open_counter(model: ModelConfig) -> TokenCounter:

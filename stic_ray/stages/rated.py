@@ -28,7 +28,7 @@ _CANDIDATE = pa.struct([*CANDIDATES, pa.field("score", pa.float64())])
 def rated_tasks(step: StepRun) -> list[ShardTask]:
     """Return a task for each shard of the index with what there is of it in the other inputs."""
     inputs = {"candidates": [step.inputs["candidates"]], "scores": step.all("scores")}
-    found = {family: [_shards_by_number(place, family) for place in places] for family, places in inputs.items()}
+    found = {family: [shards_by_number(place, family) for place in places] for family, places in inputs.items()}
 
     def payload(number: int) -> dict[str, list[str]]:
         return {
@@ -42,7 +42,8 @@ def rated_tasks(step: StepRun) -> list[ShardTask]:
     ]
 
 
-def _shards_by_number(place: RunDir, family: str) -> dict[int, Location]:
+def shards_by_number(place: RunDir, family: str) -> dict[int, Location]:
+    """Return the shards of a family that are published, by their number."""
     names = numbered([shard.name for shard in place.shards(family)], family, "parquet")
     return {number: place.location / name for number, name in names.items()}
 
