@@ -98,8 +98,13 @@ class GuardedEngine:
         if not asked:
             return []
         assert isinstance(self._engine, Scorer), f"{type(self._engine).__name__} cannot score; checked before work"
-        with self._call(sum(len(each.answers) for each in asked)):
-            return self._engine.score_answers(asked)
+        num_answers = sum(len(each.answers) for each in asked)
+        with self._call(num_answers):
+            logps = self._engine.score_answers(asked)
+        with self._lock:
+            self._work += Work(num_calls=1, num_requests=num_answers)
+            self.num_answered += num_answers
+        return logps
 
     def take_work(self) -> Work:
         """Return what was done since the last time this was asked."""

@@ -9,11 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from stic_ray.core import schemas
 from stic_ray.core.config import ANSWER_SETTINGS, ModelConfig, RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.placement import Need, actors_need
 from stic_ray.core.rundir import REJECTED_FAMILY, ROWS_NOW, read_shard, row_counts
-from stic_ray.core.schemas import CANDIDATES, INDEX, SCORES, STATEMENTS, Reason
+from stic_ray.core.schemas import CANDIDATES, INDEX, STATEMENTS, Reason
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import Sizes, Work
@@ -70,7 +71,7 @@ def build_scores(step: StepRun) -> dict[str, Any]:
     job = ShardJob(
         stage=step.name,
         output=step.output,
-        families={"scores": SCORES, "statements": STATEMENTS},
+        families={"scores": schemas.SCORES, "statements": STATEMENTS},
         beside=("statements",),
         load=partial(_load_shard, config),
         make_worker=partial(ScoreWorker, config, models),
@@ -214,7 +215,7 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
     return Work(num_rows, requests, storage_bytes=num_rows * _SCORE_BYTES)
 
 
-SCORES_STAGE = Stage(
+SCORES = Stage(
     name="scores",
     run=build_scores,
     settings=("prompts", "model", "scores", "pool.shard_size", *ANSWER_SETTINGS),

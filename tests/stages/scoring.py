@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stic_ray.core import schemas
 from stic_ray.core.config import RunConfig
 from stic_ray.core.rundir import RunDir, read_shard
-from stic_ray.core.schemas import CANDIDATES, INDEX, SCORES, STATEMENTS, table_of
+from stic_ray.core.schemas import CANDIDATES, INDEX, STATEMENTS, table_of
 from stic_ray.core.steps import Step
 from stic_ray.pipeline import run_pipeline
 from stic_ray.stages.pool import POOL
-from stic_ray.stages.scores import SCORES_STAGE
+from stic_ray.stages.scores import SCORES
 from tests.stages.builders import draw_pictures, fake_config
 
 TEXTS = ("a red circle and a blue square", "A red circle, and a green square.", "the blue square")
@@ -75,7 +76,7 @@ class Scene:
     def step(self, candidates: RunDir | None = None, **more_inputs: str) -> Step:
         """Return the step that scores."""
         places = {"index": str(self.folder / "pool"), "candidates": (candidates or self.candidates).uri}
-        return Step(SCORES_STAGE, inputs={**places, **more_inputs})
+        return Step(SCORES, inputs={**places, **more_inputs})
 
     def run(self, config: RunConfig, folder: Path, candidates: RunDir | None = None, **more_inputs: str) -> RunDir:
         """Score into a folder and return the run."""
@@ -95,7 +96,7 @@ def make_scene(folder: Path, num_pictures: int) -> Scene:
 
 def scores_of(run: RunDir) -> list[dict[str, Any]]:
     """Return all scores of a run, in their order."""
-    return (run / "scores").read_table("scores", SCORES).to_pylist()
+    return (run / "scores").read_table("scores", schemas.SCORES).to_pylist()
 
 
 def statements_of(run: RunDir) -> list[dict[str, Any]]:

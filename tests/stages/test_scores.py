@@ -18,7 +18,7 @@ from stic_ray.estimate.steps import estimate_run
 from stic_ray.preparation import check_before_work
 from stic_ray.stages.pool import POOL
 from stic_ray.stages.scorers import find_scorers
-from stic_ray.stages.scores import SCORES_STAGE, ScoreWorker, model_of
+from stic_ray.stages.scores import SCORES, ScoreWorker, model_of
 from tests.stages.builders import rejected_of
 from tests.stages.own_scorers import KILLED
 from tests.stages.scoring import TEXTS, Scene, make_scene, scores_of, values_by_image, write_candidates
@@ -51,7 +51,7 @@ def test_scorers_of_texts_need_no_model_and_no_gpu(scene: Scene, tmp_path: Path)
     names = ["consistency", "length", "repetition", "pattern", f"{OWN}:num_letters"]
     config = scene.config(tmp_path, scorers=names, pattern="(?i)red", repetition_ngram=1)
     config = apply_values(config, {"actors.num_gpus": 1, "model.path": "/none"})
-    assert not SCORES_STAGE.loads_model(config) and SCORES_STAGE.need(config).each["GPU"] == 0
+    assert not SCORES.loads_model(config) and SCORES.need(config).each["GPU"] == 0
     run = scene.run(config, tmp_path / "run")
 
     rows = scores_of(run)
@@ -250,7 +250,7 @@ def test_the_estimate_counts_what_the_model_is_asked(nowhere: Scene, tmp_path: P
     known["num_answer_tokens"] = 150
     config = nowhere.config(tmp_path, scorers=["claims", "image_logratio"])
     config = apply_values(config, {f"estimate.{name}": value for name, value in known.items()})
-    steps = (Step(POOL), Step(SCORES_STAGE, inputs={"index": "pool", "candidates": "/c"}))
+    steps = (Step(POOL), Step(SCORES, inputs={"index": "pool", "candidates": "/c"}))
     [found] = estimate_run(config, steps, None, ["scores"])
     # Of an image: 8 splits of 600 + 150 and 150 written, 80 questions, and 8 answers of 150 behind two prompts.
     tokens = 8 * (600 + 150 + 150) + 80 * 600 + 2 * (600 + 8 * 150)
