@@ -116,6 +116,25 @@ def with_own_questions(config: RunConfig) -> tuple[Step, ...]:
     )
 
 
+def preferences_alone(config: RunConfig) -> tuple[Step, ...]:
+    """Return the steps of DPO without instruction data behind it: pairs, training, scores."""
+    named = ("pool", "preferences", "dpo", "evaluation")
+    return tuple(step for step in stic(config) if step.name in named)
+
+
+def image_contrast() -> Recipe:
+    """Train the toy world's model by mDPO: the chosen answer is to be likelier with its image than with a crop of it.
+
+    The pairs are STIC's; the crops, of a tenth of the picture's area, are made while training. Minutes on 2 CPU cores,
+    about 1.8 times those of plain DPO. docs/training.md has S-VCO's and POVID's settings.
+    """
+    config = demo().config
+    terms = {"conditional_weight": 1.0, "anchor_weight": 1.0, "rejected_image": "crop"}
+    evaluation = config.evaluation.model_copy(update={"models": ("base", "dpo"), "modes": ("direct",)})
+    changed = {"name": "image_contrast", "dpo": config.dpo.model_copy(update=terms), "evaluation": evaluation}
+    return Recipe(config.model_copy(update=changed), preferences_alone)
+
+
 def self_questions() -> Recipe:
     """Fine-tune the toy world's model on its own questions and majority answers (V-Zero, VisPlay, without their RL).
 
@@ -133,6 +152,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "any_model": any_model,
     "llava16_7b": llava16_7b,
     "self_questions": self_questions,
+    "image_contrast": image_contrast,
 }
 
 

@@ -30,15 +30,17 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 2e-4
 """Relative: float32 sums in another order, behind two steps of an optimiser with a large learning rate."""
 PROJECTOR = {"tuning": {"projector_learning_rate": 0.003}}
+MDPO = {"dpo": {"conditional_weight": 0.5, "anchor_weight": 0.5, "rejected_image": "blur"}}
+POVID = {"dpo": {"text_weight": 0.5, "own_tokens_weight": 0.5, "rejected_image": "diffusion_noise"}}
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "lora-zero1": {"workers": {"offload_optimizer": True}},
-    "lora-zero2": PROJECTOR,
-    "lora-zero3": {"workers": {"gradient_checkpointing": True}, **PROJECTOR},
-    "full-zero1": {},
+    "lora-zero2": {**PROJECTOR, **MDPO},
+    "lora-zero3": {"workers": {"gradient_checkpointing": True}, **PROJECTOR, **MDPO},
+    "full-zero1": POVID,
     "full-zero2": {"workers": {"gradient_checkpointing": True}, "model": {"dtype": "bfloat16"}},
-    "full-zero3": {"workers": {"offload_optimizer": True, "offload_parameters": True}, **PROJECTOR},
+    "full-zero3": {"workers": {"offload_optimizer": True, "offload_parameters": True}, **PROJECTOR, **MDPO},
 }
-"""What each combination trains with; of what is no ZeRO stage, only bfloat16 and the projector's rate change a loss."""
+"""What each combination trains with; of `workers`, nothing changes a loss."""
 
 
 FREE = {"num_workers": 1, "micro_batch": 4, "zero_stage": 0, "offload_optimizer": False}
@@ -58,7 +60,7 @@ def config_of(base: Path, name: str, **workers: Any) -> RunConfig:
     config = config_for(
         base,
         tuning={"method": method, **given.get("tuning", {})},
-        dpo={"num_steps": 3, "schedule": "constant", "learning_rate": 0.003},
+        dpo={"num_steps": 3, "schedule": "constant", "learning_rate": 0.003, **given.get("dpo", {})},
         sft={"num_steps": 3, "schedule": "constant", "global_batch": 2, "learning_rate": 0.003},
         workers={**sharded, **given.get("workers", {}), **workers},
     )
