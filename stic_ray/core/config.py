@@ -175,6 +175,14 @@ class RunConfig(Section):
                 "tuning.method=qlora cannot be trained with workers.zero_stage=3, which does not cut weights of 4 bits "
                 "over workers; use zero_stage=2"
             )
+        passes = [name for name in ("conditional", "symmetric") if name in self.dpo.image_terms]
+        workers = self.workers
+        if passes and tuning.method != "full" and workers.zero_stage == 3 and workers.gradient_checkpointing:
+            raise ValueError(
+                f"dpo.{passes[0]}_weight learns from two passes in a step, whose gradients DeepSpeed cannot add up for "
+                "an adapter with workers.zero_stage=3 and gradient_checkpointing=true; use zero_stage=2, or no "
+                "checkpointing"
+            )
         own_rate = tuning.projector_learning_rate is not None
         if self.model.engine == "vllm" and tuning.method != "full" and (own_rate or tuning.trained != ONLY_LANGUAGE):
             raise ValueError(

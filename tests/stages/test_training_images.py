@@ -311,3 +311,12 @@ def test_settings_that_make_no_sense_together_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         config_for(tmp_path, dpo=settings)
+
+
+def test_two_passes_are_refused_where_deepspeed_cannot_add_up_their_gradients(tmp_path: Path) -> None:
+    workers, terms = {"zero_stage": 3, "gradient_checkpointing": True}, {"conditional_weight": 1.0}
+    with pytest.raises(ConfigError, match=r"dpo.conditional_weight learns from two passes .* use zero_stage=2"):
+        config_for(tmp_path, dpo=terms, workers=workers)
+    config_for(tmp_path, dpo={"own_tokens_weight": 1.0}, workers=workers)
+    config_for(tmp_path, dpo=terms, workers=workers, tuning={"method": "full"})
+    config_for(tmp_path, dpo=terms, workers={**workers, "gradient_checkpointing": False})
