@@ -22,14 +22,15 @@ from PIL import Image
 from stic_ray.core.config import EvaluationConfig, RunConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import CHECKPOINT, read_record
-from stic_ray.engines.base import AnsweredPair
+from stic_ray.engines.base import AnsweredPrompt
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.statistics import SCORES, Question, score_of
 from stic_ray.stages.training.data import GREY, ParquetRows
 from stic_ray.stages.training.index import Rows, index_pairs
 
-Logps = Sequence[tuple[float, float]]
+Logps = Sequence[Sequence[float]]
 """Of the chosen and the rejected answer of each pair."""
+_SIDES = ("chosen", "rejected")
 _COLUMNS = ("image", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason")
 _UNBOUNDED = (float("-inf"), float("inf"))
 
@@ -73,15 +74,19 @@ def score(config: RunConfig, examples: Sequence[Mapping[str, Any]], checkpoint: 
     """Return what a model says of the pairs with their own and with blank images."""
     engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
     own = [
-        AnsweredPair(
+        AnsweredPrompt(
+            each["prompt"][0]["content"],
             each["image"],
-            *(each[side][0]["content"] for side in ("prompt", "chosen", "rejected")),
-            *(each[f"{side}_finish_reason"] == "length" for side in ("chosen", "rejected")),
+            tuple(each[side][0]["content"] for side in _SIDES),
+            tuple(each[f"{side}_finish_reason"] == "length" for side in _SIDES),
         )
         for each in examples
     ]
-    blank = [replace(each, image=Image.new("RGB", each.image.size, GREY)) for each in own]
-    return {"own": engine.score_pairs(own), "blank": engine.score_pairs(blank)}
+    blank = [
+        replace(asked, image=Image.new("RGB", each["image"].size, GREY))
+        for asked, each in zip(own, examples, strict=True)
+    ]
+    return {"own": engine.score_answers(own), "blank": engine.score_answers(blank)}
 
 
 def figures(before: Mapping[str, Logps], after: Mapping[str, Logps], config: EvaluationConfig) -> dict[str, Any]:
