@@ -210,10 +210,9 @@ def _check(step: StepRun) -> None:
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
     if not sizes.num_images:
         return None
+    num_images = min(sizes.num_images, config.candidates.num_images or sizes.num_images)
     answers = BYTES_PER_TEXT_TOKEN * 2 * min(sizes.num_answer_tokens, config.candidates.max_new_tokens)
-    return Work(
-        sizes.num_images, storage_bytes=sizes.num_images * config.rules.num_pairs * (sizes.image_bytes + answers)
-    )
+    return Work(num_images, storage_bytes=num_images * config.rules.num_pairs * (sizes.image_bytes + answers))
 
 
 PAIRS_STAGE = Stage(
