@@ -151,8 +151,9 @@ def verified() -> Recipe:
     control with the same candidates. recipes/ has settings of papers on these steps.
 
     With a model of yours on GPUs: set what `any_model` sets but infusion.source; candidates.max_new_tokens=512 and
-    candidates.allow_truncated=false, a learning rate and an alpha as in `llava16_7b`, and actors.batch_tokens. Where candidates agree too much to differ, raise candidates.temperature; where the
-    model's own judgement is weak, name a better one: scores.model, or scorers image_text or column.
+    candidates.allow_truncated=false, a learning rate and an alpha as in `llava16_7b`, and actors.batch_tokens.
+    Where candidates agree too much to differ, raise candidates.temperature; where the model's own judgement is
+    weak, name a better one: scores.model, or scorers image_text or column.
     """
     config = demo().config
     scorers = ("claims", "consistency")
