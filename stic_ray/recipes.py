@@ -28,7 +28,7 @@ from stic_ray.stages.pairs import pairs_stage
 from stic_ray.stages.pool import POOL
 from stic_ray.stages.preferences import PREFERENCES
 from stic_ray.stages.questions import QUESTIONS_STAGE
-from stic_ray.stages.scores import SCORES_STAGE
+from stic_ray.stages.scores import SCORES
 from stic_ray.stages.sft import SFT
 
 
@@ -128,7 +128,7 @@ def choose_among_candidates(config: RunConfig) -> tuple[Step, ...]:
     first = (Step(PREFERENCES, inputs={"index": "pool"}), Step(DPO, inputs={"pairs": "preferences"}))
     start = {"model": "dpo"} if trains_first else {}
     answers = {"index": "pool", "candidates": "candidates"}
-    scores = [Step(SCORES_STAGE, inputs={**answers, **start})] if config.rules.scorers else []
+    scores = [Step(SCORES, inputs={**answers, **start})] if config.rules.scorers else []
     pairs = RunDir.of(config.dpo.pairs).uri if config.dpo.pairs else "pairs"
     learns = {"pairs": Step(DPO, "dpo_2" if trains_first else "", {"pairs": pairs, **start})}
     learns["rows"] = Step(SFT, inputs={"rows": "pairs", **start})
