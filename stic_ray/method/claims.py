@@ -48,7 +48,7 @@ def claims_score(p_yes: Sequence[float], value: ClaimsValue) -> float | None:
         return None
     num_denied = sum(p < 0.5 for p in p_yes)
     if value == "denied":
-        return -float(num_denied)
+        return float(-num_denied)
     if value == "expected_denied":
-        return -sum(1 - p for p in p_yes)
+        return 0.0 - sum(1 - p for p in p_yes)
     return float(len(p_yes) - 2 * num_denied)

@@ -15,6 +15,8 @@ from stic_ray.core.errors import Rejected, type_and_message
 from stic_ray.core.schemas import Reason
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+GREY = (128, 128, 128)
+"""Colour of a blank picture."""
 _ORIENTATION = 0x0112  # EXIF tag
 _Turn = Image.Transpose
 _TURNS = {

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.errors import EngineError
-from stic_ray.engines.base import Request, Sampling
+from stic_ray.engines.base import AnsweredPrompt, Request, Sampling
 from stic_ray.engines.guarded import GuardedEngine, Work
 from stic_ray.engines.opening import open_engine
 
@@ -52,6 +52,14 @@ def test_a_hanging_or_lost_engine_ends_its_process_and_no_other(script: str, las
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and last_words in done.stderr
     assert ("survived" in done.stderr) == (last_words == "survived")
+
+
+def test_answers_that_are_scored_count_as_requests(tmp_path: Path) -> None:
+    guarded = engine(tmp_path, "")
+    assert guarded.score_answers([]) == []
+    guarded.score_answers([AnsweredPrompt("q", None, ("a", "b")), AnsweredPrompt("r", None, ("c",))])
+    work = guarded.take_work()
+    assert (work.num_calls, work.num_requests, guarded.num_answered) == (1, 3, 3)
 
 
 def test_the_account_counts_time_once_and_requests_each(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from PIL import Image
 from experiments.image_reliance import figures, measure
 from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.rundir import RunDir
+from stic_ray.method.images import GREY
 from stic_ray.stages.training.building import make_dpo_trainer
-from stic_ray.stages.training.data import GREY
 from stic_ray.stages.training.index import is_held_out
 from stic_ray.stages.training.models import model_of
 from tests.stages.builders import pairs_in

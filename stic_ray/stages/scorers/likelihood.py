@@ -10,6 +10,7 @@ from stic_ray.core.steps import StepRun
 from stic_ray.core.verification import Likelihood, ScoresConfig
 from stic_ray.core.workload import Sizes
 from stic_ray.engines.base import AnsweredPrompt
+from stic_ray.method.images import GREY
 from stic_ray.stages.scorers.base import (
     Answered,
     Candidate,
@@ -21,8 +22,6 @@ from stic_ray.stages.scorers.base import (
     Tools,
     by_answer,
 )
-
-_GREY = (128, 128, 128)
 
 
 def log_p(settings: ScoresConfig) -> Scorer:
@@ -86,7 +85,7 @@ def answer_logps(
 
 
 def _blank(picture: Image.Image | None) -> Image.Image | None:
-    return None if picture is None else Image.new("RGB", picture.size, _GREY)
+    return None if picture is None else Image.new("RGB", picture.size, GREY)
 
 
 def _opening(

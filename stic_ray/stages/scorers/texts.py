@@ -31,13 +31,13 @@ def length(settings: ScoresConfig) -> Scorer:
 def repetition(settings: ScoresConfig) -> Scorer:
     """Return minus the share of runs of words that were there before."""
     size = settings.repetition_ngram
-    return Scorer(lambda tools: of_texts(lambda texts: [-repeated_share(text, size) for text in texts]))
+    return Scorer(lambda tools: of_texts(lambda texts: [0.0 - repeated_share(text, size) for text in texts]))
 
 
 def pattern(settings: ScoresConfig) -> Scorer:
     """Return minus the number of matches of `scores.pattern`."""
     found = re.compile(settings.pattern or "")
-    score = of_texts(lambda texts: [-float(num_matches(text, found)) for text in texts])
+    score = of_texts(lambda texts: [float(-num_matches(text, found)) for text in texts])
     return Scorer(lambda tools: score, check=_check_pattern)
 
 

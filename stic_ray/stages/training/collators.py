@@ -12,7 +12,8 @@ import torch
 
 from stic_ray.engines.sequences import Batch, SequenceBuilder, TokenSequence, labels_of
 from stic_ray.engines.shared_prefix import make_batch
-from stic_ray.stages.training.data import GREY, WEIGHT, Example
+from stic_ray.method.images import GREY
+from stic_ray.stages.training.data import WEIGHT, Example
 from stic_ray.stages.training.index import REFERENCE_LOGPS
 
 IGNORED = -100

@@ -23,13 +23,12 @@ from torch.utils.data import Dataset
 from stic_ray.core.config import RunConfig
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.training import OptimisationConfig
+from stic_ray.method.images import GREY
 from stic_ray.stages.training.index import REFERENCE_LOGPS, RowGroup, Rows, damaged, read_group
 from stic_ray.stages.training.rejected_images import ImageMaker
 
 WEIGHT = "weight"
 """Of a row in the mean over its batch: 1, or 0 for one that only fills up an epoch."""
-GREY = (128, 128, 128)
-"""Colour of a blank picture."""
 MAX_LANES = 16
 """A batch comes from at most so many row groups: more mix no better and cost memory."""
 _DECODER = datasets.Image(mode="RGB")
