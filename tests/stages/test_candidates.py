@@ -1,10 +1,12 @@
 """Stage `candidates`: several answers of each image, the same ones whatever happens on the way."""
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from stic_ray.core.config import CandidatesConfig, RunConfig
 from stic_ray.core.errors import ConfigError, Rejected, SourceError
@@ -96,6 +98,22 @@ def test_shards_that_are_there_stay_and_others_are_made_as_they_were(
     answered(config_of(tmp_path, pictures, prompts=["step_by_step", "plain"]), tmp_path / "run")
     assert others and first.stat().st_mtime_ns == before
     assert [{**row, "model": ""} for row in rows_of(run)] == [{**row, "model": ""} for row in rows_of(made)]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_an_image_that_kills_its_actor_costs_itself_alone(made: RunDir, tmp_path: Path, pictures: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "pictures")
+    Image.new("RGB", (31, 33), "red").save(tmp_path / "pictures" / "deadly.png")
+    script = f"{SCRIPT}\nfaults: [{{size: 31x33, happens: kill}}]"
+    config = config_of(tmp_path, tmp_path / "pictures", script, prompts=["step_by_step", "plain"])
+    config = apply_values(config, {"actors.max_retries": 1})
+    run = answered(config, tmp_path / "run")
+    changes = {"model": "", "model_revision": "", "position": 0}  # the deadly one stands between them
+    found, expected = ([{**row, **changes} for row in rows_of(each)] for each in (run, made))
+    assert sorted(found, key=str) == sorted(expected, key=str)
+    assert [(Path(row["path"]).name, row["reason"]) for row in rejected_of(run, "candidates")] == [
+        ("deadly.png", "engine_failed")
+    ]
 
 
 @pytest.mark.usefixtures("ray_session")
