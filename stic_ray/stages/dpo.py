@@ -62,8 +62,21 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
     else:
         shared = config.workers.share_prefix and config.dpo.objective == "paper"
         tokens = pair_tokens(sizes.num_prompt_tokens, answer, shared_prefix=shared)
-        has_reference = not config.preferences.reference_logps
+        has_reference = bool(config.dpo.image_terms) or not config.preferences.reference_logps
+        tokens += _view_tokens(config, sizes, answer)
     return training_work(config, sizes, config.dpo, num_pairs, tokens, reference_pass=has_reference)
+
+
+def _view_tokens(config: RunConfig, sizes: Sizes, answer: float) -> float:
+    """Return the tokens of a pair's sequences with a rejected image, and without an image."""
+    settings, prompt = config.dpo, sizes.num_prompt_tokens
+    if settings.symmetric_weight:
+        shared = config.workers.share_prefix
+        views = (prompt, max(0.0, prompt - sizes.model.num_image_tokens))
+        return sum(pair_tokens(each, answer, shared_prefix=shared) for each in views)
+    if settings.conditional_weight:
+        return prompt + answer
+    return (prompt + answer) / 3 if settings.own_tokens_weight else 0.0  # a forward pass, and nothing goes back
 
 
 DPO = Stage(

@@ -75,6 +75,9 @@ def test_more_of_what_costs_costs_more() -> None:
     assert wall_s("preferences", preferences__negatives="text_swap") < 0.6 * usual  # one request in place of two
     assert wall_s("dpo", preferences__reference_logps=True) < wall_s("dpo")
     assert wall_s("dpo", workers__share_prefix=False) > 1.3 * wall_s("dpo")
+    terms = ("own_tokens", "conditional", "symmetric")
+    costs = [wall_s("dpo"), *(wall_s("dpo", **{f"dpo__{name}_weight": 1}) for name in terms)]
+    assert costs == sorted(costs) and 1.5 < costs[2] / costs[0] < 2
     assert wall_s("sft", tuning__method="full") > wall_s("sft")
     assert wall_s("sft", sft__num_steps=1) < wall_s("sft")
 

@@ -162,12 +162,13 @@ def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]
     if settings.objective == "paper":
         columns.append("more_rejected")
     maker = None
-    if settings.image_terms and settings.rejected_image == "pair":
-        columns.append("rejected_image")
-    elif settings.image_terms:
-        columns.append("image_id")
-        num_steps = num_steps_of(settings, rows)
-        maker = ImageMaker(settings.rejected_image, settings.rejected_image_strengths, num_steps, config.seed)
+    if settings.image_terms:
+        if settings.rejected_image == "pair":
+            columns.append("rejected_image")
+        else:
+            columns.append("image_id")
+            num_steps = num_steps_of(settings, rows)
+            maker = ImageMaker(settings.rejected_image, settings.rejected_image_strengths, num_steps, config.seed)
     stored = REFERENCE_LOGPS if rows.has_reference_logps else ()
     trained = ParquetRows(
         rows.trained,
