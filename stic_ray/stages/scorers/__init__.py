@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from typing import cast
 
 from stic_ray.core.errors import ConfigError, nearest, type_and_message
 from stic_ray.core.verification import ScoresConfig
@@ -13,6 +14,8 @@ from stic_ray.stages.scorers.likelihood import image_logratio, implicit_reward, 
 from stic_ray.stages.scorers.pictures import image_text
 from stic_ray.stages.scorers.texts import consistency, length, pattern, repetition
 
+Values = Callable[[Sequence[Answered]], Sequence[Sequence[float | None]]]
+"""A scorer as a plain function."""
 SCORERS: dict[str, Callable[[ScoresConfig], Scorer]] = {
     "consistency": consistency,
     "image_logratio": image_logratio,
@@ -67,11 +70,9 @@ def _find(given: str, settings: ScoresConfig) -> Scorer:
         return own
     if not callable(own):
         raise ConfigError(f"scores.scorers: '{given}' is {type(own).__name__}; give a function or a Scorer.")
-    return Scorer(lambda tools: partial(_plain, own))
+    return Scorer(lambda tools: partial(_plain, cast(Values, own)))
 
 
-def _plain(
-    own: Callable[[Sequence[Answered]], Sequence[Sequence[float | None]]], images: Sequence[Answered]
-) -> Sequence[Scored]:
+def _plain(own: Values, images: Sequence[Answered]) -> Sequence[Scored]:
     """Call a function that gives, for each image, a value for each of its answers."""
     return [by_answer(image, values) for image, values in zip(images, own(images), strict=True)]
