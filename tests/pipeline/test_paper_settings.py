@@ -9,7 +9,7 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INFUSED, PAIRS
 from stic_ray.pipeline import names_of, run_pipeline
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # two trainings and an evaluation, of some
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SMALL = (
