@@ -19,7 +19,7 @@ def num_letters(images: Sequence[Answered]) -> list[list[float]]:
 def _open_redness(tools: Tools) -> Score:
     def score(images: Sequence[Answered]) -> list[Scored]:
         assert all(image.picture is not None for image in images)
-        reds = [image.picture.resize((1, 1)).getpixel((0, 0))[0] for image in images if image.picture]
+        reds = [image.picture.resize((1, 1)).tobytes()[0] for image in images if image.picture]
         return [by_answer(image, [float(red)] * len(image.answers)) for image, red in zip(images, reds, strict=True)]
 
     return score

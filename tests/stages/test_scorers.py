@@ -19,7 +19,7 @@ from stic_ray.engines.similarity import TextEmbedder
 from stic_ray.method.prompts import load_prompts
 from stic_ray.recipes import demo
 from stic_ray.stages.scorers import Answered, Tools, open_scorer
-from stic_ray.stages.scorers.base import Candidate, Statement
+from stic_ray.stages.scorers.base import Candidate
 from stic_ray.toyworld.assets import PROMPTS_FILE
 from stic_ray.toyworld.scenes import draw_scene, sample_scene
 from tests.stages.scoring import make_scene, scores_of, statements_of
@@ -45,8 +45,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     config, folder = demo().config, tmp_path_factory.mktemp("models")
     model = named_model(config.model, str(build("llava", folder / "llava")))
     trained, reference = (open_engine(model, config.actors) for _ in range(2))
+    inside: Any = reference._engine
     with torch.no_grad():
-        for weight in reference._engine.model.model.language_model.parameters():
+        for weight in inside.model.model.language_model.parameters():
             weight.mul_(1.1)
     return trained, reference
 
@@ -120,23 +121,22 @@ class TestLikelihood:
         return [Answered(each.image_id, each.answers, each.picture) for each in self.IMAGES]
 
     def test_scorers_of_a_window_share_what_they_ask(self, engines: tuple[Any, Any]) -> None:
-        asked: list[Image.Image | None] = []
+        shown: list[Image.Image | None] = []
 
         class Counting:
             def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer]:
                 raise AssertionError
 
-            def score_answers(self, prompts: Sequence[AnsweredPrompt]) -> list[list[float]]:
-                asked.extend(each.image for each in prompts)
-                return engines[0].score_answers(prompts)
+            def score_answers(self, asked: Sequence[AnsweredPrompt]) -> list[list[float]]:
+                shown.extend(each.image for each in asked)
+                return engines[0].score_answers(asked)
 
         tools = Tools(config_of(), Counting())
         image = Answered.of(["A red circle."], PICTURES[0], "q", [9])
         for name in ("log_p", "image_logratio"):
             open_scorer(name, tools)([image])
-        assert (
-            len(asked) == 2 and asked[0] is PICTURES[0] and asked[1] and asked[1].getcolors() == [(64 * 64, (128,) * 3)]
-        )
+        own, blank = shown
+        assert own is PICTURES[0] and blank and blank.getcolors() == [(64 * 64, (128, 128, 128))]
 
 
 class Oracle:
@@ -191,7 +191,8 @@ class TestClaims:
         rows = (
             [(0, *each) for each in of_first] + [(1, *each) for each in of_second] + [(3, *each) for each in of_first]
         )
-        assert scored.statements == [Statement(n, question, pytest.approx(p, abs=1e-6)) for n, question, p in rows]
+        assert [each[:2] for each in scored.statements] == [row[:2] for row in rows]
+        assert [each.p_yes for each in scored.statements] == pytest.approx([row[2] for row in rows], abs=1e-6)
 
     def test_equal_answers_are_split_once_and_equal_questions_asked_once_for_each_image(self) -> None:
         oracle = Oracle(self.BELIEVED)
