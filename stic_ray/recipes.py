@@ -161,7 +161,7 @@ def verified() -> Recipe:
         "name": "verified",
         "candidates": CandidatesConfig(max_new_tokens=64, allow_truncated=True),
         "scores": ScoresConfig(scorers=scorers, max_claims=16, max_split_tokens=192),
-        "rules": RulesConfig(scorers=dict.fromkeys(scorers, 1.0), combine="rank"),
+        "rules": RulesConfig(scorers=tuple((name, 1.0) for name in scorers), combine="rank"),
         "evaluation": config.evaluation.model_copy(update={"models": ("base", "dpo")}),
     }
     return Recipe(config.model_copy(update=changed), choose_among_candidates)
