@@ -10,17 +10,19 @@ from PIL import Image
 
 from stic_ray.core.config import CandidatesConfig, RunConfig
 from stic_ray.core.errors import ConfigError, Rejected, SourceError
-from stic_ray.core.overrides import apply_values
+from stic_ray.core.overrides import apply_values, build_config
+from stic_ray.core.randomness import seed_for
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import CANDIDATES as TABLE
 from stic_ray.core.schemas import PAIRS
 from stic_ray.core.steps import Step, StepRun
+from stic_ray.engines.base import Request
 from stic_ray.estimate.steps import estimate_run
 from stic_ray.method.candidates import candidate_prompts, usable
 from stic_ray.method.preferences import AnswerText
 from stic_ray.method.prompts import load_prompts
 from stic_ray.pipeline import run_pipeline
-from stic_ray.stages.candidates import CANDIDATES
+from stic_ray.stages.candidates import CANDIDATES, Answerer
 from stic_ray.stages.pool import POOL
 from stic_ray.stages.preferences import PREFERENCES
 from stic_ray.toyworld import WEIGHTS
@@ -114,6 +116,27 @@ def test_an_image_that_kills_its_actor_costs_itself_alone(made: RunDir, tmp_path
     assert [(Path(row["path"]).name, row["reason"]) for row in rejected_of(run, "candidates")] == [
         ("deadly.png", "engine_failed")
     ]
+
+
+def test_answers_of_a_model_are_those_of_separate_requests(pictures: Path, tiny_llava: Path) -> None:
+    """Whatever shares a batch with them, and what is read once for several."""
+    settings = {"num_candidates": 4, "prompts": ["plain", "step_by_step"], "temperature": 2, "max_new_tokens": 32}
+    config = build_config({"name": "test", "model": {"path": str(tiny_llava)}, "candidates": settings})
+    fetched = {"fetch_reason": None, "fetch_error": None}
+    rows = [
+        {"image_id": path.stem, "position": number, "path": path.name, "encoded": path.read_bytes(), **fetched}
+        for number, path in enumerate(sorted(pictures.glob("*.jpg"))[:3])
+    ]
+    worker = Answerer(config, load_prompts(None), None)
+    prepared = [worker.prepare(row) for row in rows]
+    together = [[answer.text for answer in answers] for answers in worker.answer(prepared)]
+    for each, texts in zip(prepared, together, strict=True):
+        asked = [
+            Request(prompt, each.picture, seed_for(config.seed, each.row["image_id"], f"candidate {number}"))
+            for number, prompt in enumerate(each.prompts)
+        ]
+        assert texts == [worker.engine.generate([request], worker.sampling)[0].text for request in asked]
+        assert len(set(texts)) > 1
 
 
 @pytest.mark.usefixtures("ray_session")
