@@ -25,6 +25,7 @@ from stic_ray.core.steps import CHECKPOINT, read_record
 from stic_ray.engines.base import AnsweredPrompt
 from stic_ray.engines.opening import open_engine
 from stic_ray.method.statistics import SCORES, Question, score_of
+from stic_ray.preparation import resolve
 from stic_ray.stages.training.data import GREY, ParquetRows
 from stic_ray.stages.training.index import Rows, index_pairs
 
@@ -47,7 +48,7 @@ def main() -> None:
 
 def measure(run: RunDir, step: str, pairs: str | None = None) -> dict[str, Any]:
     """Return the figures of a training step of a run."""
-    config = RunConfig.model_validate(read_record(run).config)
+    config = resolve(RunConfig.model_validate(read_record(run).config), run)
     examples = [*pairs_of(config, run, pairs)]
     checkpoint = (run / step).location / CHECKPOINT
     before, after = (score(config, examples, place) for place in (None, checkpoint))
