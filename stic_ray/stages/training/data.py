@@ -163,12 +163,13 @@ def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]
         columns.append("more_rejected")
     maker = None
     if settings.image_terms:
-        if settings.rejected_image == "pair":
+        kind = settings.rejected_image
+        if kind == "pair":
             columns.append("rejected_image")
         else:
             columns.append("image_id")
             num_steps = num_steps_of(settings, rows)
-            maker = ImageMaker(settings.rejected_image, settings.rejected_image_strengths, num_steps, config.seed)
+            maker = ImageMaker(kind, settings.rejected_image_strengths, num_steps, config.seed)
     stored = REFERENCE_LOGPS if rows.has_reference_logps else ()
     trained = ParquetRows(
         rows.trained,
