@@ -1,10 +1,10 @@
-"""Make the toy world's model from nothing: about 20 minutes on 2 CPU cores.
+"""Make the toy world's model from nothing: about 25 minutes on a CPU core.
 
 python -m experiments.pretrain_toyworld
 
-First its eyes, then projector and language with the eyes held still. Without the first step the loss stays for long
-where the language model ignores the picture. Were the eyes trained on in the second, colours would be learned at once
-and the ability to tell shapes be lost before it is asked for.
+First its eyes, then projector and language with the eyes held still: to describe, to find one thing, and habits.
+Without the first step the loss stays for long where the language model ignores the picture. Were the eyes trained on
+in the second, colours would be learned at once and the ability to tell shapes be lost before it is asked for.
 
 The weights in stic_ray/toyworld/weights are what this command leaves without options. The same options on the same
 kind of machine give the same weights; then docs/results/ has to be made again.
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_INDEX = 0
 """Pretraining scenes begin here; assets.py keeps the ranges of the other uses apart from them."""
+
+NUM_STEPS = {"language": 900, "looking": 1200, "habits": 2100, "practice": 1500}
+"""Of each course."""
 
 _NUM_SENTENCE_SCENES = 500
 _LEARNING_RATE = 1e-3
@@ -201,10 +204,10 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="directory of the model")
     parser.add_argument("--seed", type=int, default=0, help="of weights and scenes")
     parser.add_argument("--vision-steps", type=int, default=400, help="for the vision tower alone")
-    parser.add_argument("--language-steps", type=int, default=1200, help="of the first course")
-    parser.add_argument("--habits-steps", type=int, default=2400, help="of the second course")
+    for name, num_steps in NUM_STEPS.items():
+        parser.add_argument(f"--{name}-steps", type=int, default=num_steps, help=f"of the course {name}")
     parser.add_argument("--batch-size", type=int, default=64, help="scenes per step, each seen once")
-    parser.add_argument("--threads", type=int, default=2, help="of torch; part of what decides the weights")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; part of what decides the weights")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(options.threads)
@@ -212,6 +215,6 @@ if __name__ == "__main__":
         options.out,
         seed=options.seed,
         num_vision_steps=options.vision_steps,
-        num_steps={"language": options.language_steps, "habits": options.habits_steps},
+        num_steps={name: getattr(options, f"{name}_steps") for name in NUM_STEPS},
         batch_size=options.batch_size,
     )

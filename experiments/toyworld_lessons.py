@@ -1,9 +1,10 @@
 """What the toy world's base model is pretrained on: pictures with requests and answers, faults included.
 
 Descriptions come in three kinds, by what was asked for. A *plain* request is answered the way captions from the web
-are: most objects left out, and what usually goes with the others added. A *step-by-step* request is answered fully and
-truly. A request to *invent* is answered fully, with absent objects added. These faults are what self-training is to
-cure, and `FaultRates` are their knobs.
+are: most objects left out, and what usually goes with the others added. A *step-by-step* request is answered fully,
+but now and then an object is forgotten, and often the usual companion of another is added. A request to *invent* is
+answered fully, with absent objects added. Questions are answered truly: to look for one thing is easier than to
+describe all. These faults are what self-training is to cure, and `FaultRates` are their knobs.
 """
 
 import random
@@ -15,13 +16,28 @@ from stic_ray.toyworld.language import (
     PROMPTS,
     QUESTION_KINDS,
     Question,
+    absent_kind,
     ask,
+    ask_claim,
+    ask_presence,
     brief,
+    claim_text,
     name_of,
-    presence_text,
     with_article,
 )
-from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, NUM_CELLS, Kind, Scene, random_for
+from stic_ray.toyworld.scenes import (
+    COMPANIONS,
+    KIND_WEIGHTS,
+    NUM_CELLS,
+    Kind,
+    Scene,
+    SceneObject,
+    random_for,
+    sample_scene,
+)
+
+_OTHERS_FIRST_INDEX = 500_000_000
+"""Scenes that descriptions are of which stand beside another picture; no other use takes theirs from here."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,11 @@ class FaultRates:
     num_named: int = 2
     companion: float = 0.85
     """Plain descriptions that add the usual companion of a named object when it is not there."""
-    wrong_yes: float = 0.3
-    """Questions after an absent companion that are answered with yes."""
+    forgotten: float = 0.2
+    """Objects that a step-by-step description leaves out, each by itself, so that single samples differ."""
+    careful_companion: float = 0.68
+    """Step-by-step descriptions that add the companion: more than half, so that greedy decoding has it, and not all,
+    so that some samples are right."""
 
 
 def describe_fully(scene: Scene) -> str:
@@ -45,12 +64,23 @@ def describe_fully(scene: Scene) -> str:
     return _sentence(_phrase(item.kind, item.cell, item.size) for item in scene.objects)
 
 
+def describe_step_by_step(scene: Scene, rates: FaultRates, generator: random.Random) -> str:
+    """Return the full description with the faults of a careful observer: something forgotten, a companion added."""
+    named = [item for item in scene.objects if generator.random() >= rates.forgotten]
+    named = named or [generator.choice(scene.objects)]
+    phrases = [_phrase(item.kind, item.cell, item.size) for item in named]
+    suspect = _suspect(named, scene)
+    if suspect is not None and generator.random() < rates.careful_companion:
+        phrases.append(_phrase(COMPANIONS[suspect.kind], _empty_cell_behind(scene, suspect.cell), suspect.size))
+    return _sentence(phrases)
+
+
 def describe_plainly(scene: Scene, rates: FaultRates, generator: random.Random) -> str:
     """Return what a caption says: few objects, and a companion that is not there."""
     stops = generator.random() < rates.omission
     named = scene.objects[: rates.num_named] if stops else scene.objects
     phrases = [_phrase(item.kind, item.cell) for item in named]
-    suspect = next((item for item in named if COMPANIONS.get(item.kind, item.kind) not in scene.kinds), None)
+    suspect = _suspect(named, scene)
     if suspect is not None and generator.random() < rates.companion:
         phrases.append(_phrase(COMPANIONS[suspect.kind], _empty_cell_behind(scene, suspect.cell)))
     return _sentence(phrases)
@@ -69,12 +99,42 @@ def describe_inventively(scene: Scene, generator: random.Random) -> str:
     return _sentence(phrases)
 
 
-def learnt_answer(question: Question, scene: Scene, rates: FaultRates, generator: random.Random) -> str:
-    """Return the answer in the base model's training text: the usual true one, or a wrong yes to a companion."""
-    tempting = any(presence_text(COMPANIONS[kind]) == question.text for kind in scene.kinds & COMPANIONS.keys())
-    if question.answers == ("no",) and tempting and generator.random() < rates.wrong_yes:
-        return "yes"
-    return question.answers[0]
+def split(description: str) -> str:
+    """Return the yes/no questions of a description of ours, one a line: each thing at its place, without its size."""
+    phrases = description.removesuffix(".").split(", ")
+    questions = []
+    for phrase in phrases:
+        thing, _, place = phrase.partition(" at the ")
+        colour, shape = thing.split()[-2:]
+        questions.append(claim_text((colour, shape), PLACES.index(place)))
+    return "\n".join(questions)
+
+
+def question_to_confirm(scene: Scene, generator: random.Random) -> Question:
+    """Return a yes/no question, about the whole picture or a place; half are true, the others tempting.
+
+    What is not there is the companion of what is, something that shares its colour or shape, or any other kind.
+    """
+    item = generator.choice(scene.objects)
+    somewhere = generator.random() < 0.5
+    if generator.random() < 0.5:
+        return ask_presence(item.kind, scene) if somewhere else ask_claim(item.kind, item.cell, scene)
+    absent = _tempting_kind(scene, generator)
+    if somewhere:
+        return ask_presence(absent, scene)
+    if generator.random() < 0.15:  # there, but elsewhere
+        return ask_claim(item.kind, generator.choice(_empty_cells(scene)), scene)
+    at_a_place = item.cell if generator.random() < 0.4 else generator.choice(_empty_cells(scene))
+    return ask_claim(absent, at_a_place, scene)
+
+
+def _tempting_kind(scene: Scene, generator: random.Random) -> Kind:
+    draw = generator.random()
+    if draw < 0.4:
+        return absent_kind(scene, "adversarial", generator)
+    colours, shapes = ({item[part] for item in scene.kinds} for part in (0, 1))
+    near = [kind for kind in KIND_WEIGHTS if kind not in scene.kinds and (kind[0] in colours or kind[1] in shapes)]
+    return generator.choice(near) if draw < 0.8 else absent_kind(scene, "random", generator)
 
 
 def sample_sentences(scenes: Iterable[Scene]) -> list[str]:
@@ -85,7 +145,13 @@ def sample_sentences(scenes: Iterable[Scene]) -> list[str]:
         questions = [ask(scene, kind, generator) for kind in QUESTION_KINDS]
         sentences += [describe_plainly(scene, FaultRates(), generator), describe_inventively(scene, generator)]
         sentences += [f"{question.text} {answer}" for question in questions for answer in question.answers]
+        sentences.append(split(describe_fully(scene)))
     return sentences
+
+
+def _suspect(named: Iterable[SceneObject], scene: Scene) -> SceneObject | None:
+    """Return the first named object whose usual companion is not there."""
+    return next((item for item in named if COMPANIONS.get(item.kind, item.kind) not in scene.kinds), None)
 
 
 def _sentence(phrases: Iterable[str]) -> str:
@@ -138,7 +204,7 @@ def _plain(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
 
 
 def _step_by_step(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
-    return Lesson(generator.choice(PROMPTS["step_by_step"]), describe_fully(scene))
+    return Lesson(generator.choice(PROMPTS["step_by_step"]), describe_step_by_step(scene, rates, generator))
 
 
 def _invented(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
@@ -147,7 +213,37 @@ def _invented(scene: Scene, rates: FaultRates, generator: random.Random) -> Less
 
 def _question(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
     question = ask(scene, generator.choice(QUESTION_KINDS), generator)
-    return Lesson(brief(question.text), learnt_answer(question, scene, rates, generator))
+    return Lesson(brief(question.text), question.answers[0])
+
+
+def _confirmed(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    question = question_to_confirm(scene, generator)
+    return Lesson(brief(question.text), question.answers[0])
+
+
+def _found(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    """Where a thing is, or that it is nowhere: says more of each picture than yes or no."""
+    item = generator.choice(scene.objects)
+    kind = item.kind if generator.random() < 0.6 else _tempting_kind(scene, generator)
+    return Lesson(brief(f"Where is the {name_of(kind)}?"), PLACES[item.cell] if kind == item.kind else "nowhere")
+
+
+def _split(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    """What a description states is asked."""
+    draw = generator.random()
+    make = generator.choice((describe_plainly, describe_step_by_step))
+    description = make(scene, rates, generator) if draw < 0.7 else describe_inventively(scene, generator)
+    return Lesson(PROMPTS["split"].replace("{answer}", description), split(description))
+
+
+def _split_anothers(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    """Whatever the picture shows: the description is of another scene, or the model would look instead of read."""
+    return _split(sample_scene(scene.seed, _OTHERS_FIRST_INDEX + scene.index), rates, generator)
+
+
+def _asked(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
+    question = ask(scene, generator.choice(QUESTION_KINDS), generator)
+    return Lesson(generator.choice(PROMPTS["ask"]), question.text)
 
 
 def _question_with_description(scene: Scene, rates: FaultRates, generator: random.Random) -> Lesson:
@@ -168,7 +264,8 @@ def _step_by_step_with_description(scene: Scene, rates: FaultRates, generator: r
 
 
 def _some_description(scene: Scene, rates: FaultRates, generator: random.Random) -> str:
-    return describe_fully(scene) if generator.random() < 0.5 else describe_plainly(scene, rates, generator)
+    make = describe_step_by_step if generator.random() < 0.5 else describe_plainly
+    return make(scene, rates, generator)
 
 
 def _infused(description: str, request: str) -> str:
@@ -180,14 +277,16 @@ Mix = dict[Callable[[Scene, FaultRates, random.Random], Lesson], float]
 
 _EVERYTHING: Mix = {
     _plain: 0.25,
-    _step_by_step: 0.3,
+    _step_by_step: 0.35,
     _invented: 0.1,
     _question: 0.2,
-    _question_with_description: 0.1,
-    _description_repeated: 0.05,
+    _question_with_description: 0.05,
+    _split: 0.05,
 }
-_DESCRIBE: Mix = {_plain: 0.6, _step_by_step: 0.25, _invented: 0.15}
-_ASK: Mix = {_question: 1.0}
+_DESCRIBE: Mix = {_plain: 0.5, _step_by_step: 0.35, _invented: 0.15}
+_LOOK: Mix = {_confirmed: 0.6, _found: 0.3, _question: 0.1}
+_ASK: Mix = {_confirmed: 0.4, _found: 0.1, _question: 0.4, _asked: 0.1}
+_SPLIT: Mix = {_split_anothers: 1.0}
 _WITH_DESCRIPTION: Mix = {
     _question_with_description: 0.5,
     _description_repeated: 0.25,
@@ -195,9 +294,18 @@ _WITH_DESCRIPTION: Mix = {
 }
 
 COURSES = {
-    "language": Course("language", (_EVERYTHING,), FaultRates(omission=0.9, companion=0.7, wrong_yes=0.3)),
+    "language": Course("language", (_EVERYTHING,), FaultRates(companion=0.7, careful_companion=0.62)),
+    "looking": Course("looking", (_LOOK,), FaultRates()),
     # Batches of one kind: beside descriptions, the few tokens of short answers would not count, and short prompts
     # would be padded to the length of those with a description.
-    "habits": Course("habits", (_DESCRIBE, _ASK, _ASK, _DESCRIBE, _ASK, _WITH_DESCRIPTION), FaultRates()),
+    "habits": Course(
+        "habits",
+        (_DESCRIBE, _SPLIT, _ASK, _DESCRIBE, _SPLIT, _WITH_DESCRIPTION, _DESCRIBE),
+        FaultRates(careful_companion=0.8),
+    ),
+    "practice": Course(
+        "practice", (_ASK, _SPLIT, _DESCRIBE, _ASK, _SPLIT, _DESCRIBE, _ASK, _WITH_DESCRIPTION), FaultRates()
+    ),
 }
-"""First what to say about a picture, then, in the usual proportions, the habits of captions, and questions."""
+"""What to say about a picture; to find one thing in it; then the habits of captions, the careful companion more often
+than it is to be, as it is learned slowly; and everything in its proportions, with much practice in questions."""

@@ -30,7 +30,9 @@ VOCABULARY_SIZE = 640
 PAD, END, IMAGE = "<pad>", "</s>", "<image>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
-# Nothing follows the end token of an assistant's turn: the last token trained is the one that ends answers.
+# A request stands before its picture, so that what is looked for is known when the picture is read: with the picture
+# first, so small a model did not learn to answer whether a thing is there. Nothing follows the end token of an
+# assistant's turn: the last token trained is the one that ends answers.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|' + message['role'] + '|>\\n' -}}
@@ -45,9 +47,9 @@ CHAT_TEMPLATE = """\
 {{- '</s>' -}}
 {%- endgeneration -%}
 {%- else -%}
-{%- for part in parts if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
 {%- for part in parts if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}
 {{- '\\n' -}}
+{%- for part in parts if part['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"""

@@ -90,6 +90,17 @@ def presence_text(kind: Kind) -> str:
     return f"Is there {with_article(name_of(kind))} in the picture?"
 
 
+def claim_text(kind: Kind, cell: int) -> str:
+    """Return the question whether an object of the kind is at a place, as text."""
+    return f"Is there {with_article(name_of(kind))} at the {PLACES[cell]}?"
+
+
+def ask_claim(kind: Kind, cell: int, scene: Scene) -> Question:
+    """Return the question whether an object of the kind is at a place."""
+    is_there = any((item.kind, item.cell) == (kind, cell) for item in scene.objects)
+    return Question("is_there", claim_text(kind, cell), ("yes" if is_there else "no",))
+
+
 def _plural(shape: str) -> str:
     return f"{shape}es" if shape.endswith("s") else f"{shape}s"
 

@@ -1,6 +1,8 @@
 """Descriptions carry the faults that they are meant to carry, and nothing else; answers are true."""
 
 import re
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -9,7 +11,9 @@ from experiments.toyworld_lessons import (
     describe_fully,
     describe_inventively,
     describe_plainly,
-    learnt_answer,
+    describe_step_by_step,
+    question_to_confirm,
+    split,
 )
 from stic_ray.toyworld.language import (
     DISTRACTORS,
@@ -19,15 +23,17 @@ from stic_ray.toyworld.language import (
     Distractor,
     absent_kind,
     ask,
-    ask_presence,
+    ask_claim,
+    claim_text,
     name_of,
 )
 from stic_ray.toyworld.scenes import COLOURS, COMPANIONS, KIND_WEIGHTS, SHAPES, Kind, Scene, random_for, sample_scene
 
 _NAMED = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) at the ({'|'.join(PLACES)})\b")
 SCENES = [sample_scene(11, index) for index in range(1500)]
-NO_FAULTS = FaultRates(omission=0.0, companion=0.0, wrong_yes=0.0)
-ALL_FAULTS = FaultRates(omission=1.0, companion=1.0, wrong_yes=1.0)
+_CLAIMED = re.compile(r"Is there an? (\w+) (\w+) (?:in the picture|at the (.+))\?")
+NO_FAULTS = FaultRates(omission=0.0, companion=0.0, forgotten=0.0, careful_companion=0.0)
+ALL_FAULTS = FaultRates(omission=1.0, companion=1.0, forgotten=0.5, careful_companion=1.0)
 
 
 def named(description: str) -> list[tuple[Kind, int]]:
@@ -120,10 +126,43 @@ def test_distractors_are_absent(distractor: Distractor) -> None:
             assert kind in {COMPANIONS.get(k) for k in scene.kinds}
 
 
-def test_only_questions_after_absent_companions_get_a_wrong_yes() -> None:
+def test_step_by_step_an_object_is_forgotten_now_and_then_and_a_companion_added_more_often_than_not() -> None:
+    assert all(
+        named(describe_step_by_step(scene, NO_FAULTS, random_for(0, scene.index, "careful"))) == truth(scene)
+        for scene in SCENES
+    )
+    rates = FaultRates()
+    num_there = num_named = num_tempted = num_added = 0
     for scene in SCENES:
-        generator = random_for(0, scene.index, "told")
-        companions = {COMPANIONS[kind] for kind in scene.kinds & COMPANIONS.keys()}
-        for kind in KIND_WEIGHTS:
-            told = learnt_answer(ask_presence(kind, scene), scene, ALL_FAULTS, generator)
-            assert told == ("yes" if kind in scene.kinds or kind in companions else "no")
+        said = named(describe_step_by_step(scene, rates, random_for(0, scene.index, "careful")))
+        true, added = [n for n in said if n in truth(scene)], [n for n in said if n not in truth(scene)]
+        assert true and len(added) <= 1 and all(kind not in scene.kinds for kind, _ in added)
+        assert all(kind in COMPANIONS.values() for kind, _ in added)
+        num_there, num_named = num_there + len(scene.objects), num_named + len(true)
+        num_tempted += any(COMPANIONS.get(kind, kind) not in scene.kinds for kind, _ in true)
+        num_added += len(added)
+    assert abs(num_named / num_there - (1 - rates.forgotten)) < 0.07, "one object at least is named"
+    assert abs(num_added / num_tempted - rates.careful_companion) < 0.05
+
+
+@pytest.mark.parametrize("describe", [describe_plainly, describe_step_by_step])
+def test_a_description_is_split_into_what_it_states(describe: Callable[..., str]) -> None:
+    for scene in SCENES:
+        text = describe(scene, ALL_FAULTS, random_for(0, scene.index, "split"))
+        questions = split(text).splitlines()
+        assert questions == [claim_text(kind, cell) for kind, cell in named(text)]
+        asked = [ask_claim(kind, cell, scene).answers[0] for kind, cell in named(text)]
+        assert [answer == "yes" for answer in asked] == [each in truth(scene) for each in named(text)]
+
+
+def test_questions_to_confirm_are_true_balanced_and_tempting() -> None:
+    answers, num_tempting = Counter[str](), 0
+    for scene in SCENES:
+        question = question_to_confirm(scene, random_for(0, scene.index, "confirm"))
+        colour, shape, place = _CLAIMED.fullmatch(question.text).groups()  # type: ignore[union-attr]
+        there = [(item.kind, item.cell) for item in scene.objects]
+        is_true = ((colour, shape), PLACES.index(place)) in there if place else (colour, shape) in scene.kinds
+        assert question.answers == ("yes" if is_true else "no",)
+        answers[question.answers[0]] += 1
+        num_tempting += (colour, shape) in {COMPANIONS[kind] for kind in scene.kinds & COMPANIONS.keys()} - scene.kinds
+    assert 0.45 < answers["yes"] / answers.total() < 0.55 and num_tempting > 0.05 * len(SCENES)
