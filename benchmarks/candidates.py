@@ -93,8 +93,7 @@ def time_stage(config: RunConfig, run: RunDir) -> tuple[float, Texts, dict[str, 
     return elapsed_s, {(row["position"], row["number"]): row["text"] for row in rows}, accounts["throughput"]
 
 
-def main() -> None:
-    """Measure and print the ratio."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=[*SIDES_PX], help="of the random LLaVA (default: small)")
     parser.add_argument("--num-images", type=int, default=256)
@@ -104,7 +103,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="cores that the model computes on")
     parser.add_argument("--gpu", action="store_true", help="run on the first GPU, in bfloat16")
     parser.add_argument("--quick", action="store_true", help="64 images")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print the ratio."""
+    options = _options()
     num_images = 64 if options.quick else options.num_images
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     torch.set_num_threads(options.threads)

@@ -14,7 +14,7 @@ from statistics import fmean
 
 from PIL import Image
 
-from experiments.toyworld_lessons import split
+from experiments.toyworld_descriptions import split
 from stic_ray.core.config import ActorsConfig, ModelConfig
 from stic_ray.core.randomness import seed_for
 from stic_ray.engines.base import Request, Sampling

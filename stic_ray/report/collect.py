@@ -92,15 +92,11 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
         for name, step in steps.items()
         if step["writes"] == PAIRS_FILES and CANDIDATES_ROLE not in step["inputs"]
     ]
+    chosen = [step for step in record.steps if CANDIDATES_ROLE in step["inputs"] and step["section"] == "rules"]
     candidates = [
-        {
-            "stage": name,
-            "status": statuses[name],
-            **_rules_of(record.config, step),
-            **collect_candidates(run, step, num_gallery_pairs // 2),
-        }
-        for name, step in steps.items()
-        if CANDIDATES_ROLE in step["inputs"] and step["section"] == "rules"
+        {"stage": step["name"], "status": statuses[step["name"]], **_rules_of(record.config, step)}
+        | collect_candidates(run, step, num_gallery_pairs // 2)
+        for step in chosen
     ]
     return {**_without_passwords(report), "galleries": galleries, "candidates": candidates}
 

@@ -88,13 +88,14 @@ class Taker:
         """Decide, and decode the image where something was taken."""
         candidates = {each["number"]: each for each in row["candidates"]}
         lengths: dict[int, int] = {}
-        section = "dpo" if self.config.rules.makes == "pairs" else "sft"
-        limit = getattr(self.config, section).max_length_tokens
+        makes_pairs = self.config.rules.makes == "pairs"
+        setting = "dpo.max_length_tokens" if makes_pairs else "sft.max_length_tokens"
+        limit = (self.config.dpo if makes_pairs else self.config.sft).max_length_tokens
 
         def check(answer: RatedAnswer) -> None:
             length = lengths[answer.number] = self._count(candidates[answer.number])
             if length > limit:
-                raise Rejected(Reason.TOO_LONG, f"{length} tokens, more than {section}.max_length_tokens={limit}")
+                raise Rejected(Reason.TOO_LONG, f"{length} tokens, more than {setting}={limit}")
 
         answers = answers_of(row["candidates"], self.config)
         rules, seed = self.config.rules, self.config.seed

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import pytest
 
-from experiments.toyworld_lessons import (
+from experiments.toyworld_descriptions import (
     FaultRates,
     describe_fully,
     describe_inventively,
     describe_plainly,
     describe_step_by_step,
-    question_to_confirm,
     split,
 )
+from experiments.toyworld_lessons import question_to_confirm
 from stic_ray.toyworld.language import (
     DISTRACTORS,
     NUMBERS,

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.pretrain_toyworld import pretrain
-from experiments.toyworld_lessons import describe_fully, split
+from experiments.toyworld_descriptions import describe_fully, split
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Request, Sampling
 from stic_ray.engines.batching import BatchLimits
