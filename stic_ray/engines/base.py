@@ -13,7 +13,8 @@ class Request:
 
     prompt: str
     image: Image.Image | None
-    """An RGB picture, or None for a text-only question."""
+    """An RGB picture, or None for a text-only question. Requests of one call with the same prompt and the same object
+    here ask one question, which is read once where the engine can."""
     seed: int = 0
     """Makes the sampled answer repeatable, whatever else is in the batch."""
     image_id: str = ""

@@ -26,10 +26,15 @@ _TEXT_MODELS = ("llama", "mistral")
 """Their language models: one position per token, and one causal mask for all layers."""
 
 
+def is_tested_family(config: PreTrainedConfig) -> bool:
+    """Return whether the model of `config` is of a family that is tested to share what is in front of answers."""
+    return config.model_type in FAMILIES and config.get_text_config().model_type in _TEXT_MODELS
+
+
 def reason_against(config: PreTrainedConfig) -> str | None:
     """Return why the model of `config` cannot share prefixes, or None when it can."""
     text = config.get_text_config()
-    if config.model_type not in FAMILIES or text.model_type not in _TEXT_MODELS:
+    if not is_tested_family(config):
         return f"{config.model_type} with {text.model_type} is not among the tested families {', '.join(FAMILIES)}"
     if text._attn_implementation != "sdpa":
         return f"its attention is {text._attn_implementation}, which takes no mask of our own; sdpa does"

@@ -26,7 +26,8 @@ from stic_ray.engines.fingerprints import fingerprint
 from stic_ray.engines.loading import choose_dtype, load_model, read_generation_config
 from stic_ray.engines.rendering import end_token_ids, read_answer
 from stic_ray.engines.sequences import Batch, ProcessorCounter, TokenSequence
-from stic_ray.engines.shared_prefix import reason_against
+from stic_ray.engines.shared_prefill import questions_of, read_once
+from stic_ray.engines.shared_prefix import is_tested_family, reason_against
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 _GPU_FAILURE = re.compile(
@@ -114,14 +115,19 @@ class TransformersEngine(ProcessorCounter):
     def _generate_batch(
         self, requests: Sequence[Request], asked: Sequence[TokenSequence], sampling: Sampling
     ) -> list[Answer]:
+        questions = self._questions(requests, asked)
+        firsts = [questions.index(number) for number in range(max(questions) + 1)]
+        shares = len(firsts) < len(requests)
         with self.tokenizing:
-            inputs = self.builder.batch(asked, [request.image for request in requests], pad_left=True)
+            images = [requests[row].image for row in firsts]
+            inputs = self.builder.batch([asked[row] for row in firsts], images, pad_left=True)
         inputs.pop("is_answer")
-        num_prompt = inputs["attention_mask"].sum(1).tolist()
-        num_image = (inputs["input_ids"] == self.builder.image_token_id).sum(1).tolist()
+        num_prompt = inputs["attention_mask"].sum(1)[questions].tolist()
+        num_image = (inputs["input_ids"] == self.builder.image_token_id).sum(1)[questions].tolist()
         with self._busy:
+            moved = self._move(inputs)
             sequences = self.model.generate(
-                **self._move(inputs),
+                **(read_once(self.model, moved, questions) if shares else moved),
                 generation_config=GenerationConfig(
                     max_new_tokens=sampling.max_new_tokens,
                     do_sample=False,  # sampling is done by the seeded noise below
@@ -137,6 +143,12 @@ class TransformersEngine(ProcessorCounter):
                 read_answer(self.processor, ids, self.end_ids, *counts)
                 for ids, *counts in zip(new_ids, num_image, num_added, strict=True)
             ]
+
+    def _questions(self, requests: Sequence[Request], asked: Sequence[TokenSequence]) -> list[int]:
+        """Return which question each request asks; each one of its own where questions cannot be shared."""
+        # What is shared is all but a question's last token, which must stand for itself.
+        ends_in_text = all(sequence.ids[-1] != self.builder.image_token_id for sequence in asked)
+        return questions_of(requests) if is_tested_family(self.model.config) and ends_in_text else [*range(len(asked))]
 
 
 @contextmanager
