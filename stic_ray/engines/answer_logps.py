@@ -34,7 +34,7 @@ def make_batch(
 @torch.inference_mode()
 def score_batch(model: Any, batch: Batch) -> Tensor:
     """Return the log-probability of each row's answer under a model, in float32, shape (B, 1)."""
-    inputs = {name: value for name, value in batch.items() if name != "is_answer"}
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "is_answer"}
     is_answer, tokens = batch["is_answer"], batch["input_ids"]
     num_asked = int((~is_answer).all(0).cumprod(0).sum())
     if "logits_to_keep" in inspect.signature(_inner(model).forward).parameters:
