@@ -111,11 +111,13 @@ def test_a_turn_that_the_template_refuses_is_an_error_of_ours(processor: Process
 
 
 @pytest.mark.parametrize("family", EMBEDDED)
-def test_the_image_is_in_front_of_the_first_question_and_nowhere_else(family: str, processor: Processors) -> None:
+def test_the_image_is_beside_the_first_question_and_nowhere_else(family: str, processor: Processors) -> None:
     messages = CONVERSATIONS["two turns"]
     text = render(processor(family), messages, with_image=True, add_generation_prompt=False)
     assert text.count("<image>") == 1
-    assert text.index("<image>") < text.index("What is it?")
+    is_in_front = text.index("<image>") < text.index("What is it?")
+    assert is_in_front == (family != "toyworld"), "whose template has it behind"
+    assert text.index("<image>") < text.index("A red square.")
     assert "<image>" not in render(processor(family), messages, with_image=False, add_generation_prompt=False)
 
 

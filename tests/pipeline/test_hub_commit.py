@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from tests.stages.builders import draw_pictures
@@ -34,6 +35,7 @@ def preferences(folder: Path) -> set[str]:
     return {revision for shard in shards for revision in pq.read_table(shard)["model_revision"].to_pylist()}
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_commit_that_it_began_with(tiny_llava: Path, tmp_path: Path) -> None:
     draw_pictures(tmp_path / "pictures", 4)
     cached = tmp_path / "hub" / "models--owner--name"

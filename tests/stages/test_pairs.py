@@ -207,7 +207,7 @@ def test_scores_of_several_inputs_are_put_together(rated: Rated) -> None:
     rows = rated.run(config, *several).read_table("pairs", PAIRS).to_pylist()
     assert all((row["chosen_number"], row["rejected_numbers"]) == (1, [2]) for row in rows)
     assert rows[0]["chosen_score"] == pytest.approx(2 / 3) and rows[0]["rejected_scores"] == pytest.approx([1 / 3])
-    with pytest.raises(SourceError, match="has scores for the same candidates in .*scores-000000.parquet and"):
+    with pytest.raises(SourceError, match="has scores for the same candidates in .*scores-00000[01].parquet and"):
         rated.run(config, several[0], several[1], several[1], name="twice")
     config = rated.config({"scorers": "claims"})
     with pytest.raises(SourceError, match="names claims, which no scores .* are by; they are by consistency, outside"):

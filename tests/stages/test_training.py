@@ -102,6 +102,7 @@ def test_zero_3_leaves_a_whole_model_with_the_names_of_the_hub_in_any_folder(tmp
     assert result["resumed_from_step"] == 0
 
 
+@pytest.mark.slow
 def test_an_error_that_would_come_again_ends_training_at_its_first_attempt(tmp_path: Path, tiny_llava: Path) -> None:
     """A loss that is no number, and a shard whose pictures are damaged: a line with the reason, and no restart."""
     run = prepare(tmp_path / "run", 8)
