@@ -17,16 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from PIL import Image
-
 from stic_ray.core.config import EvaluationConfig, RunConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import CHECKPOINT, read_record
 from stic_ray.engines.base import AnsweredPrompt
 from stic_ray.engines.opening import open_engine
+from stic_ray.method.images import blank_like
 from stic_ray.method.statistics import SCORES, Question, score_of
 from stic_ray.preparation import resolve
-from stic_ray.stages.training.data import GREY, ParquetRows
+from stic_ray.stages.training.data import ParquetRows
 from stic_ray.stages.training.index import Rows, index_pairs
 
 Logps = Sequence[Sequence[float]]
@@ -83,10 +82,7 @@ def score(config: RunConfig, examples: Sequence[Mapping[str, Any]], checkpoint: 
         )
         for each in examples
     ]
-    blank = [
-        replace(asked, image=Image.new("RGB", each["image"].size, GREY))
-        for asked, each in zip(own, examples, strict=True)
-    ]
+    blank = [replace(asked, image=blank_like(each["image"])) for asked, each in zip(own, examples, strict=True)]
     return {"own": engine.score_answers(own), "blank": engine.score_answers(blank)}
 
 

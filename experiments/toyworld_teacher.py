@@ -28,6 +28,7 @@ from stic_ray.toyworld.language import (
     PLACES,
     PROMPTS,
     QUESTION_KINDS,
+    Distractor,
     Question,
     absent_kind,
     ask,
@@ -61,9 +62,9 @@ def measure(engine: GuardedEngine, num_scenes: int) -> dict[str, dict[str, float
     pictures = [(scene, draw_scene(scene, max_noise=WILD_NOISE)) for scene in scenes]
     found = {part: _descriptions(engine, pictures, part) for part in ("step_by_step", "plain", "hallucination")}
     questions: dict[str, Callable[[Scene], Question]] = {
-        **{f"presence, {distractor}": partial(_presence, distractor) for distractor in DISTRACTORS},
-        "claim, true": lambda scene: ask_claim(scene.objects[0].kind, scene.objects[0].cell, scene),
-        "claim, companion": _companion_claim,
+        **{f"presence, {distractor}": partial(presence, distractor) for distractor in DISTRACTORS},
+        "claim, true": true_claim,
+        "claim, companion": companion_claim,
         **{kind: lambda s, kind=kind: ask(s, kind, random_for(s.seed, s.index, kind)) for kind in QUESTION_KINDS},
     }
     found["questions"] = {name: _accuracy(engine, pictures, make) for name, make in questions.items()}
@@ -109,15 +110,20 @@ def _companion_rate(samples: Sequence[Sequence[str]], pictures: Pictures) -> flo
     return fmean(added)
 
 
-def _presence(distractor: str, scene: Scene) -> Question:
+def presence(distractor: Distractor, scene: Scene) -> Question:
     """Ask in turn about what is there and what is not."""
     generator = random_for(scene.seed, scene.index, f"presence {distractor}")
     if scene.index % 2:
         return ask_presence(generator.choice(scene.objects).kind, scene)
-    return ask_presence(absent_kind(scene, distractor, generator), scene)  # type: ignore[arg-type]
+    return ask_presence(absent_kind(scene, distractor, generator), scene)
 
 
-def _companion_claim(scene: Scene) -> Question:
+def true_claim(scene: Scene) -> Question:
+    """Ask after the first thing at its place."""
+    return ask_claim(scene.objects[0].kind, scene.objects[0].cell, scene)
+
+
+def companion_claim(scene: Scene) -> Question:
     """Ask after a companion, or a common thing where there is none to expect, at an empty place."""
     generator = random_for(scene.seed, scene.index, "claim")
     taken = {item.cell for item in scene.objects}

@@ -7,26 +7,23 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from experiments.verified import SYSTEMS, TRUTH
+from experiments.toyworld_results import MEASURES
+from experiments.verified import OWN, SYSTEMS, TRUTH
 from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.schemas import PREDICTIONS, SCORES
+from stic_ray.core.schemas import SCORES
 from stic_ray.core.steps import BASE
+from stic_ray.core.verification import RulesConfig
+from stic_ray.method.ratings import combined_scores
 from stic_ray.method.statistics import DIFFERENCES, Question, Scores, columns, differences, score_of
+from stic_ray.study.results import DIRECT, Series, read_scores
 
-MEASURES = {
-    "f1": ("toy_describe", "object_f1"),
-    "hallucination": ("toy_describe", "hallucinated_share"),
-    "any_hallucination": ("toy_describe", "any_hallucination"),
-    "step_by_step_f1": ("toy_step_by_step", "object_f1"),
-    "pope_adversarial": ("toy_pope_adversarial", "yes_no"),
-}
-"""Measure -> benchmark and metric."""
 CONFIG = EvaluationConfig()
+RULES = OWN.config.rules
+"""Of recipe `verified`: its scorers, and how they are put together."""
 
 Values = Mapping[str, Scores]
 """By measure, what one model scored in one run."""
@@ -56,7 +53,7 @@ def gate(runs: Sequence[RunDir]) -> dict[str, Any]:
             picks.setdefault(name, []).append(scores)
     random, oracle = picks["random"], picks["oracle"]
     gap = [differences(best, drawn) for best, drawn in zip(oracle, random, strict=True)]
-    mean_gap = float(np.mean([value for each in gap for value in each.values()]))
+    mean_gap = fmean(value for each in gap for value in each.values())
     found = {}
     for name, scores in picks.items():
         gain = [differences(own, drawn) for own, drawn in zip(scores, random, strict=True)]
@@ -67,60 +64,44 @@ def gate(runs: Sequence[RunDir]) -> dict[str, Any]:
 
 
 def _picks(run: RunDir) -> dict[str, dict[Question, float]]:
-    """Return by scorer the F1 of the candidate that it likes best, by image; ties count as their mean."""
-    table: dict[str, dict[str, dict[int, float]]] = {}
+    """Return by scorer, and by those of the recipe together, the F1 of the candidate that it likes best, by image.
+
+    Candidates that it likes as well count as their mean; of an image without a score, all of them do.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
     for step in ("scores", TRUTH):
         for row in (run / step).read_table("scores", SCORES).to_pylist():
-            table.setdefault(row["scorer"], {}).setdefault(row["image_id"], {})[row["number"]] = row["value"]
-    truth = table.pop(TRUTH)
-    ranks = {name: {image: _ranks(values) for image, values in images.items()} for name, images in table.items()}
-    table["claims + consistency"] = {
-        image: {n: ranks["claims"][image].get(n, 0.0) + rank for n, rank in values.items()}
-        for image, values in ranks["consistency"].items()
-        if image in ranks["claims"]
-    }
-    found = {name: {} for name in ("random", "oracle", *table)}
-    for image, values in truth.items():
-        question = Question(image)
-        found["random"][question] = float(np.mean([*values.values()]))
-        found["oracle"][question] = max(values.values())
-        for name, images in table.items():
-            scores = images.get(image) or dict.fromkeys(values, 0.0)  # no score says nothing: a random one
+            rows.setdefault(row["image_id"], []).append(row)
+    scorers = sorted({row["scorer"] for own in rows.values() for row in own} - {TRUTH})
+    rules = {"oracle": RulesConfig(scorers=((TRUTH, 1.0),)), " + ".join(dict(RULES.scorers)): RULES}
+    rules |= {name: RulesConfig(scorers=((name, 1.0),)) for name in scorers}
+    found: dict[str, dict[Question, float]] = {name: {} for name in ("random", *rules)}
+    for image, own in rows.items():
+        truth = {row["number"]: row["value"] for row in own if row["scorer"] == TRUTH}
+        found["random"][Question(image)] = fmean(truth.values())
+        for name, rule in rules.items():
+            scores = combined_scores(own, truth, rule) or dict.fromkeys(truth, 0.0)
             best = max(scores.values())
-            found[name][question] = float(np.mean([values[n] for n, value in scores.items() if value == best]))
+            found[name][Question(image)] = fmean(truth[n] for n, value in scores.items() if value == best)
     return found
 
 
-def _ranks(values: Mapping[int, float]) -> dict[int, float]:
-    """Return the share of the others that are worse, half of those that are equal."""
-    others = max(1, len(values) - 1)
-    return {
-        n: (sum(x < value for x in values.values()) + (sum(x == value for x in values.values()) - 1) / 2) / others
-        for n, value in values.items()
-    }
-
-
-def _scores(run: RunDir, model: str) -> dict[str, dict[Question, float]]:
-    found: dict[str, dict[Question, float]] = {measure: {} for measure in MEASURES}
-    names = {place: measure for measure, place in MEASURES.items()}
-    wanted = ["benchmark", "metric", "id", "image", "score"]
-    for row in (run / "evaluation").read_table(f"predictions-{model}", PREDICTIONS, wanted).to_pylist():
-        measure = names.get((row["benchmark"], row["metric"]))
-        if measure:
-            found[measure][Question(row["id"], row["image"])] = row["score"]
-    return found
+def _scores(run: RunDir, model: str) -> dict[str, Scores]:
+    scores = read_scores(run / "evaluation", [model])
+    by_measure = {name: scores.get(Series(model, DIRECT, *place)) for name, place in MEASURES.items()}
+    return {name: found for name, found in by_measure.items() if found}
 
 
 def _measures(by_seed: Sequence[Values]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
-    for measure in MEASURES:
+    for measure in by_seed[0]:
         found |= columns(score_of([values[measure] for values in by_seed], CONFIG), measure, f"{measure}_")
     return found
 
 
 def _differences(ours: Sequence[Values], theirs: Sequence[Values]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
-    for measure in MEASURES:
+    for measure in ours[0]:
         apart = [differences(own[measure], other[measure]) for own, other in zip(ours, theirs, strict=True)]
         found |= columns(score_of(apart, CONFIG, span=DIFFERENCES), measure, f"{measure}_")
     return found

@@ -76,6 +76,11 @@ def actors_need(config: RunConfig) -> Need:
     return Need("actors", num, each, dict(actors.label_selector), reads_with_tasks=True)
 
 
+def without_gpus(need: Need) -> Need:
+    """Return the same processes without a GPU, which would only be held where no model is loaded."""
+    return replace(need, each={**need.each, "GPU": 0.0})
+
+
 def workers_need(config: RunConfig) -> Need:
     """Return what a stage that trains starts at once."""
     workers = config.workers

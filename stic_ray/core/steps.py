@@ -89,6 +89,11 @@ class Stage:
     """Whether it goes on behind what it has when its input has grown; nothing that was finished is made again."""
 
 
+def place_of(source: str, run: RunDir) -> RunDir:
+    """Return the folder that an input names: a step of the run, or a folder outside of it."""
+    return RunDir.of(source) if "/" in source else run / source
+
+
 @dataclass(frozen=True)
 class Step:
     """A stage under a name."""
@@ -111,8 +116,7 @@ class Step:
 
     def place(self, role: str, run: RunDir) -> RunDir:
         """Return the folder of an input."""
-        given = self.inputs[role]
-        return RunDir.of(given) if "/" in given else run / given
+        return place_of(self.inputs[role], run)
 
     @property
     def earlier_steps(self) -> tuple[str, ...]:

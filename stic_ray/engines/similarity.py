@@ -22,6 +22,7 @@ from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import ModelError
 from stic_ray.engines.batching import BatchLimits, FittingBatches
 from stic_ray.engines.hub import explained
+from stic_ray.engines.transformers_engine import OUT_OF_MEMORY
 
 _PICTURES_AT_A_TIME = 16
 _TEXTS_AT_A_TIME = 64
@@ -160,5 +161,4 @@ def _explained(path: str, setting: str) -> Any:
 
 
 def _batches(num_rows: int) -> FittingBatches:
-    out_of_memory = (torch.OutOfMemoryError, MemoryError)
-    return FittingBatches(BatchLimits(num_rows, None), out_of_memory, torch.cuda.empty_cache)
+    return FittingBatches(BatchLimits(num_rows, None), OUT_OF_MEMORY, torch.cuda.empty_cache)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import (
@@ -116,7 +117,7 @@ class TransformersEngine(ProcessorCounter):
         self, requests: Sequence[Request], asked: Sequence[TokenSequence], sampling: Sampling
     ) -> list[Answer]:
         questions = self._questions(requests, asked)
-        firsts = [questions.index(number) for number in range(max(questions) + 1)]
+        _, firsts = np.unique(questions, return_index=True)  # the first row of each
         shares = len(firsts) < len(requests)
         with self.tokenizing:
             images = [requests[row].image for row in firsts]

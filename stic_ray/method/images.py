@@ -63,6 +63,11 @@ class ImageFacts:
     """64 bits as a signed number, as a table holds them."""
 
 
+def blank_like(picture: Image.Image) -> Image.Image:
+    """Return a uniform grey picture of the same size."""
+    return Image.new("RGB", picture.size, GREY)
+
+
 def image_id(encoded: bytes) -> str:
     """Return the stable id of an image: the 128-bit BLAKE2b of its bytes, in hex."""
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()

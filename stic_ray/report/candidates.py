@@ -9,6 +9,7 @@ import pyarrow as pa
 from stic_ray.core.errors import Rejected, SourceError
 from stic_ray.core.rundir import REJECTED_FAMILY, RunDir, read_shard, shard_name
 from stic_ray.core.schemas import CANDIDATES, DECISIONS, INDEX, INFUSED, PAIRS, REJECTED, SCORES, STATEMENTS
+from stic_ray.core.steps import place_of
 from stic_ray.core.storage import Location
 from stic_ray.method.images import decode
 from stic_ray.report.formats import shortened
@@ -40,7 +41,7 @@ def collect_candidates(run: RunDir, step: Mapping[str, Any], num_images: int) ->
     found = [Candidate(image, _kind(rows, messages.get(image)), n, 0) for (n, image), rows in decided.items()]
     refused = choose([each for each in found if each.kind != TAKEN], num_images // 3)
     shown = [*choose([each for each in found if each.kind == TAKEN], num_images - len(refused)), *refused]
-    inputs = {role: _folder(run, source) for role, source in step["inputs"].items()}
+    inputs = {role: place_of(source, run) for role, source in step["inputs"].items()}
     items: list[dict[str, Any]] = []
     for number in sorted({each.shard for each in shown}):
         images = [each for each in shown if each.shard == number]
@@ -56,10 +57,6 @@ def collect_candidates(run: RunDir, step: Mapping[str, Any], num_images: int) ->
         "num_images_read_by_kind": dict(Counter(each.kind for each in found).most_common()),
         "items": sorted(items, key=lambda item: order[item["image_id"]]),
     }
-
-
-def _folder(run: RunDir, source: str) -> RunDir:
-    return RunDir.of(source) if "/" in source else run / source
 
 
 def _decided(

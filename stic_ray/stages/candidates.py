@@ -10,7 +10,6 @@ from stic_ray.core.config import ANSWER_SETTINGS, RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.placement import actors_need
 from stic_ray.core.randomness import seed_for
-from stic_ray.core.rundir import ROWS_NOW, row_counts
 from stic_ray.core.schemas import CANDIDATES as TABLE
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
@@ -21,9 +20,8 @@ from stic_ray.method.candidates import candidate_prompts, filed_under, usable
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import AnswerText
 from stic_ray.method.prompts import PromptSet, load_prompts
-from stic_ray.stages.fetch import fetched, load_indexed
-from stic_ray.stages.ordering import index_shards
-from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
+from stic_ray.stages.fetch import fetched, indexed_tasks, load_indexed, num_images_of
+from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
 
 
@@ -34,9 +32,8 @@ def build_candidates(step: StepRun) -> dict[str, Any]:
     any.
     """
     config, output = step.config, step.output
-    shards = index_shards(step.inputs["index"], config.pool.shard_size, config.candidates.num_images)
-    num_images = sum(shard.num_rows for shard in shards)
-    tasks = [ShardTask(s.number, {"index": s.location.uri, "num_rows": s.num_rows}, s.num_bytes) for s in shards]
+    tasks = indexed_tasks(step.inputs["index"], config.pool.shard_size, config.candidates.num_images)
+    num_images = num_images_of(tasks)
     job = ShardJob(
         stage=step.name,
         output=output,
@@ -45,14 +42,7 @@ def build_candidates(step: StepRun) -> dict[str, Any]:
         make_worker=partial(Answerer, config, load_prompts(config.prompts), step.model()),
         max_failed_share=config.cluster.max_failed_share,
     )
-    done = run_shards(job, tasks, config.actors)
-    num_ended = sum(done.rejected_by_reason.values()) + done.num_failed
-    accounts = {
-        **row_counts(num_images, num_images - num_ended, done.rejected_by_reason, done.num_failed),
-        ROWS_NOW: done.num_rows_now,
-        "num_candidates": done.num_rows.get("candidates", 0),
-        "throughput": done.throughput,
-    }
+    accounts = run_shards(job, tasks, config.actors).accounts_by_image(num_images, "candidates")
     check_written(accounts, output, f"Not one of {num_images} images has candidates")
     return accounts
 

@@ -1,7 +1,7 @@
 """Fetching encoded images late: files, ranges of bytes, or rows of a Parquet or Arrow file."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stic_ray.core.errors import Failed, Rejected, SourceError
-from stic_ray.core.rundir import read_shard
+from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import INDEX, Reason
 from stic_ray.core.storage import Location
 from stic_ray.method.images import image_id
 from stic_ray.stages.columns import arrow_batches, image_value, parquet_batches
 from stic_ray.stages.containers import NUM_THREADS, kind_of
+from stic_ray.stages.ordering import index_shards
 from stic_ray.stages.reading import Patience, Stream, check_size, read_file, unreadable
 from stic_ray.stages.shards import ShardTask
 
@@ -43,9 +44,25 @@ def with_images(table: pa.Table, images: Sequence[Image | None]) -> pa.Table:
     return table
 
 
+def indexed_tasks(index: RunDir, shard_size: int, num_images: int | None) -> list[ShardTask]:
+    """Return a task for each shard of a finished index that holds the first `num_images` images (all when None)."""
+    shards = index_shards(index, shard_size, num_images)
+    return [ShardTask(s.number, {"index": s.location.uri, "num_rows": s.num_rows}, s.num_bytes) for s in shards]
+
+
+def num_images_of(tasks: Iterable[ShardTask]) -> int:
+    """Return how many images tasks of `indexed_tasks` have together."""
+    return sum(task.payload["num_rows"] for task in tasks)
+
+
+def read_indexed(task: ShardTask) -> pa.Table:
+    """Return the index rows of a task of `indexed_tasks`."""
+    return read_shard(Location.of(task.payload["index"]), INDEX).slice(0, task.payload["num_rows"])
+
+
 def load_indexed(task: ShardTask, image_column: str) -> pa.Table:
-    """Return the images of an index shard with their bytes; the payload has its address, and how many are used."""
-    index = read_shard(Location.of(task.payload["index"]), INDEX).slice(0, task.payload["num_rows"])
+    """Return the images of a task of `indexed_tasks` with their bytes."""
+    index = read_indexed(task)
     return with_images(index, fetch_indexed(index.to_pylist(), image_column))
 
 

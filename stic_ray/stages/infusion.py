@@ -7,7 +7,6 @@ through to text-*.parquet, because TRL's collator has no place for an absent ima
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from PIL import Image
 
 from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, RunConfig
 from stic_ray.core.errors import ModelError, Rejected
-from stic_ray.core.placement import Need, actors_need
+from stic_ray.core.placement import Need, actors_need, without_gpus
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.schemas import INFUSED, Reason
 from stic_ray.core.steps import Stage, StepRun
@@ -147,7 +146,7 @@ class Infuser:
 def _need(config: RunConfig) -> Need:
     """Return the actors; without a model a GPU would only be held."""
     need = actors_need(config)
-    return need if config.infusion.describe else replace(need, each={**need.each, "GPU": 0.0})
+    return need if config.infusion.describe else without_gpus(need)
 
 
 def _check(step: StepRun) -> None:

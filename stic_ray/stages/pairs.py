@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ModelError, Rejected, SourceError
-from stic_ray.core.placement import Need, actors_need
-from stic_ray.core.rundir import REJECTED_FAMILY, ROWS_NOW, row_counts
+from stic_ray.core.placement import Need, actors_need, without_gpus
+from stic_ray.core.rundir import REJECTED_FAMILY
 from stic_ray.core.schemas import DECISIONS, INFUSED, PAIRS, Reason
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.verification import RulesConfig
@@ -21,7 +21,7 @@ from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import NO_CANDIDATES
 from stic_ray.method.ratings import Cut, RatedAnswer
 from stic_ray.method.rules import Choice, Decision, decide
-from stic_ray.stages.fetch import fetched
+from stic_ray.stages.fetch import fetched, num_images_of
 from stic_ray.stages.rated import answers_of, check_scorers, cut_of_the_pool, load_rated, rated_tasks
 from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
@@ -37,7 +37,7 @@ def build_pairs(step: StepRun) -> dict[str, Any]:
     tasks = rated_tasks(step)
     check_scorers(step)
     cut = cut_of_the_pool(step.name, tasks, config) if rules.top_share is not None else None
-    num_images = sum(task.payload["num_rows"] for task in tasks)
+    num_images = num_images_of(tasks)
     job = ShardJob(
         stage=step.name,
         output=output,
@@ -48,13 +48,7 @@ def build_pairs(step: StepRun) -> dict[str, Any]:
         max_failed_share=config.cluster.max_failed_share,
     )
     done = run_shards(job, tasks, config.actors.model_copy(update={"num_gpus": 0.0}))
-    num_ended = sum(done.rejected_by_reason.values()) + done.num_failed
-    accounts = {
-        **row_counts(num_images, num_images - num_ended, done.rejected_by_reason, done.num_failed),
-        ROWS_NOW: done.num_rows_now,
-        f"num_{rules.makes}": done.num_rows.get(rules.makes, 0),
-        "throughput": done.throughput,
-    }
+    accounts = done.accounts_by_image(num_images, rules.makes)
     check_written(accounts, output, f"Not one of {num_images} images gave {rules.makes}")
     return accounts if cut is None else {**accounts, "top_share_ends_at": cut.score}
 
@@ -197,8 +191,7 @@ def _row(image: _Image, choice: Choice, config: RunConfig) -> dict[str, Any]:
 
 def _need(config: RunConfig) -> Need:
     """Return the actors; without a model a GPU would only be held."""
-    need = actors_need(config)
-    return replace(need, each={**need.each, "GPU": 0.0})
+    return without_gpus(actors_need(config))
 
 
 def _check(step: StepRun) -> None:

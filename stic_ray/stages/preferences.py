@@ -32,9 +32,8 @@ from stic_ray.method.preferences import (
     swapped,
 )
 from stic_ray.method.prompts import PromptSet, load_prompts
-from stic_ray.stages.fetch import fetched, load_indexed
-from stic_ray.stages.ordering import index_shards
-from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
+from stic_ray.stages.fetch import fetched, indexed_tasks, load_indexed, num_images_of
+from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows, Tables
 
 
@@ -44,9 +43,8 @@ def build_preferences(step: StepRun) -> dict[str, Any]:
     Raises SourceError when not one pair is left.
     """
     config, output = step.config, step.output
-    shards = index_shards(step.inputs["index"], config.pool.shard_size, config.preferences.num_images)
-    num_images = sum(shard.num_rows for shard in shards)
-    tasks = [ShardTask(s.number, {"index": s.location.uri, "num_rows": s.num_rows}, s.num_bytes) for s in shards]
+    tasks = indexed_tasks(step.inputs["index"], config.pool.shard_size, config.preferences.num_images)
+    num_images = num_images_of(tasks)
     job = ShardJob(
         stage=step.name,
         output=output,

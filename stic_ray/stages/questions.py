@@ -26,9 +26,8 @@ from stic_ray.method.images import decode_for_storage
 from stic_ray.method.media import PLACEHOLDER
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.questions import Majority, check_majority, majority_of, read_questions
-from stic_ray.stages.fetch import fetched, load_indexed
-from stic_ray.stages.ordering import index_shards
-from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
+from stic_ray.stages.fetch import fetched, indexed_tasks, load_indexed, num_images_of
+from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
 
 
@@ -38,9 +37,8 @@ def build_questions(step: StepRun) -> dict[str, Any]:
     A row is a question. Raises SourceError when not one is kept.
     """
     config, output = step.config, step.output
-    shards = index_shards(step.inputs["index"], config.pool.shard_size, config.questions.num_images)
-    num_questions = config.questions.num_questions * sum(shard.num_rows for shard in shards)
-    tasks = [ShardTask(s.number, {"index": s.location.uri, "num_rows": s.num_rows}, s.num_bytes) for s in shards]
+    tasks = indexed_tasks(step.inputs["index"], config.pool.shard_size, config.questions.num_images)
+    num_questions = config.questions.num_questions * num_images_of(tasks)
     job = ShardJob(
         stage=step.name,
         output=output,

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,13 @@ import pyarrow as pa
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import SourceError
 from stic_ray.core.rundir import RunDir, numbered, read_shard
-from stic_ray.core.schemas import CANDIDATES, INDEX, SCORES
+from stic_ray.core.schemas import CANDIDATES, SCORES
 from stic_ray.core.steps import StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.verification import RulesConfig
 from stic_ray.method.ratings import Cut, RatedAnswer, best_score, combined_scores, cut_at, rank_of
 from stic_ray.method.rules import decide
-from stic_ray.stages.fetch import fetch_indexed, with_images
-from stic_ray.stages.ordering import index_shards
+from stic_ray.stages.fetch import fetch_indexed, indexed_tasks, read_indexed, with_images
 from stic_ray.stages.shards import ShardTask
 from stic_ray.stages.tasks import map_tasks
 
@@ -35,11 +35,8 @@ def rated_tasks(step: StepRun) -> list[ShardTask]:
             family: [shards[number].uri for shards in places if number in shards] for family, places in found.items()
         }
 
-    shards = index_shards(step.inputs["index"], step.config.pool.shard_size, step.config.candidates.num_images)
-    return [
-        ShardTask(s.number, {"index": s.location.uri, "num_rows": s.num_rows, **payload(s.number)}, s.num_bytes)
-        for s in shards
-    ]
+    tasks = indexed_tasks(step.inputs["index"], step.config.pool.shard_size, step.config.candidates.num_images)
+    return [replace(task, payload={**task.payload, **payload(task.number)}) for task in tasks]
 
 
 def shards_by_number(place: RunDir, family: str) -> dict[int, Location]:
@@ -117,7 +114,7 @@ def answers_of(candidates: Sequence[Mapping[str, Any]], config: RunConfig) -> li
 
 def load_rated(task: ShardTask, config: RunConfig, cut: Cut | None) -> pa.Table:
     """Return the images of a shard with their candidates, and the bytes of those that can give something."""
-    index = read_shard(Location.of(task.payload["index"]), INDEX).slice(0, task.payload["num_rows"])
+    index = read_indexed(task)
     candidates = _rated(task.payload, config.rules)
     rows = index.to_pylist()
     wanted = [

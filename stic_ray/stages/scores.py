@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +11,8 @@ import pyarrow as pa
 from stic_ray.core import schemas
 from stic_ray.core.config import ANSWER_SETTINGS, ModelConfig, RunConfig
 from stic_ray.core.errors import SourceError
-from stic_ray.core.placement import Need, actors_need
-from stic_ray.core.rundir import REJECTED_FAMILY, ROWS_NOW, read_shard, row_counts
+from stic_ray.core.placement import Need, actors_need, without_gpus
+from stic_ray.core.rundir import REJECTED_FAMILY, read_shard
 from stic_ray.core.schemas import CANDIDATES, INDEX, STATEMENTS, Reason
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
@@ -78,11 +77,10 @@ def build_scores(step: StepRun) -> dict[str, Any]:
         max_failed_share=config.cluster.max_failed_share,
     )
     done = run_shards(job, tasks, config.actors.model_copy(update={"num_gpus": _need(config).each["GPU"]}))
-    num_scores, num_rejected = (done.num_rows.get(family, 0) for family in ("scores", REJECTED_FAMILY))
-    num_rows = num_scores + num_rejected + done.num_failed
-    accounts = row_counts(num_rows, num_scores, done.rejected_by_reason, done.num_failed)
+    num_rows = sum(done.num_rows.values()) + done.num_failed
+    accounts = done.accounts(num_rows)
     check_written(accounts, step.output, f"Not one of {num_rows} answers got a score")
-    return {**accounts, ROWS_NOW: done.num_rows_now, "throughput": done.throughput}
+    return accounts
 
 
 class ScoreWorker:
@@ -186,7 +184,7 @@ def _need(config: RunConfig) -> Need:
     need, needs = actors_need(config), _needs(config)
     if needs & {"model", "reference", "gpu"}:
         return need
-    return replace(need, each={**need.each, "GPU": 0.0})
+    return without_gpus(need)
 
 
 def _check(step: StepRun) -> None:

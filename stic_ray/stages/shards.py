@@ -86,6 +86,13 @@ class Shards:
         counts = row_counts(num_rows_in, num_written, self.rejected_by_reason, self.num_failed)
         return {**counts, ROWS_NOW: self.num_rows_now, "throughput": self.throughput}
 
+    def accounts_by_image(self, num_images: int, family: str) -> dict[str, Any]:
+        """Return `accounts` where a row in is an image, whatever it gives; rows of `family` are counted beside."""
+        num_ended = sum(self.rejected_by_reason.values()) + self.num_failed
+        counts = row_counts(num_images, num_images - num_ended, self.rejected_by_reason, self.num_failed)
+        given = {f"num_{family}": self.num_rows.get(family, 0)}
+        return {**counts, ROWS_NOW: self.num_rows_now, **given, "throughput": self.throughput}
+
 
 def run_shards(job: ShardJob, tasks: Sequence[ShardTask], actors: ActorsConfig | None) -> Shards:
     """Do the shards that are not done yet, with a pool of actors or, where `actors` is None, with plain tasks.

@@ -1,7 +1,7 @@
 """What the runs of a study left behind: scores question by question, costs, how each run ended; and the tidy table."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -73,17 +73,23 @@ def _result(run: Run, home: RunDir) -> Result:
         return Result(run, status, error)
     folder = home / run.folder
     config = build_config(yaml.safe_load((folder.location / SETTINGS).read()))
-    columns = [*Series._fields, "id", "image", "score"]
-    scores: dict[Series, dict[Question, float]] = {}
-    for model in config.evaluation.models:
-        for row in (folder / SCORING).read_table(f"predictions-{model}", PREDICTIONS, columns).to_pylist():
-            series = Series(*(row[name] for name in Series._fields))
-            scores.setdefault(series, {})[Question(row["id"], row["image"])] = row["score"]
+    scores = read_scores(folder / SCORING, config.evaluation.models)
     rows: list[dict[str, Any]] = (folder / SCORING).read_json("scores.json") or []
     higher = {(row["benchmark"], row["metric"]): row["higher_is_better"] for row in rows}
     models = dict.fromkeys(series.model for series in scores)
     costs = {model: Cost() if model == BASE else _cost(model, config, folder, run.size) for model in models}
     return Result(run, status, None, scores, higher, costs)
+
+
+def read_scores(evaluation: RunDir, models: Iterable[str]) -> dict[Series, dict[Question, float]]:
+    """Return what models scored in an evaluation, question by question."""
+    columns = [*Series._fields, "id", "image", "score"]
+    scores: dict[Series, dict[Question, float]] = {}
+    for model in models:
+        for row in evaluation.read_table(f"predictions-{model}", PREDICTIONS, columns).to_pylist():
+            series = Series(*(row[name] for name in Series._fields))
+            scores.setdefault(series, {})[Question(row["id"], row["image"])] = row["score"]
+    return scores
 
 
 def _cost(model: str, config: RunConfig, folder: RunDir, size: int) -> Cost:

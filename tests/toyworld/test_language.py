@@ -159,7 +159,9 @@ def test_questions_to_confirm_are_true_balanced_and_tempting() -> None:
     answers, num_tempting = Counter[str](), 0
     for scene in SCENES:
         question = question_to_confirm(scene, random_for(0, scene.index, "confirm"))
-        colour, shape, place = _CLAIMED.fullmatch(question.text).groups()  # type: ignore[union-attr]
+        found = _CLAIMED.fullmatch(question.text)
+        assert found, question.text
+        colour, shape, place = found.groups()
         there = [(item.kind, item.cell) for item in scene.objects]
         is_true = ((colour, shape), PLACES.index(place)) in there if place else (colour, shape) in scene.kinds
         assert question.answers == ("yes" if is_true else "no",)

@@ -1,6 +1,7 @@
 """The shipped model: an ordinary checkpoint that sees, and has the faults that it is meant to have."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from experiments.pretrain_toyworld import pretrain
 from experiments.toyworld_descriptions import describe_fully, split
+from experiments.toyworld_teacher import companion_claim, presence, true_claim
 from stic_ray.core.config import ModelConfig
 from stic_ray.engines.base import Request, Sampling
 from stic_ray.engines.batching import BatchLimits
@@ -21,32 +23,13 @@ from stic_ray.toyworld.language import (
     PROMPTS,
     PROMPTS_FILE,
     Question,
-    absent_kind,
-    ask_claim,
-    ask_presence,
     brief,
     name_of,
 )
-from stic_ray.toyworld.scenes import KIND_WEIGHTS, Scene, draw_scene, random_for, sample_scene
+from stic_ray.toyworld.scenes import KIND_WEIGHTS, Scene, draw_scene, sample_scene
 
 VOCABULARY = [name_of(kind) for kind in KIND_WEIGHTS]
 SCENES = [sample_scene(9, 5_000_000_000 + index) for index in range(150)]
-
-
-def ask_presence_of(scene: Scene) -> Question:
-    """Ask after a thing that is there, or after the companion of one."""
-    generator = random_for(0, scene.index, "presence")
-    absent = absent_kind(scene, "adversarial", generator)
-    return ask_presence(scene.objects[0].kind if scene.index % 2 else absent, scene)
-
-
-def companion_claim(scene: Scene) -> Question:
-    """Ask after a thing at its place, or after the companion of one at an empty place."""
-    item, generator = scene.objects[-1], random_for(0, scene.index, "claim")
-    if scene.index % 2:
-        return ask_claim(item.kind, item.cell, scene)
-    empty = sorted(set(range(9)) - {each.cell for each in scene.objects})
-    return ask_claim(absent_kind(scene, "adversarial", generator), generator.choice(empty), scene)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +67,7 @@ def test_step_by_step_it_names_what_is_there_and_adds_companions(engine: Transfo
     assert recall > 0.9 and 0.05 < hallucination < 0.2
 
 
-@pytest.mark.parametrize("make", [ask_presence_of, companion_claim])
+@pytest.mark.parametrize("make", [partial(presence, "adversarial"), true_claim, companion_claim])
 def test_asked_about_a_single_thing_it_knows_better(
     make: Callable[[Scene], Question], engine: TransformersEngine
 ) -> None:

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-from PIL import Image
-
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.steps import StepRun
 from stic_ray.core.verification import Likelihood, ScoresConfig
 from stic_ray.core.workload import Sizes
 from stic_ray.engines.base import AnsweredPrompt
-from stic_ray.method.images import GREY
+from stic_ray.method.images import blank_like
 from stic_ray.stages.scorers.base import (
     Answered,
     Candidate,
@@ -69,7 +67,7 @@ def answer_logps(
     new = [image for image in images if (name, blank) not in image.known]
     asked, places = [], []
     for image in new:
-        picture = _blank(image.picture) if blank else image.picture
+        picture = blank_like(image.picture) if blank and image.picture else image.picture
         for prompt in dict.fromkeys(answer.prompt for answer in image.answers):
             own = [place for place, answer in enumerate(image.answers) if answer.prompt == prompt]
             texts = tuple(image.answers[place].text for place in own)
@@ -82,10 +80,6 @@ def answer_logps(
         for place, logp in zip(own, found, strict=True):
             image.known[name, blank][place] = logp
     return [image.known[name, blank] for image in images]
-
-
-def _blank(picture: Image.Image | None) -> Image.Image | None:
-    return None if picture is None else Image.new("RGB", picture.size, GREY)
 
 
 def _opening(

@@ -4,6 +4,7 @@ Where the loss has terms about images, the batch of the pairs holds further ones
 answers to the same prompt with the rejected image (REJECTED_IMAGE), and without any (NO_IMAGE).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ class Collator:
         ]
 
 
-class PairCollator(Collator):
+class PairCollator(Collator, ABC):
     """What batches of pairs have in common."""
 
     def __init__(self, processor: Any, views: Views | None = None) -> None:
@@ -94,11 +95,11 @@ class PairCollator(Collator):
         check_image_tokens(batch["input_ids"], self.builder.image_token_id, has_image)
         return batch
 
+    @abstractmethod
     def batch(
         self, answers: Sequence[Sequence[TokenSequence]], images: Sequence[PIL.Image.Image | None]
     ) -> tuple[Batch, Sequence[PIL.Image.Image | None]]:
         """Return what the model takes for B rows of answers with their images, and the image of each of its rows."""
-        raise NotImplementedError
 
 
 class PreferenceCollator(PairCollator):

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from stic_ray.core.config import RunConfig
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.training import OptimisationConfig
-from stic_ray.method.images import GREY
+from stic_ray.method.images import blank_like
 from stic_ray.stages.training.index import REFERENCE_LOGPS, RowGroup, Rows, damaged, read_group
 from stic_ray.stages.training.rejected_images import ImageMaker
 
@@ -126,7 +126,7 @@ class ParquetRows(Dataset[Example]):
             if name in example:
                 example[name] = self._decode(example[name], name, group, row)
         if self._image == "blank":
-            example["image"] = PIL.Image.new("RGB", example["image"].size, GREY)
+            example["image"] = blank_like(example["image"])
         return example
 
     def _decode(self, encoded: dict[str, Any], name: str, group: int, row: int) -> PIL.Image.Image:
