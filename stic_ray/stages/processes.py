@@ -23,6 +23,9 @@ _LOOK_EVERY_S = 1.0
 _LOG_AFTER_S, _LOG_EVERY_S = 5.0, 30.0
 _TIMES_AS_LATE_WITH_ROOM = 6
 """Where the machines are large enough, processes are most likely starting, which takes them some seconds."""
+_INTERRUPT_EVERY_S = 30.0
+"""An interrupt that meets the thread in a finalizer is lost, as Python ignores what one raises; cleaning up, which a
+second one would cut short, takes seconds."""
 _RELEASE_TIMEOUT_S = 120.0
 
 
@@ -96,6 +99,8 @@ def _watch(stage: str, need: Need, timeout_s: float, ended: threading.Event, gav
             main = threading.main_thread().ident
             assert main is not None, "it has begun"
             signal.pthread_kill(main, signal.SIGINT)  # that thread itself, so that what it waits in is interrupted
+            while not ended.wait(_INTERRUPT_EVERY_S):
+                signal.pthread_kill(main, signal.SIGINT)
             return
         if waited_s >= quiet_s(need) and (logged_s is None or now_s - logged_s >= _LOG_EVERY_S):
             logged_s = now_s

@@ -1,6 +1,8 @@
 """Stages that lack something: what they say, when they give up, and that each gives back what it held."""
 
 import logging
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,7 @@ def test_training_finds_the_gpus_that_generation_held(
         left.extend(processes.own_processes("actors"))
         scaling = ScalingConfig(num_workers=2, use_gpu=True)
         TorchTrainer(lambda: None, scaling_config=scaling, torch_config=TorchConfig(backend="gloo")).fit()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray Train leaves its own, which ours does not
         return row_counts(0, 0, {})
 
     monkeypatch.setattr("stic_ray.stages.training.launch.train", train)
@@ -97,6 +100,28 @@ def test_training_finds_the_gpus_that_generation_held(
     held = held.model_copy(update={"cluster": ClusterConfig()})  # starting may take long beside other tests
     run = run_stages(held, tmp_path / "run", "pool", "preferences", "dpo")
     assert not left and (run / "dpo").manifest is not None
+
+
+def test_an_interrupt_that_a_finalizer_swallows_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python ignores what a finalizer raises, KeyboardInterrupt too: a stage that gave up would wait without end."""
+    monkeypatch.setattr(processes, "_LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(processes, "_INTERRUPT_EVERY_S", 0.5)
+    asked: list[bool] = []
+
+    def wait_twice() -> None:
+        for _ in range(2):
+            try:
+                threading.Event().wait(60.0)
+            except KeyboardInterrupt:
+                asked.append(True)
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(StageError, match="captions waited 0 s .* no node is large enough"),
+        processes.watched("captions", Need("tasks", 1, {"CPU": 99.0}), timeout_s=0.0),
+    ):
+        wait_twice()
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(
