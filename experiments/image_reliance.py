@@ -21,7 +21,7 @@ from stic_ray.core.config import EvaluationConfig, RunConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import CHECKPOINT, read_record
 from stic_ray.engines.base import AnsweredPrompt
-from stic_ray.engines.opening import open_engine
+from stic_ray.engines.opening import open_trained
 from stic_ray.method.images import blank_like
 from stic_ray.method.statistics import SCORES, Question, score_of
 from stic_ray.preparation import resolve
@@ -72,7 +72,7 @@ def _index(config: RunConfig, dpo: Any, folder: RunDir) -> Rows:
 
 def score(config: RunConfig, examples: Sequence[Mapping[str, Any]], checkpoint: Any) -> dict[str, Logps]:
     """Return what a model says of the pairs with their own and with blank images."""
-    engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
+    engine = open_trained(config, checkpoint)
     own = [
         AnsweredPrompt(
             each["prompt"][0]["content"],

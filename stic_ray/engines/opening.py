@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stic_ray.core.config import ActorsConfig, ModelConfig
+from stic_ray.core.config import ActorsConfig, ModelConfig, RunConfig
 from stic_ray.core.storage import Location
 from stic_ray.engines.base import Engine, TokenCounter
 from stic_ray.engines.fake import FakeEngine, read_script
@@ -12,6 +12,11 @@ from stic_ray.engines.guarded import GuardedEngine
 def open_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None = None) -> GuardedEngine:
     """Load the model of the run, or what a training stage left in `checkpoint`: an adapter, or a full model."""
     return GuardedEngine(_load_engine(model, actors, checkpoint), actors.timeout_s)
+
+
+def open_trained(config: RunConfig, checkpoint: Location | None) -> GuardedEngine:
+    """Load the model of a run, or what a training stage left in `checkpoint`, wherever that is."""
+    return open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
 
 
 def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None) -> Engine:

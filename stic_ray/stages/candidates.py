@@ -15,7 +15,7 @@ from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling
-from stic_ray.engines.opening import open_engine
+from stic_ray.engines.opening import open_trained
 from stic_ray.method.candidates import candidate_prompts, filed_under, usable
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import AnswerText
@@ -62,7 +62,7 @@ class Answerer:
         """Load the base model of the run, or what a training step left in `checkpoint`."""
         self.config = config
         self.prompts = prompts
-        self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
+        self.engine = open_trained(config, checkpoint)
         settings = config.candidates
         self.sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
 

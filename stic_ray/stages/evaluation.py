@@ -17,7 +17,7 @@ from stic_ray.core.steps import BASE, Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import SHORT_ANSWER_TOKENS, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling
-from stic_ray.engines.opening import open_engine
+from stic_ray.engines.opening import open_trained
 from stic_ray.method.choices import choice_lines, read_choice
 from stic_ray.method.images import ImageLimits, decode
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
@@ -120,7 +120,7 @@ class Respondent:
         self.config = config
         self.name = name
         self.prompts = prompts
-        self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
+        self.engine = open_trained(config, checkpoint)
         self.limits = ImageLimits.of(config.pool)
 
     def identities(self, row: dict[str, Any]) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling, TokenCounter
 from stic_ray.engines.guarded import GuardedEngine
-from stic_ray.engines.opening import open_counter, open_engine
+from stic_ray.engines.opening import open_counter, open_trained
 from stic_ray.method.images import ImageLimits, decode_for_storage
 from stic_ray.method.infusion import Messages, description_prompt, infuse
 from stic_ray.method.prompts import PromptSet, load_prompts
@@ -75,7 +75,7 @@ class Infuser:
         self.prompts = prompts
         self.engine: GuardedEngine | None = None
         if config.infusion.describe:
-            self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
+            self.engine = open_trained(config, checkpoint)
         self.counter: TokenCounter = self.engine or open_counter(config.model)
         self.sampling = Sampling(config.infusion.max_new_tokens, config.infusion.temperature)
         self.limits = ImageLimits.of(config.pool)

@@ -17,7 +17,7 @@ from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_tokens
 from stic_ray.engines.base import Answer, AnsweredPrompt, Request, Sampling
-from stic_ray.engines.opening import open_engine
+from stic_ray.engines.opening import open_trained
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import (
     NO_CANDIDATES,
@@ -80,7 +80,7 @@ class PairMaker:
         """Load the base model of the run, or what a training step left in `checkpoint`."""
         self.config = config
         self.prompts = prompts
-        self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
+        self.engine = open_trained(config, checkpoint)
         settings = config.preferences
         self.sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
 

@@ -21,7 +21,7 @@ from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, SHORT_ANSWER_TOKENS, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling
-from stic_ray.engines.opening import open_engine
+from stic_ray.engines.opening import open_trained
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.media import PLACEHOLDER
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
@@ -79,7 +79,7 @@ class Questioner:
         """Load the base model of the run, or what a training step left in `checkpoint`."""
         self.config = config
         self.prompts = prompts
-        self.engine = open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
+        self.engine = open_trained(config, checkpoint)
 
     def identities(self, row: dict[str, Any]) -> list[dict[str, str]]:
         """Return the image's id and path, for each of its questions."""

@@ -18,7 +18,7 @@ from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import Sizes, Work
 from stic_ray.engines.guarded import GuardedEngine
-from stic_ray.engines.opening import check_engine, named_model, open_engine
+from stic_ray.engines.opening import check_engine, named_model, open_trained
 from stic_ray.method.images import decode
 from stic_ray.stages.fetch import fetch_indexed, fetched, with_images
 from stic_ray.stages.ordering import index_shards
@@ -155,9 +155,9 @@ def _load_shard(config: RunConfig, task: ShardTask) -> pa.Table:
 
 
 def _open_model(config: RunConfig, role: str, checkpoint: Location | None) -> GuardedEngine:
-    model = model_of(config, role)
-    named = getattr(config.scores, role) is not None
-    return open_engine(model, config.actors, checkpoint.local_copy() if checkpoint and not named else None)
+    is_named = getattr(config.scores, role) is not None
+    config = config.model_copy(update={"model": model_of(config, role)})
+    return open_trained(config, None if is_named else checkpoint)
 
 
 def model_of(config: RunConfig, role: str) -> ModelConfig:

@@ -283,7 +283,7 @@ def test_what_is_asked_twice_of_a_picture_is_generated_once(tmp_path: Path, monk
     """The two rows of a Parquet file share its path, but not their picture."""
     pictures = draw_pictures(tmp_path / "pictures", 2)
     engine = CountingEngine()
-    monkeypatch.setattr("stic_ray.stages.evaluation.open_engine", lambda *_: engine)
+    monkeypatch.setattr("stic_ray.stages.evaluation.open_trained", lambda *_: engine)
     config = fake_config(tmp_path, pictures)
     in_table = [
         {"image": {"bytes": (pictures / f"{number}.jpg").read_bytes()}, "question": question, "answer": "yes"}
