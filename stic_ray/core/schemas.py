@@ -84,6 +84,7 @@ INDEX = _schema(
     _column("mode", pa.string(), "Pillow's name of the pixel layout before conversion to RGB"),
     _column("num_bytes", pa.int64(), "size of the encoded image"),
     _column("perceptual_hash", pa.int64(), "64-bit pHash; null unless near-duplicates are rejected", nullable=True),
+    _column("caption", pa.string(), "the caption that the source gives the image; null without one", nullable=True),
 )
 
 REJECTED = _schema(
