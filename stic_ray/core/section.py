@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -10,6 +18,18 @@ NotNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
 """Of sampling; 0 is greedy decoding."""
+
+
+def _weights(given: Any) -> Any:
+    """Return a mapping of weights, or names of weight 1, as pairs ordered by name; the rest is pydantic's."""
+    names = [given] if isinstance(given, str) else given
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+        given = dict.fromkeys(names, 1.0)
+    return tuple(sorted(given.items())) if isinstance(given, dict) else given
+
+
+Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_weights), PlainSerializer(dict)]
+"""Weights by name, {claims: 2, consistency: 1}; names alone, [claims, consistency], weigh 1."""
 
 
 class Section(BaseModel):

@@ -1,11 +1,11 @@
 """The sections of the configuration about training: which weights, by which objective, in which steps."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
 from stic_ray.core.preferences import GradedCorruption
-from stic_ray.core.section import Count, NotNegative, Positive, Section, Share
+from stic_ray.core.section import Count, NotNegative, Positive, Section, Share, Weights
 
 NotNegativeWeight = Annotated[float, Field(ge=0.0)]
 Part = Literal["vision_tower", "projector", "language_model"]
@@ -62,6 +62,9 @@ class OptimisationConfig(Section):
     """Share of the steps in which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
     """How the learning rate goes on behind the warm-up; cosine and linear end at 0."""
+    start_learning_rate: Positive | None = None
+    """Go on with the decay of a training that stopped at this rate, without a warm-up: from here to 0 along the rest of
+    the curve that begins at `learning_rate`."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: Positive = 1.0
     max_length_tokens: Count = 4096
@@ -69,6 +72,22 @@ class OptimisationConfig(Section):
     num_held_out: NotNegative = 64
     """Rows that are not trained on but evaluated along the way: the first so many of those with 1 in 16 hashes of the
     id, so a pool that has grown holds out the same, and a small one at most about a sixteenth."""
+
+    @model_validator(mode="after")
+    def _decay_can_go_on(self) -> Self:
+        rate = self.start_learning_rate
+        if rate is None:
+            return self
+        if self.schedule not in ("cosine", "linear"):
+            raise ValueError(
+                f"start_learning_rate goes on with a decay to 0, schedule=cosine or linear, not {self.schedule}"
+            )
+        if rate > self.learning_rate:
+            raise ValueError(
+                f"start_learning_rate={rate:g} is above learning_rate={self.learning_rate:g}, the rate from which it "
+                "has decayed"
+            )
+        return self
 
 
 class DPOConfig(OptimisationConfig):
@@ -152,10 +171,43 @@ class DPOConfig(OptimisationConfig):
 
 
 class SFTConfig(OptimisationConfig):
-    """Likelihood fine-tuning on the infused rows."""
+    """Likelihood fine-tuning on conversations: the infused rows, and those of further sources."""
 
     start: Literal["dpo", "base"] = "dpo"
     """Which model it goes on from; the same one describes the images of the rows."""
 
     learning_rate: Positive = 2e-5
     global_batch: Count = 32
+    num_tokens: Count | None = None
+    """Stop after the first step by which the model has read so many tokens, those of images included; `num_steps` or
+    `num_epochs` when unset."""
+    mix: Weights = ()
+    """How much of each source is read, {infusion: 3, text: 1}: weights by the names of the inputs `rows:NAME`, or of
+    the step or folder that an input `rows` is. When empty, every row of all of them once an epoch."""
+    mix_unit: Literal["rows", "tokens"] = "rows"
+    """What the weights share out: rows, or tokens that the model reads."""
+    mix_end: Weights = ()
+    """Weights at the last step: the shares go there evenly from `mix`; constant when empty."""
+
+    @model_validator(mode="after")
+    def _mix_fits_together(self) -> Self:
+        if self.num_tokens is not None and (self.num_steps is not None or self.num_epochs != 1):
+            other = "num_epochs" if self.num_steps is None else "num_steps"
+            raise ValueError(f"num_tokens and {other} both say when to stop; leave one of them out")
+        mix, end = dict(self.mix), dict(self.mix_end)
+        if not mix and (end or self.mix_unit != "rows"):
+            raise ValueError(f"{'mix_end' if end else 'mix_unit'} needs mix, the weight of each source")
+        if len(mix) == 1:
+            raise ValueError(f"mix has one source, {next(iter(mix))}; name at least two, or leave it out")
+        if end and end.keys() != mix.keys():
+            names = ", ".join(sorted(end.keys() ^ mix.keys()))
+            raise ValueError(f"mix and mix_end must name the same sources; only one of them has {names}")
+        for name, weight in self.mix:
+            if weight < 0 or end.get(name, weight) < 0 or (weight == 0 and not end.get(name, 0)):
+                raise ValueError(
+                    f"mix gives {name} the weight {min(weight, end.get(name, weight)):g}; it must be above 0, and may "
+                    "be 0 at one end of mix_end"
+                )
+        if mix and not (sum(mix.values()) and (not end or sum(end.values()))):
+            raise ValueError("mix and mix_end must each give some source a weight above 0")
+        return self

@@ -1,23 +1,11 @@
 """The sections of the configuration about which answer is right: candidates, scores, and rules over them."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from stic_ray.core.section import Count, Positive, Section, Share, Temperature
-
-
-def _weights(given: Any) -> Any:
-    """Return a mapping of weights, or names of weight 1, as pairs ordered by name; the rest is pydantic's."""
-    names = [given] if isinstance(given, str) else given
-    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
-        given = dict.fromkeys(names, 1.0)
-    return tuple(sorted(given.items())) if isinstance(given, dict) else given
-
-
-Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_weights), PlainSerializer(dict)]
-"""Weights by name, {claims: 2, consistency: 1}; names alone, [claims, consistency], weigh 1."""
+from stic_ray.core.section import Count, Positive, Section, Share, Temperature, Weights
 
 PromptPart = Literal["step_by_step", "plain", "hallucination"]
 Likelihood = Literal["log_p", "image_logratio", "implicit_reward"]

@@ -1,28 +1,63 @@
-"""Stage `sft`: likelihood fine-tuning on the infused rows (STIC Algorithm 2), going on from the model that it reads."""
+"""Stage `sft`: likelihood fine-tuning on conversations, from the model that it reads: in STIC on the infused rows
+(Algorithm 2), else on those of one source or several."""
 
 from dataclasses import replace
 from typing import Any
 
 from stic_ray.core.config import RunConfig
+from stic_ray.core.errors import ConfigError, nearest
+from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import StepRun
 from stic_ray.core.workload import SHORT_ANSWER_TOKENS, Sizes, Work, training_work
 from stic_ray.stages.dpo import DPO, check_training
 
 
 def _train(step: StepRun) -> dict[str, Any]:
-    from stic_ray.stages.training import index, launch  # Ray Train and torch
+    from stic_ray.stages.training import index, launch, mixing  # Ray Train and torch
 
-    infused = step.inputs["rows"]
-    rows = index.index_conversations(step.config, [*infused.shards("rows"), *infused.shards("text")])
-    return launch.train("sft", step, rows)
+    shards = {name: [*rows.shards("rows"), *rows.shards("text")] for name, rows in sources_of(step).items()}
+    return launch.train("sft", step, mixing.plan(step.config, index.index_conversations(step.config, shards)))
+
+
+def sources_of(step: StepRun) -> dict[str, RunDir]:
+    """Return the folders with rows by the names of the sources: NAME of "rows:NAME", of "rows" that of its folder.
+
+    Raises ConfigError for two of one name.
+    """
+    found: dict[str, RunDir] = {}
+    for role, place in step.inputs.items():
+        kind, _, name = role.partition(":")
+        if kind != "rows":
+            continue
+        name = name or place.location.name
+        if name in found:
+            raise ConfigError(f"Step '{step.name}' has two sources '{name}': give one the role rows:NAME.")
+        found[name] = place
+    return found
+
+
+def _check(step: StepRun) -> None:
+    settings, sources = step.config.sft, sources_of(step)
+    check_training(step.config, settings)
+    mixed = dict(settings.mix)
+    valid = f"Sources of step '{step.name}': {', '.join(sources)}."
+    if mixed and len(sources) == 1:
+        raise ConfigError(f"sft.mix needs several sources. {valid}")
+    for name in mixed:
+        if name not in sources:
+            raise ConfigError(f"sft.mix names '{name}', which is no source.{nearest(name, sources)} {valid}")
+    if mixed and (left_out := [name for name in sources if name not in mixed]):
+        raise ConfigError(f"sft.mix says nothing of '{left_out[0]}'; give it a weight, or leave out the input. {valid}")
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
-    if not sizes.num_instructions:
+    settings = config.sft
+    if not sizes.num_instructions and settings.num_steps is None and settings.num_tokens is None:
         return None
     described = min(sizes.num_answer_tokens, config.infusion.max_new_tokens) if config.infusion.describe else 0
     tokens = sizes.num_prompt_tokens + described + SHORT_ANSWER_TOKENS
-    return training_work(config, sizes, config.sft, sizes.num_instructions, tokens, reference_pass=False)
+    work = training_work(config, sizes, settings, sizes.num_instructions or 0, tokens, reference_pass=False)
+    return replace(work, num_rows=settings.num_tokens / tokens) if settings.num_tokens else work
 
 
 SFT = replace(
@@ -32,7 +67,7 @@ SFT = replace(
     settings=("seed", "model", "tuning", "sft"),
     section="sft",
     reads=("rows", "model"),
-    check=lambda step: check_training(step.config, step.config.sft),
+    check=_check,
     work=_work,
     amount="num_instructions",
 )

@@ -94,4 +94,4 @@ def pairs_in(config: RunConfig, *files: Path) -> Rows:
 
 def conversations_in(config: RunConfig, *files: Path) -> Rows:
     """Return the rows of some files as stage `sft` takes them."""
-    return index_conversations(config, [Location.of(str(file)) for file in files])
+    return index_conversations(config, {"infusion": [Location.of(str(file)) for file in files]})

@@ -122,6 +122,36 @@ def test_a_schedule_begins_behind_the_warm_up(
     assert found == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
+def test_a_decay_goes_on_where_another_training_stopped(
+    schedule: str, stage: str, tmp_path: Path, tiny_llava: Path
+) -> None:
+    """The last four of eight steps, as a training of their own, have the rates that they would have had."""
+
+    def rates(num_steps: int, **settings: Any) -> list[float]:
+        named = {"learning_rate": 0.5, "schedule": schedule, "num_steps": num_steps, "warmup_share": 0.25, **settings}
+        config = config_for(tiny_llava, **{stage: named}, workers={"micro_batch": 1})
+        if stage == "dpo":
+            trainer = trainer_for(config, tmp_path)
+        else:
+            rows = conversations_in(config, write_rows(tmp_path / "rows", [True]))
+            trainer = make_sft_trainer(config, rows, tmp_path / "out")
+        trainer.create_optimizer_and_scheduler(num_steps)
+        found = []
+        for _ in range(num_steps):
+            found.append(trainer.optimizer.param_groups[0]["lr"])
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12), "both end at 0"
+        return found
+
+    whole = rates(8)
+    assert whole[:3] == [0.0, 0.25, 0.5], "two steps of warm-up"
+    assert rates(4, start_learning_rate=whole[4]) == pytest.approx(whole[4:])
+    assert rates(4, start_learning_rate=0.5)[0] == 0.5
+
+
 def test_gradients_are_clipped(tmp_path: Path, tiny_llava: Path) -> None:
     """With plain steps the weights move by the learning rate times the norm that is left."""
     config = config_for(tiny_llava, dpo={"max_grad_norm": 0.001, "num_steps": 1, "warmup_share": 0.0})

@@ -18,6 +18,7 @@ from stic_ray.engines.shared_prefix import reason_against
 from stic_ray.stages.training.collators import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
 from stic_ray.stages.training.data import ParquetRows, num_steps_of, read_pairs
 from stic_ray.stages.training.index import Rows
+from stic_ray.stages.training.mixing import MixedRows
 from stic_ray.stages.training.models import (
     describe_parts,
     prepare_reference_adapter,
@@ -40,7 +41,7 @@ def make_dpo_trainer(
     pairs = read_pairs(config, rows)
     arguments = training_arguments(config, config.dpo, folder, rows, universal=universal)
     if config.dpo.objective == "sft":
-        return _make_likelihood_trainer(config, pairs, arguments, checkpoint)
+        return _make_likelihood_trainer(config, config.dpo, pairs, arguments, checkpoint)
     start = prepare_start(config, checkpoint, folder)
     args = TRLDPOConfig(**arguments, disable_dropout=False)  # from here on ZeRO-3 cuts every new model into parts
     policy, reference = start.load(), start.load() if config.tuning.method == "full" else None
@@ -51,7 +52,7 @@ def make_dpo_trainer(
                 parameter.data = parameter.data.to(policy.get_parameter(name).dtype)
     views = views_of(config.dpo)
     collator = PreferenceCollator(load_processor(start.model), views)
-    trainer = RegularisedDPOTrainer(start, pairs, collator, args=args, model=policy, ref_model=reference)
+    trainer = RegularisedDPOTrainer(start, config.dpo, pairs, collator, args=args, model=policy, ref_model=reference)
     trainer.speed.has_reference_pass = bool(views) or not rows.has_reference_logps
     if isinstance(policy, PeftModel):  # an adapter that was there before, of which TRL has made a frozen copy
         prepare_reference_adapter(policy)
@@ -73,19 +74,26 @@ def make_sft_trainer(
 ) -> LikelihoodTrainer:
     """Return a trainer on the answers of conversations, starting as that of `make_dpo_trainer`."""
     columns = ["image", "messages"]
-    trained = ParquetRows(rows.trained, columns, seed=config.seed, global_batch=config.sft.global_batch)
+    if rows.plan is not None and rows.plan.sources is not None:
+        trained = MixedRows(rows, columns, config.seed)
+    else:
+        trained = ParquetRows(rows.trained, columns, seed=config.seed, global_batch=config.sft.global_batch)
     held_out = ParquetRows(rows.held_out, columns)
     arguments = training_arguments(config, config.sft, folder, rows, universal=universal)
-    return _make_likelihood_trainer(config, (trained, held_out), arguments, checkpoint)
+    return _make_likelihood_trainer(config, config.sft, (trained, held_out), arguments, checkpoint)
 
 
 def _make_likelihood_trainer(
-    config: RunConfig, rows: tuple[ParquetRows, ParquetRows], arguments: dict[str, Any], checkpoint: Path | None
+    config: RunConfig,
+    stage: OptimisationConfig,
+    rows: tuple[ParquetRows | MixedRows, ParquetRows],
+    arguments: dict[str, Any],
+    checkpoint: Path | None,
 ) -> LikelihoodTrainer:
     start = prepare_start(config, checkpoint, Path(arguments["output_dir"]))
     args = TRLSFTConfig(**arguments)  # before the model is loaded, as above
     collator = AnswersOnlyCollator(load_processor(start.model))
-    trainer = LikelihoodTrainer(start, rows, collator, args=args, model=start.load())
+    trainer = LikelihoodTrainer(start, stage, rows, collator, args=args, model=start.load())
     trains_vision = bool({"vision_tower", "projector"} & set(describe_parts(trainer)["trained"]))
     collator.needs_image = trains_vision or config.workers.zero_stage == 3
     return trainer
@@ -109,7 +117,7 @@ def training_arguments(
         "output_dir": str(folder),
         "seed": config.seed,
         "num_train_epochs": stage.num_epochs,
-        "max_steps": stage.num_steps or -1,
+        "max_steps": stage.num_steps or (rows.plan.num_steps if rows.plan else -1),
         "learning_rate": stage.learning_rate,
         # The plain `constant` of transformers has no warm-up.
         "lr_scheduler_type": "constant_with_warmup" if stage.schedule == "constant" else stage.schedule,

@@ -93,7 +93,7 @@ class ParquetRows(Dataset[Example]):
             self._tables[group] = read_group(self._groups[group], self.columns)
         offset = place - int(self._ends[number] - self._counts[group])
         if self._shuffles:
-            offset = int(self._generator(f"rows of row group {group}").permutation(self._counts[group])[offset])
+            offset = int(self._shuffled(group)[offset])
         example = self._example(group, offset)
         if self._maker is not None:
             batch = self._global_batch
@@ -147,6 +147,24 @@ class ParquetRows(Dataset[Example]):
         following = self._groups[(group + 1) % len(self._groups)]
         return read_group(following, ["image"])["image"][following.rows[0]].as_py()
 
+    def in_order(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Return values of the rows, given by row group, in the order of this epoch."""
+        found = []
+        for group in self._order:
+            own = values[group]
+            found.append(own[self._shuffled(group)] if self._shuffles else own)
+        return np.concatenate(found)
+
+    def sums_of_steps(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the sum of the rows' values, given by row group, over each batch of this epoch."""
+        filled = np.zeros(len(self), dtype=np.int64)
+        filled[: self.num_rows] = self.in_order(values)
+        num_batches = len(self) // (self._global_batch or 1)
+        return filled.reshape(self._num_lanes, num_batches, -1).sum((0, 2))
+
+    def _shuffled(self, group: int) -> np.ndarray:
+        return self._generator(f"rows of row group {group}").permutation(self._counts[group])
+
     def _generator(self, purpose: str) -> np.random.Generator:
         return np.random.default_rng(seed_for(self._seed, str(self._epoch), purpose))
 
@@ -185,6 +203,8 @@ def read_pairs(config: RunConfig, rows: Rows) -> tuple[ParquetRows, ParquetRows]
 
 def num_steps_of(settings: OptimisationConfig, rows: Rows) -> int:
     """Return the optimiser steps of a training on these rows."""
+    if rows.plan is not None:
+        return rows.plan.num_steps
     return settings.num_steps or -(-rows.num_trained // settings.global_batch) * settings.num_epochs
 
 

@@ -1,12 +1,14 @@
 """On the driver: which rows of the shards are trained on and which are held out, from footers and a few columns."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +24,8 @@ ONE_IN = 16
 
 REFERENCE_LOGPS = ("reference_chosen_logp", "reference_rejected_logp")
 """Columns of pairs, and tensors of a batch, with the reference model's log-probabilities of both answers."""
+LENGTH = "num_sequence_tokens"
+"""Column of conversations with the tokens of image and text, as the model reads them."""
 _NUM_READERS = 16
 """Threads that read footers, which is mostly waiting for the storage."""
 
@@ -45,6 +49,18 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a training reads until it ends (mixing.py)."""
+
+    num_steps: int
+    """Optimiser steps."""
+    sources: np.ndarray | None
+    """The source of each row, by its number, int16 of shape (num_steps * global_batch,); None without a mix."""
+    facts: Mapping[str, Any]
+    """What it comes to, for result.json."""
+
+
+@dataclass(frozen=True)
 class Rows:
     """What a stage reads: about 200 bytes for each row group, nothing for a row."""
 
@@ -52,6 +68,10 @@ class Rows:
     held_out: list[RowGroup]
     has_reference_logps: bool = False
     """Whether all pairs carry REFERENCE_LOGPS of the model, and the pictures, that training begins with."""
+    num_groups: Mapping[str, int] = field(default_factory=dict)
+    """How many of the row groups in `trained` are of each source, in their order; empty for pairs."""
+    plan: "Plan | None" = None
+    """Which row comes when, where that takes more than passes over all of them."""
 
     @property
     def num_trained(self) -> int:
@@ -100,12 +120,39 @@ def index_pairs(config: RunConfig, shards: Iterable[Location], start: Location |
     return Rows(*_hold_out(groups, "image_id", settings.num_held_out), has_reference_logps=has_stored)
 
 
-def index_conversations(config: RunConfig, shards: Iterable[Location]) -> Rows:
-    """Find the rows of stage `sft`, and hold some of them out. Raises SourceError as `index_pairs`."""
-    groups = [group for group, _ in _read_footers(shards)]
-    if not groups:
-        raise SourceError("Stage infusion left no rows to train on; see its rejected-*.parquet.")
-    return Rows(*_hold_out(groups, "id", config.sft.num_held_out))
+def index_conversations(config: RunConfig, sources: Mapping[str, Iterable[Location]]) -> Rows:
+    """Find the rows of stage `sft` in the shards of each source, and hold some of them out, as many of each source.
+
+    Raises SourceError as `index_pairs`.
+    """
+    trained: list[RowGroup] = []
+    held_out: list[RowGroup] = []
+    num_groups = {}
+    for number, (name, shards) in enumerate(sources.items()):
+        groups = [group for group, _ in _read_footers(shards)]
+        if not groups:
+            what = "Stage infusion" if len(sources) == 1 else f"Source '{name}'"
+            raise SourceError(f"{what} left no rows to train on; see its rejected-*.parquet.")
+        share = (config.sft.num_held_out + number) // len(sources)  # over all of them, the whole number
+        own, out = _hold_out(groups, "id", share)
+        trained, held_out, num_groups[name] = [*trained, *own], [*held_out, *out], len(own)
+    return Rows(trained, held_out, num_groups=num_groups)
+
+
+def read_lengths(groups: Iterable[RowGroup]) -> list[np.ndarray] | None:
+    """Return how many tokens the model reads of each used row, by row group; None where a file does not say."""
+
+    def read(group: RowGroup) -> np.ndarray | None:
+        table = read_group(group, [LENGTH])
+        if LENGTH not in table.column_names or table[LENGTH].null_count:
+            return None
+        lengths = table[LENGTH].to_numpy()[np.asarray(group.rows)]
+        return lengths if lengths.min() > 0 else None
+
+    with ThreadPoolExecutor(_NUM_READERS) as readers:
+        found = [*readers.map(read, groups)]
+    known = [lengths for lengths in found if lengths is not None]
+    return known if len(known) == len(found) else None
 
 
 def read_group(group: RowGroup, columns: Sequence[str]) -> pa.Table:

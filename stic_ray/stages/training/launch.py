@@ -44,7 +44,8 @@ def train(section: Literal["dpo", "sft"], step: StepRun, rows: Rows) -> dict[str
     """
     workers = step.config.workers
     # Another ZeRO stage has checkpoints of another form, so it starts afresh under another name.
-    identity = digest([step.identity, rows.num_trained, workers.zero_stage])
+    planned = [rows.plan.num_steps, dict(rows.plan.facts)] if rows.plan else []
+    identity = digest([step.identity, rows.num_trained, workers.zero_stage, *planned])
     attempts = (step.output / "training").location
     record = attempts / f"start-{identity}.json"
 
@@ -74,7 +75,8 @@ def train(section: Literal["dpo", "sft"], step: StepRun, rows: Rows) -> dict[str
     attempts.delete_folder()
     num_rows = rows.num_trained + rows.num_held_out
     kept = ("num_steps", "num_held_out", "held_out", "throughput", "warnings")
-    return {**row_counts(num_rows, num_rows, {}), **{name: result[name] for name in kept}}
+    facts = rows.plan.facts if rows.plan else {}
+    return {**row_counts(num_rows, num_rows, {}), **{name: result[name] for name in kept}, **facts}
 
 
 def scaling_of(workers: WorkersConfig) -> ScalingConfig:

@@ -6,21 +6,26 @@ objectives in `method/objectives.py`. transformers runs the loop: it takes the m
 step, and logs (`log`).
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import datasets
 import torch
 from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from transformers import Trainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import use_adapter
 
+from stic_ray.core.training import OptimisationConfig
 from stic_ray.method.objectives import PairLogps, mean_over_rejected, regularised_dpo
 from stic_ray.stages.training import models
 from stic_ray.stages.training.collators import REJECTED_IMAGE, Collator
-from stic_ray.stages.training.data import WEIGHT, ParquetRows
+from stic_ray.stages.training.data import WEIGHT, Example, ParquetRows
 from stic_ray.stages.training.index import REFERENCE_LOGPS
 from stic_ray.stages.training.metrics import Speed
 from stic_ray.stages.training.scores import (
@@ -44,10 +49,18 @@ class StepTrainer(Trainer):
     """What both trainers add to TRL's: rows in our order, a rate for the projector, and figures of each step."""
 
     def __init__(
-        self, start: models.Start, rows: tuple[ParquetRows, ParquetRows], collator: Collator, **arguments: Any
+        self,
+        start: models.Start,
+        stage: OptimisationConfig,
+        rows: tuple[Dataset[Example], ParquetRows],
+        collator: Collator,
+        **arguments: Any,
     ) -> None:
-        """Take the rows that are trained on and those held out, and TRL's arguments. A new adapter is of the seed."""
-        self.config = start.config
+        """Take the settings of the stage, the rows that are trained on and those held out, and TRL's arguments.
+
+        A new adapter is of the seed.
+        """
+        self.config, self.stage = start.config, stage
         processor = collator.builder.processor
         arguments |= {"data_collator": collator, "processing_class": processor, "peft_config": start.new_adapter}
         super().__init__(train_dataset=_COLUMNS, eval_dataset=_COLUMNS, **arguments)
@@ -111,6 +124,15 @@ class StepTrainer(Trainer):
                 optimizer.add_param_group({**group, "params": [p for p in params if id(p) in own], "lr": rate})
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return transformers' schedule, or what is left of one that has got down to `start_learning_rate`."""
+        if self.stage.start_learning_rate is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            rest = partial(rest_of_decay, self.stage, num_training_steps)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rest)
+        return self.lr_scheduler
+
     def record(self, counts: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
         """Keep values of B rows, each of shape (B,), for the mean that the next log has.
 
@@ -133,6 +155,16 @@ class StepTrainer(Trainer):
         elif "eval" in self.sums:
             logs |= {f"eval_{name}": value for name, value in means(*self.sums.pop("eval")).items()}
         super().log(logs, *arguments, **keywords)
+
+
+def rest_of_decay(settings: OptimisationConfig, num_steps: int, step: int) -> float:
+    """Return the learning rate at a step as a share of `learning_rate`: `start_learning_rate` first, 0 at the end."""
+    assert settings.start_learning_rate is not None
+    begin, left = settings.start_learning_rate / settings.learning_rate, 1 - min(step, num_steps) / num_steps
+    if settings.schedule == "linear":
+        return begin * left
+    turned = math.acos(2 * begin - 1)  # of the half turn from the highest rate to 0
+    return (1 + math.cos(math.pi - (math.pi - turned) * left)) / 2
 
 
 def means(names: Sequence[str], sums: torch.Tensor) -> dict[str, float]:

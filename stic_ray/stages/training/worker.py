@@ -77,6 +77,7 @@ def train_worker(section: Literal["dpo", "sft"], step: StepRun, rows: Rows, reco
             facts |= check_changed(folder / "final", json.loads(record.read()))
             facts |= summarise(metrics, trainer.state)
             facts |= {"num_rows": rows.num_trained, "num_held_out": rows.num_held_out}
+            facts |= rows.plan.facts if rows.plan else {}
             (run.location / CHECKPOINT).upload_folder(folder / "final")
             run.write_json("result.json", facts)
     except Exception as error:
