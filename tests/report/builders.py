@@ -237,7 +237,9 @@ def write_run(path: Path) -> RunDir:
     }
     facts = {"num_steps": 40, "trainable": ["q_proj", "<v_proj>"], "seconds": 61.0}
     (run / "dpo").write_json("result.json", {**facts, **told})
-    (run / "sft").write_json("result.json", {"num_steps": 20, "num_trainable_parameters": 1234567, "frozen": []})
+    sources = {"infusion": {"num_rows": 96, "token_share": 0.5}, "text": {"num_rows": 288, "token_share": 0.5}}
+    facts = {"num_steps": 20, "num_trainable_parameters": 1234567, "frozen": []}
+    (run / "sft").write_json("result.json", {**facts, "sources": sources})
     (run / "evaluation").write_json("scores.json", scores())
     run.write_json(ESTIMATE, {stage: expected(stage) for stage in ("preferences", "dpo", "evaluation")})
     for i, stage in enumerate(STAGES):

@@ -29,6 +29,7 @@ def test_page_has_every_section_and_the_headline(page: Page) -> None:
     )
     assert "93cde73+changes" in page.text and "seed=3" in page.text
     assert "num_trainable_parameters 1,234,567" in page.text
+    assert "What was read of each source" in page.text and "text num_rows: 288, token_share: 0.5" in page.text
 
 
 def test_what_was_expected_stands_beside_what_it_took(run: RunDir, page: Page) -> None:
