@@ -11,8 +11,8 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stic_ray.toyworld.language import PLACES, claim_text, name_of, with_article
-from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, NUM_CELLS, Kind, Scene, SceneObject
+from stic_ray.toyworld.language import PLACES, claim_text, phrase, sentence
+from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, NUM_CELLS, Scene, SceneObject
 
 
 @dataclass(frozen=True)
@@ -36,29 +36,29 @@ class FaultRates:
 
 def describe_fully(scene: Scene) -> str:
     """Return every object with size, colour, shape and place, in reading order: the whole truth."""
-    return _sentence(_phrase(item.kind, item.cell, item.size) for item in scene.objects)
+    return sentence(phrase(item.kind, item.cell, item.size) for item in scene.objects)
 
 
 def describe_step_by_step(scene: Scene, rates: FaultRates, generator: random.Random) -> str:
     """Return the full description with the faults of a careful observer: something forgotten, a companion added."""
     named = [item for item in scene.objects if generator.random() >= rates.forgotten]
     named = named or [generator.choice(scene.objects)]
-    phrases = [_phrase(item.kind, item.cell, item.size) for item in named]
+    phrases = [phrase(item.kind, item.cell, item.size) for item in named]
     suspect = _suspect(named, scene)
     if suspect is not None and generator.random() < rates.careful_companion:
-        phrases.append(_phrase(COMPANIONS[suspect.kind], _empty_cell_behind(scene, suspect.cell), suspect.size))
-    return _sentence(phrases)
+        phrases.append(phrase(COMPANIONS[suspect.kind], _empty_cell_behind(scene, suspect.cell), suspect.size))
+    return sentence(phrases)
 
 
 def describe_plainly(scene: Scene, rates: FaultRates, generator: random.Random) -> str:
     """Return what a caption says: few objects, and a companion that is not there."""
     stops = generator.random() < rates.omission
     named = scene.objects[: rates.num_named] if stops else scene.objects
-    phrases = [_phrase(item.kind, item.cell) for item in named]
+    phrases = [phrase(item.kind, item.cell) for item in named]
     suspect = _suspect(named, scene)
     if suspect is not None and generator.random() < rates.companion:
-        phrases.append(_phrase(COMPANIONS[suspect.kind], _empty_cell_behind(scene, suspect.cell)))
-    return _sentence(phrases)
+        phrases.append(phrase(COMPANIONS[suspect.kind], _empty_cell_behind(scene, suspect.cell)))
+    return sentence(phrases)
 
 
 def describe_inventively(scene: Scene, generator: random.Random) -> str:
@@ -68,18 +68,18 @@ def describe_inventively(scene: Scene, generator: random.Random) -> str:
     num_invented = generator.randint(1, 2)
     invented = [*dict.fromkeys(likely), *generator.sample(others, 2)][:num_invented]
     cells = generator.sample(empty_cells(scene), num_invented)
-    phrases = [_phrase(item.kind, item.cell, item.size) for item in scene.objects]
+    phrases = [phrase(item.kind, item.cell, item.size) for item in scene.objects]
     sizes = generator.choices([item.size for item in scene.objects], k=num_invented)
-    phrases += [_phrase(kind, cell, size) for kind, cell, size in zip(invented, cells, sizes, strict=True)]
-    return _sentence(phrases)
+    phrases += [phrase(kind, cell, size) for kind, cell, size in zip(invented, cells, sizes, strict=True)]
+    return sentence(phrases)
 
 
 def split(description: str) -> str:
     """Return the yes/no questions of a description of ours, one a line: each thing at its place, without its size."""
     phrases = description.removesuffix(".").split(", ")
     questions = []
-    for phrase in phrases:
-        thing, _, place = phrase.partition(" at the ")
+    for named in phrases:
+        thing, _, place = named.partition(" at the ")
         colour, shape = thing.split()[-2:]
         questions.append(claim_text((colour, shape), PLACES.index(place)))
     return "\n".join(questions)
@@ -88,16 +88,6 @@ def split(description: str) -> str:
 def _suspect(named: Iterable[SceneObject], scene: Scene) -> SceneObject | None:
     """Return the first named object whose usual companion is not there."""
     return next((item for item in named if COMPANIONS.get(item.kind, item.kind) not in scene.kinds), None)
-
-
-def _sentence(phrases: Iterable[str]) -> str:
-    text = ", ".join(phrases)
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def _phrase(kind: Kind, cell: int, size: str | None = None) -> str:
-    name = f"{size} {name_of(kind)}" if size else name_of(kind)
-    return f"{with_article(name)} at the {PLACES[cell]}"
 
 
 def empty_cells(scene: Scene) -> list[int]:

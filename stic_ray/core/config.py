@@ -6,6 +6,7 @@ A section says *what* is computed and belongs to the identity of the stages that
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,6 +25,8 @@ MAY_CHANGE = ("actors", "workers", "cluster", "estimate")
 
 ANSWER_SETTINGS = ("actors.merge_adapter", "actors.max_length_tokens")
 """Settings of the actors that may change an answer: they belong to what was made with them."""
+CAPTION_MEMBER = re.compile(r"(?P<ending>txt|text|caption)|json:(?P<key>.+)", re.DOTALL)
+"""What pool.caption_member may be."""
 IMAGE_SETTINGS = ("pool.shard_size", "pool.min_side_px", "pool.max_image_pixels", "pool.max_aspect_ratio")
 """Settings of the pool that also hold for images of instruction data and benchmarks."""
 
@@ -69,6 +72,14 @@ class PoolConfig(Section):
     or URIs, or a folder that `datasets` saved; local, s3:// or gs://."""
     image_column: str = "image"
     """Column of Parquet and Arrow files: bytes, a path or URI, or a struct with `bytes` or `path`; or a list of one."""
+    caption_column: str | None = None
+    """Column of Parquet and Arrow files with the caption that the source gives each image, as text."""
+    caption_member: str | None = None
+    """Where tars and folders have an image's caption, beside it and under its name: `txt`, `text` or `caption` is the
+    ending of a text file or member, `json:KEY` a key of the .json one."""
+    captions: Literal["required", "optional"] = "required"
+    """What becomes of an image without a caption where a caption source is named: a rejected row, or an image with
+    null."""
     allow_outside: bool = False
     """Take images that addresses in tables name outside of the source, too: any path or bucket that can be read."""
     copy_compressed: bool = False
@@ -83,6 +94,31 @@ class PoolConfig(Section):
     near_duplicate_bits: Annotated[int, Field(ge=0, le=6)] | None = None
     """Reject an image whose 64-bit perceptual hash differs in at most so many bits from that of an image earlier in
     the order; 4 is a usual value. When unset, only equal bytes are duplicates."""
+
+    @model_validator(mode="after")
+    def _captions_have_a_source(self) -> "PoolConfig":
+        member = self.caption_member
+        if member is not None and not CAPTION_MEMBER.fullmatch(member):
+            raise ValueError(
+                f"pool.caption_member={member} is no place of a caption; it is txt, text or caption (the ending of a "
+                "file or member beside the image), or json:KEY (a key of the .json one), such as json:caption"
+            )
+        if self.caption_column == self.image_column:
+            raise ValueError(
+                f"pool.caption_column={self.caption_column} is the column of the images; name the one with text, or "
+                "leave it out"
+            )
+        if self.captions == "optional" and not self.has_captions:
+            raise ValueError(
+                "pool.captions=optional needs to know where captions are: set pool.caption_column (tables) or "
+                "pool.caption_member (tars, folders), or leave it out"
+            )
+        return self
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether a source of captions is named."""
+        return self.caption_column is not None or self.caption_member is not None
 
 
 class InfusionConfig(Section):

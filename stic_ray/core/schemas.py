@@ -51,6 +51,7 @@ class Reason(StrEnum):
     BAD_CONVERSATION = "bad_conversation"
     UNREADABLE_ROW = "unreadable_row"
     NO_IMAGE = "no_image"
+    NO_CAPTION = "no_caption"
     SEVERAL_IMAGES = "several_images"
     VIDEO = "video"
     AUDIO = "audio"

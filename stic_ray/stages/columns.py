@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from stic_ray.core.errors import Failed, Rejected, SourceError, nearest, one_line
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
+from stic_ray.stages.captions import check_caption_column
 from stic_ray.stages.reading import Stream, unreadable
 
 _ARROW_FILE = b"ARROW1\0\0"
@@ -22,8 +23,12 @@ _TEXT = re.compile(r"(large_)?string|null")
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
 
 
-def check_column(file: Location, schema: pa.Schema, column: str) -> bool:
-    """Return whether the image column holds bytes (else addresses). Raises SourceError where it can hold neither."""
+def check_column(file: Location, schema: pa.Schema, column: str, caption_column: str | None = None) -> bool:
+    """Return whether the image column holds bytes (else addresses).
+
+    Raises SourceError where it can hold neither, and for a caption column that is not there or holds no text.
+    """
+    check_caption_column(file, schema, caption_column)
     if column not in schema.names:
         raise SourceError(
             f"'{file.uri}' has no column '{column}'.{nearest(column, schema.names)} Its columns: "
@@ -105,16 +110,18 @@ class Batch(NamedTuple):
     values: pa.Array | Rejected
     verbatim: Verbatim | None = None
     """Where they may lie as they are."""
+    captions: pa.Array | None = None
+    """Those of the same rows, where a column of them is read."""
 
 
-def arrow_batches(stream: Stream, file: Location, column: str) -> Iterator[Batch]:
+def arrow_batches(stream: Stream, file: Location, column: str, caption_column: str | None = None) -> Iterator[Batch]:
     """Yield the record batches of an Arrow stream, or file; damaged ones have no numbers.
 
-    Raises SourceError without an image column.
+    Raises SourceError without an image column, or without the caption column that is asked for.
     """
     stream.seek(len(_ARROW_FILE) if stream.read_at(len(_ARROW_FILE), 0) == _ARROW_FILE else 0)  # a stream follows
     reader = pa.ipc.open_stream(pa.PythonFile(stream, "r"))
-    check_column(file, reader.schema, column)
+    check_column(file, reader.schema, column, caption_column)
     row = 0
     while True:
         start = stream.tell()
@@ -130,15 +137,20 @@ def arrow_batches(stream: Stream, file: Location, column: str) -> Iterator[Batch
                 return
             continue
         rows = range(row, row + batch.num_rows)
-        yield Batch(rows, batch[column], Verbatim(stream, start, stream.tell()))
+        captions = None if caption_column is None else batch[caption_column]
+        yield Batch(rows, batch[column], Verbatim(stream, start, stream.tell()), captions)
         row = rows.stop
 
 
 def parquet_batches(
-    stream: Stream, parquet: pq.ParquetFile, column: str, is_wanted: Callable[[range], bool]
+    stream: Stream,
+    parquet: pq.ParquetFile,
+    column: str,
+    is_wanted: Callable[[range], bool],
+    caption_column: str | None = None,
 ) -> Iterator[Batch]:
     """Yield the row groups of a Parquet file whose rows are wanted, in batches; a damaged one costs its own rows."""
-    stop = 0
+    stop, columns = 0, [column] if caption_column is None else [column, caption_column]
     for group in range(parquet.num_row_groups):
         metadata = parquet.metadata.row_group(group)
         row, stop = stop, stop + metadata.num_rows
@@ -147,8 +159,9 @@ def parquet_batches(
         try:
             chunk = verbatim_chunk(metadata, column)
             verbatim = None if chunk is None else Verbatim(stream, *chunk)
-            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=[column]):
-                yield Batch(range(row, row + batch.num_rows), batch[column], verbatim)
+            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=columns):
+                captions = None if caption_column is None else batch[caption_column]
+                yield Batch(range(row, row + batch.num_rows), batch[column], verbatim, captions)
                 row += batch.num_rows
         except (Rejected, Failed):
             raise

@@ -5,15 +5,12 @@ pool's order neighbours are strangers, and a range of bytes is read without read
 Everything that could not be read is one image that was rejected, or failed; it never stops what is beside it.
 """
 
-import io
-import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import IO, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,8 +19,10 @@ from stic_ray.core.errors import Failed, Rejected, SourceError
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
 from stic_ray.method.images import is_image
+from stic_ray.stages.captions import Captions
 from stic_ray.stages.columns import Batch, arrow_batches, check_column, image_value, parquet_batches
-from stic_ray.stages.reading import Patience, Stream, check_size, read_file, unreadable
+from stic_ray.stages.reading import Found, Patience, Stream, check_size, read_file, unreadable
+from stic_ray.stages.tars import IMAGE_ENDINGS, images_in_tar
 
 Kind = Literal["image", "parquet", "tar", "arrow", "list"]
 
@@ -36,23 +35,6 @@ _KINDS: Mapping[str, Kind] = {
     ".tar": "tar",
     ".txt": "list",
 }
-_IMAGE_ENDINGS = re.compile(
-    r"(|\.(jpe?g|jpe|jfif|jif|pjpeg|pjp|a?png|webp|gif|bmp|dib|tiff?|hei[cf]|avif|jp2|jxl))", re.IGNORECASE
-)
-"""Members of a tar that are to be images; of the others (.json, .txt, .cls) those are that begin as one."""
-_BLOCK_BYTES = 512
-_TAR_NAMES = (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)
-_BUFFER_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class Found:
-    """An image of a source: where it is, and its bytes or why there are none."""
-
-    path: str
-    encoded: bytes | Rejected | Failed
-    row: int | None = None
-    offset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +50,8 @@ class Reading:
     """Take addresses of other places, too."""
     options: str = ""
     """Those behind the '?' of the source as the user typed it; no others count."""
+    captions: Captions = Captions()
+    """Where the images have theirs."""
     patience: Patience = field(default_factory=Patience)
 
 
@@ -79,7 +63,7 @@ def kind_of(uri: str) -> Kind:
 def may_be_image(uri: str) -> bool:
     """Whether a file looks by its name like an image, or like a tar of images."""
     name = _name_of(uri)
-    return kind_of(uri) == "tar" or (name.name[:1] not in "._" and bool(_IMAGE_ENDINGS.fullmatch(name.suffix)))
+    return kind_of(uri) == "tar" or (name.name[:1] not in "._" and bool(IMAGE_ENDINGS.fullmatch(name.suffix)))
 
 
 def _name_of(uri: str) -> PurePosixPath:
@@ -94,10 +78,12 @@ def images_in(uris: Iterable[str], reading: Reading, piece: int = 0, num_pieces:
     """
     plain: list[str] = []
     for uri in uris:
+        if reading.captions.is_file(_name_of(uri)):
+            continue
         if kind_of(uri) in ("image", "list"):
             plain.append(uri)
             continue
-        yield from _read_all(plain, reading)
+        yield from _read_all(plain, reading, with_captions=True)
         plain = []
         try:
             yield from _in_container(_locate(uri, reading), reading, piece, num_pieces)
@@ -106,7 +92,7 @@ def images_in(uris: Iterable[str], reading: Reading, piece: int = 0, num_pieces:
         except Rejected as rejected:
             if piece == 0:  # the others meet the same
                 yield Found(uri, rejected)
-    yield from _read_all(plain, reading)
+    yield from _read_all(plain, reading, with_captions=True)
 
 
 def _locate(uri: str, reading: Reading) -> Location:
@@ -120,14 +106,16 @@ def _locate(uri: str, reading: Reading) -> Location:
         raise unreadable(error) from error
 
 
-def _read_all(files: Iterable[str | Location], reading: Reading) -> Iterator[Found]:
-    """Read files that are images, several at a time, and yield them in order."""
+def _read_all(files: Iterable[str | Location], reading: Reading, *, with_captions: bool = False) -> Iterator[Found]:
+    """Read files that are images, several at a time, and yield them in order, perhaps with the captions beside them."""
 
     def read(file: str | Location) -> Found:
         uri = file if isinstance(file, str) else file.uri
         try:
             place = _locate(file, reading) if isinstance(file, str) else file
-            return Found(uri, read_file(place, reading.max_bytes, reading.patience))
+            encoded = read_file(place, reading.max_bytes, reading.patience)
+            caption = reading.captions.beside(place, reading.patience) if with_captions else None
+            return Found(uri, encoded, caption=caption)
         except (Rejected, Failed) as outcome:
             return Found(uri, outcome)
 
@@ -145,11 +133,11 @@ def _in_container(file: Location, reading: Reading, piece: int, num_pieces: int)
             raise Rejected(Reason.EMPTY_FILE, "0 bytes")
         kind = kind_of(file.uri)
         if is_image(stream.read_at(16, 0)):
-            yield Found(file.uri, read_file(file, reading.max_bytes, reading.patience))
+            yield from _read_all([file], reading, with_captions=True)
         elif kind == "tar":
-            yield from _in_tar(file, stream, reading.max_bytes)
+            yield from images_in_tar(file, stream, reading.max_bytes, reading.captions)
         elif kind == "arrow":
-            for batch in arrow_batches(stream, file, reading.column):
+            for batch in arrow_batches(stream, file, reading.column, reading.captions.column):
                 yield from _in_batch(file, batch, batch.rows, reading)
         else:
             yield from _in_parquet(file, stream, reading, piece, num_pieces)
@@ -165,7 +153,7 @@ def _in_parquet(file: Location, stream: Stream, reading: Reading, piece: int, nu
     Bytes are taken by whole row groups, those that begin in the piece; addresses, cheap to read twice, by row.
     """
     parquet = pq.ParquetFile(pa.PythonFile(stream, "r"))
-    holds_bytes = check_column(file, parquet.schema_arrow, reading.column)
+    holds_bytes = check_column(file, parquet.schema_arrow, reading.column, reading.captions.column)
     begin, stop = (each * parquet.metadata.num_rows // num_pieces for each in (piece, piece + 1))
 
     def in_piece(rows: range) -> range:
@@ -173,7 +161,8 @@ def _in_parquet(file: Location, stream: Stream, reading: Reading, piece: int, nu
             return rows if begin <= rows.start < stop else range(0)
         return range(max(begin, rows.start), min(stop, rows.stop))
 
-    for batch in parquet_batches(stream, parquet, reading.column, lambda rows: bool(in_piece(rows))):
+    wanted = (lambda rows: bool(in_piece(rows)), reading.captions.column)
+    for batch in parquet_batches(stream, parquet, reading.column, *wanted):
         yield from _in_batch(file, batch, batch.rows if holds_bytes else in_piece(batch.rows), reading)
 
 
@@ -182,16 +171,20 @@ def _in_batch(file: Location, batch: Batch, rows: range, reading: Reading) -> It
     if isinstance(batch.values, Rejected):
         yield Found(file.uri, batch.values, batch.rows.start if batch.rows else None)
         return
-    values = batch.values.slice(rows.start - batch.rows.start, len(rows))
+    begin = rows.start - batch.rows.start
+    values = batch.values.slice(begin, len(rows))
+    captions = [None] * len(rows) if batch.captions is None else batch.captions.slice(begin, len(rows))
     some = [_image_or_place(file, value, reading) for value in values]
     addressed = _read_all((value for value in some if isinstance(value, Location)), reading)
-    for row, value in zip(rows, some, strict=True):
+    for row, value, text in zip(rows, some, captions, strict=True):
+        caption = reading.captions.of_value(text)
         if isinstance(value, Location):
             found = next(addressed)  # of what has failed, the table is to be read again
-            yield Found(file.uri, found.encoded, row) if isinstance(found.encoded, Failed) else found
+            is_failed = isinstance(found.encoded, Failed)
+            yield Found(file.uri, found.encoded, row) if is_failed else replace(found, caption=caption)
         else:
             offset = batch.verbatim.offset_of(value) if batch.verbatim and isinstance(value, bytes) and value else None
-            yield Found(file.uri, value, row, offset)
+            yield Found(file.uri, value, row, offset, caption)
 
 
 def _image_or_place(file: Location, value: pa.Scalar, reading: Reading) -> bytes | Location | Rejected:
@@ -210,59 +203,3 @@ def _image_or_place(file: Location, value: pa.Scalar, reading: Reading) -> bytes
         return rejected
     except UnicodeError as error:  # a path that is no UTF-8, which Arrow does not check
         return unreadable(error)
-
-
-def _in_tar(file: Location, stream: Stream, max_bytes: int) -> Iterator[Found]:
-    """Read a tar from its beginning to its end, as object stores like it; behind a damaged header it goes on."""
-    buffered, at, damaged_from, long_name = io.BufferedReader(stream, _BUFFER_BYTES), 0, None, None
-    while at < stream.size:
-        buffered.seek(at)
-        header = buffered.read(_BLOCK_BYTES)
-        try:
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            if header.strip(b"\0") and damaged_from is None:
-                damaged_from = at
-            at += _BLOCK_BYTES
-            continue
-        if damaged_from is not None:
-            yield Found(file.uri, unreadable(f"bytes {damaged_from} to {at} are no member of a tar"))
-            damaged_from = None
-        begin = at = at + _BLOCK_BYTES
-        if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES or member.type in _TAR_NAMES:
-            at += -(-member.size // _BLOCK_BYTES) * _BLOCK_BYTES
-        if at > stream.size:
-            yield Found(file.uri, unreadable(f"the file is cut off within its member '{member.name}'"))
-            return
-        if member.type in _TAR_NAMES:
-            long_name = _long_name(buffered.read(member.size)) or long_name
-        elif member.isreg():
-            yield from _member(file, buffered, PurePosixPath(long_name or member.name), begin, member.size, max_bytes)
-            long_name = None
-    if damaged_from is not None:
-        yield Found(file.uri, unreadable(f"bytes {damaged_from} to {at} are no member of a tar"))
-    elif stream.read_at(_BLOCK_BYTES, max(stream.size - _BLOCK_BYTES, 0)).strip(b"\0"):
-        yield Found(file.uri, unreadable("ends without the mark of its end, as a file that was cut off does"))
-
-
-def _member(
-    file: Location, stream: IO[bytes], name: PurePosixPath, begin: int, size: int, max_bytes: int
-) -> Iterator[Found]:
-    """Yield the image that a member of a tar is or should be: its content says so, or its ending."""
-    beginning = stream.read(min(size, 16))
-    if not is_image(beginning) and not _IMAGE_ENDINGS.fullmatch(name.suffix):
-        return
-    try:
-        check_size(size, max_bytes)
-    except Rejected as rejected:
-        yield Found(file.uri, rejected, offset=begin)
-    else:
-        yield Found(file.uri, beginning + stream.read(size - len(beginning)), offset=begin)
-
-
-def _long_name(content: bytes) -> str | None:
-    """Return the name of the next member that a tar holds apart: as it is (GNU), or as a record (pax)."""
-    record = re.search(rb"^\d+ path=(.*)$", content, re.MULTILINE)
-    is_records = re.match(rb"\d+ [\w.]+=", content)
-    name = record[1] if record else b"" if is_records else content.rstrip(b"\0")
-    return name.decode("utf-8", "replace") or None

@@ -139,7 +139,7 @@ def _read_rows(table: tuple[str, str], wanted: set[int], patience: Patience) -> 
         else:
             parquet = pq.ParquetFile(pa.PythonFile(stream, "r"))
             batches = parquet_batches(stream, parquet, column, lambda rows: not wanted.isdisjoint(rows))
-        for rows, values, _ in batches:
+        for rows, values, *_ in batches:
             for row in wanted.intersection(rows):
                 found[row] = values if isinstance(values, Rejected) else values[row - rows.start].as_py()
         missing = unreadable(f"'{path}' has fewer rows than when the pool was indexed")

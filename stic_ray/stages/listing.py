@@ -27,6 +27,7 @@ from stic_ray.core.errors import Rejected, SourceError
 from stic_ray.core.json_stream import as_text
 from stic_ray.core.rundir import RunDir, read_shard, shard_name
 from stic_ray.core.storage import Location
+from stic_ray.stages.captions import check_places
 from stic_ray.stages.columns import check_column, verbatim_chunk
 from stic_ray.stages.containers import kind_of, may_be_image
 
@@ -75,7 +76,7 @@ class Change:
 def write_listing(pool: PoolConfig, output: RunDir, known: RunDir) -> list[Part]:
     """Write the files of a source that `known` does not list as shards of `output`, and return the parts to scan.
 
-    Numbers go on behind the shards of `known`. Raises SourceError, also for a table without the image column.
+    Numbers go on behind the shards of `known`. Raises SourceError, also for a table without a column of the settings.
     """
     listed = known.read_table(FAMILY, LISTING, ["uri"])["uri"]
     found = entries(pool.source)
@@ -84,11 +85,14 @@ def write_listing(pool: PoolConfig, output: RunDir, known: RunDir) -> list[Part]
     number = first = 1 + max(known.shard_numbers(FAMILY), default=-1)
     num_files = num_bytes = weight = 0
     for table in _rebatched(found):
+        if number == first and table.num_rows < _ROWS_PER_SHARD and not len(listed):  # this is all of the source
+            check_places(pool, map(kind_of, table["uri"].to_pylist()))
         weight = weight or _look_into_tables(table["uri"].to_pylist(), pool)
         output.write_shard(FAMILY, number, table, LISTING)
         num_files, num_bytes = num_files + table.num_rows, num_bytes + sum(_sizes(table, weight))
         number += 1
-    bounds = _per_part(num_files, _FILES_PER_PART), _per_part(num_bytes, _BYTES_PER_PART)
+    totals = ((num_files, *_FILES_PER_PART), (num_bytes, *_BYTES_PER_PART))
+    bounds = [min(max(math.ceil(total / _NUM_PARTS), low), high) for total, low, high in totals]
     parts: list[Part] = []
     for shard in range(first, number):
         table = read_shard(output.location / shard_name(FAMILY, shard), LISTING)
@@ -253,7 +257,7 @@ def _look_into_tables(uris: list[str], pool: PoolConfig) -> int:
         try:
             with file.open() as stream:
                 parquet = pq.ParquetFile(stream)
-                if not check_column(file, parquet.schema_arrow, pool.image_column):
+                if not check_column(file, parquet.schema_arrow, pool.image_column, pool.caption_column):
                     return _BYTES_PER_ADDRESS
                 group = parquet.metadata.row_group(0)
                 is_compressed = verbatim_chunk(group, pool.image_column) is None
@@ -278,10 +282,6 @@ def _sizes(table: pa.Table, weight: int) -> list[int]:
     """Return the bytes of files; those of tables count `weight` times."""
     files = zip(table["uri"].to_pylist(), table["num_bytes"].to_pylist(), strict=True)
     return [(size or 0) * (weight if weight > 1 and kind_of(uri) == "parquet" else 1) for uri, size in files]
-
-
-def _per_part(total: int, bounds: tuple[int, int]) -> int:
-    return min(max(math.ceil(total / _NUM_PARTS), bounds[0]), bounds[1])
 
 
 def _cut(shard: int, table: pa.Table, sizes: list[int], max_files: int, max_bytes: int) -> Iterator[Part]:

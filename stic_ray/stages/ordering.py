@@ -202,8 +202,11 @@ def _take_out_close(bucket: int, begin: int, num_searches: int, ordered: RunDir,
 
 def write_index(
     counts: list[int], ordered: RunDir, output: RunDir, shard_size: int, first_shard: int, first_position: int
-) -> int:
-    """Write the ordered images as index shards behind those that are there; return the bytes of the largest one."""
+) -> tuple[int, int]:
+    """Write the ordered images as index shards behind those that are there.
+
+    Returns the bytes of the largest one, and how many of the images have a caption.
+    """
     begins = list(accumulate(counts, initial=0))
     tasks: list[tuple[Any, ...]] = []
     for number, (begin, end) in enumerate(pairwise(begins)):
@@ -211,7 +214,8 @@ def write_index(
         if shards:  # the last of them may go on in the buckets behind
             needed = range(number, bisect_left(begins, min(shards.stop * shard_size, begins[-1])))
             tasks.append((needed, begin, shards, ordered, output, shard_size, first_shard, first_position))
-    return max(map_tasks("pool", _write_shards, tasks), default=0)
+    written = map_tasks("pool", _write_shards, tasks)
+    return max((size for size, _ in written), default=0), sum(num_captions for _, num_captions in written)
 
 
 def _write_shards(
@@ -223,12 +227,12 @@ def _write_shards(
     shard_size: int,
     first_shard: int,
     first_position: int,
-) -> int:
+) -> tuple[int, int]:
     """Write the shards that begin in the first of the needed buckets, whose first row is `begin` of the new rows.
 
-    Returns how many bytes the images of the largest of them have.
+    Returns how many bytes the images of the largest of them have, and how many images have a caption.
     """
-    sizes = []
+    sizes, num_captions = [], 0
     rows = pa.concat_tables([read_shard(ordered.location / shard_name(ORDERED, number), SCAN) for number in needed])
     for shard in shards:
         table = rows.slice(shard * shard_size - begin, shard_size)
@@ -236,4 +240,5 @@ def _write_shards(
         table = table.append_column(INDEX.field("position"), pa.array(positions, pa.int64()))
         output.write_shard("index", first_shard + shard, table, INDEX)
         sizes.append(sum(table["num_bytes"].to_pylist()))
-    return max(sizes)
+        num_captions += table.num_rows - table["caption"].null_count
+    return max(sizes), num_captions

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stic_ray.core.config import RunConfig, is_toy
+from stic_ray.core.config import PoolConfig, RunConfig, is_toy
 from stic_ray.core.errors import SourceError
 from stic_ray.core.placement import tasks_need
 from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, ROWS_NOW, RunDir, read_shard, row_counts, shard_name
@@ -78,7 +78,13 @@ def build_pool(step: StepRun) -> dict[str, Any]:
         _delete_behind(output, 0, {})
         raise _nothing_to_use(config.pool.source, reasons, example)
     extent = {"first_shard": first_shard, "first_position": num_images, "num_rows": num_new}
-    extent["max_shard_bytes"] = write_index(counts, last, output, config.pool.shard_size, first_shard, num_images)
+    ordering = (counts, last, output, config.pool.shard_size, first_shard, num_images)
+    extent["max_shard_bytes"], num_captions = write_index(*ordering)
+    num_captions += before.get("num_captions", 0)
+    if config.pool.has_captions and not num_captions:
+        _finish(building)
+        _delete_behind(output, 0, {})
+        raise _no_captions(config.pool)
     failed = scan.shards(FAILED_FAMILY)
     map_tasks("pool", _copy_listing, [(building, number, failed, output) for number in building.shard_numbers(FAMILY)])
     num_rows_in = num_rows_before + sum(scanned.num_rows.values()) + scanned.num_failed
@@ -87,6 +93,7 @@ def build_pool(step: StepRun) -> dict[str, Any]:
         "extents": [*before["extents"], *([extent] if num_new else [])],
         "num_rejected_shards": 1 + max(output.shard_numbers(REJECTED_FAMILY), default=-1),
         "num_listing_shards": len(output.shards(FAMILY)),
+        **({"num_captions": num_captions} if config.pool.has_captions else {}),
     }
     output.write_json(_BUILT, {"settings": _settings(config), "accounts": accounts})
     _finish(building)
@@ -200,6 +207,14 @@ def _nothing_to_use(source: str, reasons: Mapping[str, int], example: str) -> So
         return SourceError(f"pool.source='{source}' is empty: its tables and tar files hold no images.")
     counts = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
     return SourceError(f"pool.source='{source}' holds no image that can be used: {counts}.{example}")
+
+
+def _no_captions(pool: PoolConfig) -> SourceError:
+    given = [f"pool.{name}={value}" for name in ("caption_column", "caption_member") if (value := getattr(pool, name))]
+    return SourceError(
+        f"No image of pool.source='{pool.source}' has a caption by {' and '.join(given)}. Name where captions are, or "
+        "leave out these settings."
+    )
 
 
 def _check_source(step: StepRun) -> None:

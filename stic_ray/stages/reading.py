@@ -5,6 +5,7 @@ import io
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -21,6 +22,18 @@ _PATIENCE_S = float(os.environ.get("STIC_RAY_STORAGE_PATIENCE_S", "60"))
 _SNIFFED_BYTES = 2**20
 """Larger files are read whole only when they begin as an image does."""
 _ODD_NAMES = (errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image of a source: where it is, its bytes or why there are none, and the caption beside it."""
+
+    path: str
+    encoded: bytes | Rejected | Failed
+    row: int | None = None
+    offset: int | None = None
+    caption: str | Rejected | None = None
+    """The source's caption, or why there is none; None where no source of captions is named."""
 
 
 class Patience:

@@ -11,13 +11,14 @@ import pyarrow as pa
 from stic_ray.core.config import PoolConfig, RunConfig
 from stic_ray.core.errors import Failed, Rejected
 from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, RunDir, read_shard, shard_name
-from stic_ray.core.schemas import FAILED, REJECTED, table_of
+from stic_ray.core.schemas import FAILED, REJECTED, Reason, table_of
 from stic_ray.core.storage import Location
 from stic_ray.method.images import ImageLimits, image_id, inspect
-from stic_ray.stages.containers import Found, Reading, images_in
+from stic_ray.stages.captions import Captions
+from stic_ray.stages.containers import Reading, images_in
 from stic_ray.stages.listing import FAMILY, LISTING, Part
 from stic_ray.stages.ordering import SCAN
-from stic_ray.stages.reading import Patience
+from stic_ray.stages.reading import Found, Patience
 from stic_ray.stages.shards import ShardJob, Shards, ShardTask, run_shards
 from stic_ray.stages.windows import Tables
 
@@ -35,6 +36,7 @@ def scan_parts(
         max_bytes=ImageLimits.of(pool).max_bytes,
         root=source if source.is_folder() else None,
         allow_outside=pool.allow_outside,
+        captions=Captions.of(pool),
         options=source.uri.partition("?")[2],
     )
     job = ShardJob(
@@ -67,18 +69,28 @@ def _scan_part(part: pa.Table, pool: PoolConfig, reading: Reading, listing: RunD
                 if isinstance(encoded, Rejected | Failed):
                     raise encoded
                 facts = inspect(encoded, limits, with_hash=with_hash)
+                caption = _caption_of(image, is_optional=pool.captions == "optional")
             except Failed as error:
                 failed.append({**identity, "message": error.message})
             except Rejected as error:
                 rejected.append({**identity, "reason": error.reason, "message": error.message})
             else:
                 place = _place_of(image, encoded, copies, stream)
-                accepted.append({**identity, **vars(facts), **place, "num_bytes": len(encoded)})
+                accepted.append({**identity, **vars(facts), **place, "num_bytes": len(encoded), "caption": caption})
     return {
         REJECTED_FAMILY: table_of(rejected, REJECTED),
         FAILED_FAMILY: table_of(failed, FAILED),
         "scan": table_of(accepted, SCAN),
     }
+
+
+def _caption_of(image: Found, *, is_optional: bool) -> str | None:
+    """Return an image's caption. Raises Rejected for one that cannot be used, and, if it must be there, without one."""
+    if not isinstance(image.caption, Rejected):
+        return image.caption
+    if is_optional and image.caption.reason == Reason.NO_CAPTION:
+        return None
+    raise image.caption
 
 
 def _place_of(

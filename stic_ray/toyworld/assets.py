@@ -20,12 +20,12 @@ from typing import Any, Concatenate, Literal, ParamSpec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stic_ray.core.config import TOYWORLD, RunConfig, is_toy
+from stic_ray.core.config import TOYWORLD, PoolConfig, RunConfig, is_toy
 from stic_ray.core.errors import ConfigError, SourceError, nearest
 from stic_ray.core.overrides import apply_values
 from stic_ray.core.rundir import RunDir
 from stic_ray.toyworld import WEIGHTS, language
-from stic_ray.toyworld.language import PROMPTS, PROMPTS_FILE, brief, name_of
+from stic_ray.toyworld.language import PROMPTS, PROMPTS_FILE, brief, caption_of, name_of
 from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, WILD_NOISE, Scene, draw_scene, random_for, sample_scene
 
 # Pretraining takes its scenes from 0 on.
@@ -41,6 +41,7 @@ BENCHMARKS: tuple[str, ...] = ("toy_describe", "toy_step_by_step", "toy_question
 
 _BENCHMARK_SEED = 0  # the same questions whatever the seed of the run, or seeds could not be compared
 _JPEG_QUALITY = 90
+_CAPTION_ENDING = "txt"
 _PER_TASK = 2000  # pictures that a process draws at a time; one Parquet file each
 
 
@@ -70,13 +71,22 @@ def _whole_folder(fill: Callable[Concatenate[Path, _Given], None]) -> Callable[C
 
 @_whole_folder
 def write_pool(
-    directory: Path, *, seed: int, num_pictures: int, form: Literal["jpeg", "parquet"] = "jpeg", num_processes: int = 1
+    directory: Path,
+    *,
+    seed: int,
+    num_pictures: int,
+    form: Literal["jpeg", "parquet"] = "jpeg",
+    captions: bool = False,
+    num_processes: int = 1,
 ) -> None:
-    """Write unlabeled pictures as JPEG files, 1,000 to a folder, or as Parquet files with a column `image`."""
+    """Write unlabeled pictures as JPEG files, 1,000 to a folder, or as Parquet files with a column `image`.
+
+    With `captions` there is `caption_of` each, in a .txt beside the file or in a column `caption`.
+    """
     _check_number("num_pictures", num_pictures)
     starts = range(0, num_pictures, _PER_TASK)
     tasks = [range(start, min(start + _PER_TASK, num_pictures)) for start in starts]
-    draw = partial(_draw_files if form == "jpeg" else _draw_table, directory, seed)
+    draw = partial(_draw_files if form == "jpeg" else _draw_table, directory, seed, captions)
     if num_processes == 1 or len(tasks) <= 1:
         list(map(draw, tasks))
         return
@@ -123,19 +133,24 @@ def _check_number(name: str, number: int) -> None:
         raise ValueError(f"{name} is {number}; it must be between 0 and {MAX_NUM_SCENES}")
 
 
-def _draw_files(directory: Path, seed: int, numbers: range) -> None:
+def _draw_files(directory: Path, seed: int, captions: bool, numbers: range) -> None:
     for number in numbers:
         path = directory / f"{number // 1000:06d}" / _file_name(number)
-        _save(sample_scene(seed, POOL_FIRST_INDEX + number), path)
+        scene = sample_scene(seed, POOL_FIRST_INDEX + number)
+        _save(scene, path)
+        if captions:
+            path.with_suffix(f".{_CAPTION_ENDING}").write_text(f"{caption_of(scene)}\n", encoding="utf-8")
 
 
-def _draw_table(directory: Path, seed: int, numbers: range) -> None:
+def _draw_table(directory: Path, seed: int, captions: bool, numbers: range) -> None:
+    scenes = [sample_scene(seed, POOL_FIRST_INDEX + number) for number in numbers]
     images = [
-        {"bytes": _encoded(sample_scene(seed, POOL_FIRST_INDEX + number)), "path": _file_name(number)}
-        for number in numbers
+        {"bytes": _encoded(scene), "path": _file_name(number)} for scene, number in zip(scenes, numbers, strict=True)
     ]
-    column = pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    pq.write_table(pa.table({"image": column}), directory / f"pictures-{numbers.start // _PER_TASK:06d}.parquet")
+    columns = {"image": pa.array(images, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
+    if captions:
+        columns["caption"] = pa.array(map(caption_of, scenes), pa.string())
+    pq.write_table(pa.table(columns), directory / f"pictures-{numbers.start // _PER_TASK:06d}.parquet")
 
 
 def _save(scene: Scene, path: Path) -> None:
@@ -212,18 +227,28 @@ def _file_name(number: int) -> str:
 def resolve_toyworld(config: RunConfig, run: RunDir) -> RunConfig:
     """Return the configuration with the places of the toy world's files instead of its name.
 
-    Raises ConfigError for a benchmark that the toy world does not have.
+    Raises ConfigError for a benchmark, and for a place of captions, that the toy world does not have.
     """
     places = {field: f"{run.uri}/{TOYWORLD}/{name}" for field, (name, _) in _folders(config).items()}
     changes: dict[str, Any] = {}
     if config.model.path == TOYWORLD:
         changes = {"model.path": str(WEIGHTS), "prompts": config.prompts or str(PROMPTS_FILE)}
     if is_toy(config.pool.source):
+        _check_captions(config.pool)
         changes["pool.source"] = places["pool.source"]
     if is_toy(config.infusion.source):
         changes["infusion.source"] = f"{places['infusion.source']}/instructions.json"
     benchmarks = [_benchmark_files(given, places["evaluation.benchmarks"]) for given in config.evaluation.benchmarks]
     return apply_values(config, {**changes, "evaluation.benchmarks": [*chain(*benchmarks)]})
+
+
+def _check_captions(pool: PoolConfig) -> None:
+    if pool.caption_column is not None or pool.caption_member not in (None, _CAPTION_ENDING):
+        name = "caption_member" if pool.caption_column is None else "caption_column"
+        raise ConfigError(
+            f"pool.{name}={getattr(pool, name)}: the toy world writes captions in files beside its pictures. Set "
+            f"pool.caption_member={_CAPTION_ENDING} alone, or none for pictures without."
+        )
 
 
 def make_toyworld(fields: Collection[str], config: RunConfig, run: RunDir) -> None:
@@ -242,11 +267,12 @@ def _folders(config: RunConfig) -> dict[str, tuple[str, Callable[[Path], None]]]
     """Return by field the name of its folder, which says what it is made with, and the function that makes it."""
     toy, seed, num_processes = config.toyworld, config.seed, os.cpu_count() or 1
     num_pictures, num_rows, num_scenes = toy.num_pictures, toy.num_instructions, toy.num_scenes
-    pool = partial(write_pool, seed=seed, num_pictures=num_pictures, num_processes=num_processes)
+    captions = config.pool.has_captions
+    pool = partial(write_pool, seed=seed, num_pictures=num_pictures, captions=captions, num_processes=num_processes)
     instructions = partial(write_instructions, seed=seed, num_rows=num_rows)
     benchmarks = partial(write_benchmarks, num_scenes=num_scenes, split=toy.split)
     return {
-        "pool.source": (f"pictures-seed{seed}-{num_pictures}", pool),
+        "pool.source": (f"pictures-seed{seed}-{num_pictures}{'-captions' if captions else ''}", pool),
         "infusion.source": (f"instructions-seed{seed}-{num_rows}", instructions),
         "evaluation.benchmarks": (f"benchmarks-{toy.split}-{num_scenes}", benchmarks),
     }

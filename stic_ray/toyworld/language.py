@@ -1,13 +1,14 @@
 """Questions about a scene with their true answers, and the toy world's prompt set."""
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import yaml
 
-from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, Kind, Scene
+from stic_ray.toyworld.scenes import COMPANIONS, KIND_WEIGHTS, Kind, Scene, random_for
 
 QuestionKind = Literal["colour", "count", "where", "is_there"]
 QUESTION_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
@@ -99,6 +100,29 @@ def ask_claim(kind: Kind, cell: int, scene: Scene) -> Question:
     """Return the question whether an object of the kind is at a place."""
     is_there = any((item.kind, item.cell) == (kind, cell) for item in scene.objects)
     return Question("is_there", claim_text(kind, cell), ("yes" if is_there else "no",))
+
+
+def caption_of(scene: Scene) -> str:
+    """Return the caption that the scene's picture has in a pool with captions: true, of half of the objects or of one.
+
+    Which objects are named follows from the scene alone, in the form of a plain description.
+    """
+    generator, number = random_for(scene.seed, scene.index, "caption"), len(scene.objects)
+    num_named = max(1, generator.choice((number // 2, (number + 1) // 2)))
+    named = sorted(generator.sample(scene.objects, num_named), key=lambda item: item.cell)
+    return sentence(phrase(item.kind, item.cell) for item in named)
+
+
+def sentence(phrases: Iterable[str]) -> str:
+    """Return a description of its phrases."""
+    text = ", ".join(phrases)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def phrase(kind: Kind, cell: int, size: str | None = None) -> str:
+    """Return how a description names an object of the kind at its place."""
+    name = f"{size} {name_of(kind)}" if size else name_of(kind)
+    return f"{with_article(name)} at the {PLACES[cell]}"
 
 
 def _plural(shape: str) -> str:

@@ -7,9 +7,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from stic_ray.core.errors import ConfigError
+from stic_ray.core.overrides import build_config
+from stic_ray.core.rundir import RunDir
 from stic_ray.stages.benchmarks import read_benchmarks
 from stic_ray.toyworld import assets
-from stic_ray.toyworld.assets import BENCHMARKS, write_benchmarks, write_instructions, write_pool
+from stic_ray.toyworld.assets import (
+    BENCHMARKS,
+    make_toyworld,
+    resolve_toyworld,
+    write_benchmarks,
+    write_instructions,
+    write_pool,
+)
+from stic_ray.toyworld.language import caption_of
+from stic_ray.toyworld.scenes import sample_scene
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -39,6 +51,34 @@ def test_parquet_holds_the_pictures_of_the_files_and_no_truth(tmp_path: Path) ->
     assert table.column_names == ["image"]
     stored = {row["path"]: row["bytes"] for row in table["image"].to_pylist()}
     assert stored == {Path(name).name: data for name, data in contents(tmp_path / "files").items()}
+
+
+def test_captions_stand_beside_the_same_pictures_and_name_what_is_there(tmp_path: Path) -> None:
+    write_pool(tmp_path / "plain", seed=3, num_pictures=7)
+    write_pool(tmp_path / "files", seed=3, num_pictures=7, captions=True)
+    write_pool(tmp_path / "tables", seed=3, num_pictures=7, form="parquet", captions=True)
+    files = contents(tmp_path / "files")
+    texts = {name: files.pop(name).decode() for name in sorted(files) if name.endswith(".txt")}
+    assert files == contents(tmp_path / "plain")
+    assert sorted(texts) == sorted(name.replace(".jpg", ".txt") for name in files)
+    table = pq.read_table(tmp_path / "tables")
+    assert [f"{caption}\n" for caption in table["caption"].to_pylist()] == list(texts.values())
+    scenes = [sample_scene(3, assets.POOL_FIRST_INDEX + number) for number in range(7)]
+    assert table["caption"].to_pylist() == [caption_of(scene) for scene in scenes]
+
+
+def test_a_run_takes_the_captions_of_the_toy_world_when_it_asks_for_them(tmp_path: Path) -> None:
+    run = RunDir.of(str(tmp_path))
+    given = {"name": "toy", "toyworld": {"num_pictures": 3}}
+    plain = resolve_toyworld(build_config(given), run)
+    config = build_config({**given, "pool": {"caption_member": "txt"}})
+    resolved = resolve_toyworld(config, run)
+    assert resolved.pool.source == f"{plain.pool.source}-captions"
+    make_toyworld(["pool.source"], config, run)
+    assert sum(name.endswith(".txt") for name in contents(Path(resolved.pool.source))) == 3
+    for wrong in ({"caption_column": "caption"}, {"caption_member": "json:caption"}):
+        with pytest.raises(ConfigError, match="Set pool.caption_member=txt alone"):
+            resolve_toyworld(build_config({**given, "pool": wrong}), run)
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:

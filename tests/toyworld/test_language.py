@@ -24,6 +24,7 @@ from stic_ray.toyworld.language import (
     absent_kind,
     ask,
     ask_claim,
+    caption_of,
     claim_text,
     name_of,
 )
@@ -69,6 +70,22 @@ def test_plain_descriptions_leave_out_and_add_the_usual_companion() -> None:
         assert all(cell not in {item.cell for item in scene.objects} for _, cell in added)
         num_added += len(added)
     assert num_added > 0.15 * len(SCENES)
+
+
+def test_captions_name_about_half_of_the_objects_and_nothing_else() -> None:
+    """Of one object there is no half, so that they name somewhat more; what is named differs from scene to scene."""
+    num_named, places = 0, set()
+    for scene in SCENES:
+        said = named(caption_of(scene))
+        assert said == [item for item in truth(scene) if item in said] and caption_of(scene).count(" at the ") == len(
+            said
+        )
+        assert 1 <= len(said) <= (len(scene.objects) + 1) // 2
+        num_named += len(said)
+        places.update(truth(scene).index(item) for item in said)
+    assert num_named / sum(len(scene.objects) for scene in SCENES) == pytest.approx(0.55, abs=0.03)
+    assert places == {0, 1, 2, 3}
+    assert caption_of(SCENES[0]) == caption_of(sample_scene(11, 0))
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.9])
