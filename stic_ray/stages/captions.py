@@ -52,7 +52,7 @@ class Captions:
             why = "a row of a table; its caption needs pool.caption_column"
             return Rejected(Reason.NO_CAPTION, why) if self.ending else None
         try:
-            return as_caption(None if value is None else value.as_py(), f"column '{self.column}'")
+            return _as_caption(None if value is None else value.as_py(), f"column '{self.column}'")
         except Rejected as rejected:
             return rejected
         except UnicodeError as error:  # Arrow does not check what it reads
@@ -66,13 +66,13 @@ class Captions:
             return _unreadable(f"'{name}' is no UTF-8: {one_line(error)}")
         try:
             if self.key is None:
-                return as_caption(text, f"'{name}'")
+                return _as_caption(text, f"'{name}'")
             found = json.loads(text)
             if not isinstance(found, dict):
                 return _unreadable(f"'{name}' is no JSON object")
             if self.key not in found:
                 return Rejected(Reason.NO_CAPTION, f"'{name}' has no key '{self.key}'.{nearest(self.key, found)}")
-            return as_caption(found[self.key], f"'{self.key}' of '{name}'")
+            return _as_caption(found[self.key], f"'{self.key}' of '{name}'")
         except Rejected as rejected:
             return rejected
         except (ValueError, RecursionError) as error:
@@ -107,7 +107,7 @@ class Captions:
         return self.ending is not None and name.suffix == f".{self.ending}"
 
 
-def as_caption(value: Any, what: str) -> str:
+def _as_caption(value: Any, what: str) -> str:
     """Return a caption without the white space around it. Raises Rejected for what is none; `what` names it there."""
     if value is None:
         raise Rejected(Reason.NO_CAPTION, f"{what} is null")
