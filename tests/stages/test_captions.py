@@ -14,14 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from stic_ray.core.config import PoolConfig
-from stic_ray.core.errors import ConfigError, Rejected, SourceError
+from stic_ray.core.errors import ConfigError, Failed, Rejected, SourceError
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX
+from stic_ray.core.storage import Location
 from stic_ray.stages import tars
 from stic_ray.stages.captions import MAX_CHARACTERS, MAX_FILE_BYTES, Captions
 from stic_ray.stages.containers import Found, Reading, images_in
 from stic_ray.stages.listing import entries, write_listing
+from stic_ray.stages.reading import Patience
 from tests.stages.builders import fake_config, rejected_of, run_stages
 from tests.stages.sources import as_files, as_tar, tiny_pictures
 
@@ -227,6 +229,27 @@ def test_a_spoiled_file_beside_a_picture(spoil: Callable[[Path], object], reason
     source = files_of(tmp_path / "source", TEXTS)
     spoil(source / "0002.txt")
     assert captions_of(found_in(source, **TXT)) == {**dict(enumerate(TEXTS)), 2: reason}
+
+
+def test_captions_in_a_bucket(endpoint: str) -> None:
+    folder = Location.of(f"s3://pictures/captions?endpoint_override={endpoint}&scheme=http&region=us-east-1")
+    for number in range(3):
+        (folder / f"{number}.png").write(PICTURES[number])
+        (folder / f"{number}.txt").write(TEXTS[number].encode())
+    (folder / "1.txt").delete()
+    captions = Captions.of(PoolConfig(source=folder.uri, **TXT))
+    reading = Reading("image", 10**6, options=folder.uri.partition("?")[2], captions=captions)
+    found = images_in([row["uri"] for row in pa.concat_tables(entries(folder.uri)).to_pylist()], reading)
+    assert captions_of(list(found)) == {0: TEXTS[0], 1: "no_caption", 2: TEXTS[2]}
+
+
+def test_a_caption_that_the_storage_withholds_has_failed_with_its_picture(tmp_path: Path) -> None:
+    """The disk goes away when the picture has been read; the same command tries the image again."""
+    source = files_of(tmp_path / "source", TEXTS)
+    place = Location.of(str(source / "0000.png"))
+    shutil.rmtree(source)
+    with pytest.raises(Failed, match="0000.txt"):
+        Captions(ending="txt").beside(place, Patience(0.0))
 
 
 @pytest.mark.parametrize(
