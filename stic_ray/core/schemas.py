@@ -190,6 +190,12 @@ INFUSED = _schema(
     _column("description_prompt", pa.string(), "the prompt that asked for it", nullable=True),
     _column("finish_reason", pa.string(), "of the description: `stop` or `length`", nullable=True),
     _column("num_sequence_tokens", pa.int64(), "image and conversation, as trained on"),
+    _column(
+        "text_logps",
+        pa.list_(pa.float32()),
+        "log p of each token of the answers under a model that sees no image; null if not asked",
+        nullable=True,
+    ),
     _column("model", pa.string(), "path of the model that described; null where none was asked to", nullable=True),
 )
 

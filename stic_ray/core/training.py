@@ -178,6 +178,11 @@ class SFTConfig(OptimisationConfig):
 
     learning_rate: Positive = 2e-5
     global_batch: Count = 32
+    image: Literal["own", "none"] = "own"
+    """`none` reads the text of every row alone: a model that guesses answers without seeing (PRIOR), or a control."""
+    prior_alpha: NotNegativeWeight = 0.0
+    """Weigh each token of the answers to an image by (1 - p)^prior_alpha, p its probability without the image (column
+    text_logps, of stage text_logps); PRIOR has 1, and 0 weighs all alike."""
     num_tokens: Count | None = None
     """Stop after the first step by which the model has read so many tokens, those of images included; `num_steps` or
     `num_epochs` when unset."""
@@ -194,6 +199,11 @@ class SFTConfig(OptimisationConfig):
         if self.num_tokens is not None and (self.num_steps is not None or self.num_epochs != 1):
             other = "num_epochs" if self.num_steps is None else "num_steps"
             raise ValueError(f"num_tokens and {other} both say when to stop; leave one of them out")
+        if self.image == "none":
+            for name in (name for name in ("prior_alpha", "num_tokens") if getattr(self, name)):
+                raise ValueError(f"{name} counts what images bring, and image=none leaves them out; use one of the two")
+            if self.mix_unit == "tokens":
+                raise ValueError("mix_unit=tokens counts those of images, and image=none leaves them out; use rows")
         mix, end = dict(self.mix), dict(self.mix_end)
         if not mix and (end or self.mix_unit != "rows"):
             raise ValueError(f"{'mix_end' if end else 'mix_unit'} needs mix, the weight of each source")

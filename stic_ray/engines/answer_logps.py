@@ -31,9 +31,14 @@ def make_batch(
     return builder.batch([sequence for [sequence] in rows], images)
 
 
-@torch.inference_mode()
 def score_batch(model: Any, batch: Batch) -> Tensor:
     """Return the log-probability of each row's answer under a model, in float32, shape (B, 1)."""
+    return torch.stack([logps.sum() for logps in token_logps(model, batch)]).unsqueeze(1)
+
+
+@torch.inference_mode()
+def token_logps(model: Any, batch: Batch) -> list[Tensor]:
+    """Return the log-probability of each token of each row's answers under a model, in float32, row by row."""
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "is_answer"}
     is_answer, tokens = batch["is_answer"], batch["input_ids"]
     num_asked = int((~is_answer).all(0).cumprod(0).sum())
@@ -43,8 +48,8 @@ def score_batch(model: Any, batch: Batch) -> Tensor:
     rows = []
     for row, own, counts in zip(logits, tokens[:, num_asked:], is_answer[:, num_asked:], strict=True):
         logps = row.float().log_softmax(-1).gather(1, own.unsqueeze(1)).squeeze(1)
-        rows.append(logps[counts].sum())
-    return torch.stack(rows).unsqueeze(1)
+        rows.append(logps[counts])
+    return rows
 
 
 def _inner(model: Any) -> Any:

@@ -93,3 +93,7 @@ class Scorer(Protocol):
         Those are the answer's and what ends the turn, unless the answer was cut off.
         """
         ...
+
+    def score_tokens(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[float]]:
+        """Return log p of each token that training learns of a conversation, in order, no image being shown."""
+        ...

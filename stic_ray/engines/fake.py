@@ -111,6 +111,18 @@ class FakeEngine:
             for each in asked
         ]
 
+    def score_tokens(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[float]]:
+        """Return what depends on the text alone: minus 1 to minus 2 for each word of an answer and for its end."""
+        return [
+            [
+                -1 - _fraction(messages[0]["content"], None, f"{word} {place}")
+                for place, word in enumerate(
+                    word for each in messages if each["role"] == "assistant" for word in (*each["content"].split(), "")
+                )
+            ]
+            for messages in conversations
+        ]
+
     def count_text_tokens(self, messages: Sequence[dict[str, str]], *, with_image: bool) -> int:
         """Count words."""
         return sum(len(message["content"].split()) for message in messages)

@@ -106,6 +106,18 @@ class GuardedEngine:
             self.num_answered += num_answers
         return logps
 
+    def score_tokens(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[float]]:
+        """Return log p of each token of the answers of conversations; raises and ends as `generate` does."""
+        if not conversations:
+            return []
+        assert isinstance(self._engine, Scorer), f"{type(self._engine).__name__} cannot score; checked before work"
+        with self._call(len(conversations)):
+            logps = self._engine.score_tokens(conversations)
+        with self._lock:
+            self._work += Work(num_calls=1, num_requests=len(conversations))
+            self.num_answered += len(conversations)
+        return logps
+
     def take_work(self) -> Work:
         """Return what was done since the last time this was asked."""
         with self._lock:

@@ -20,7 +20,7 @@ from transformers import (
 from stic_ray.core.config import ModelConfig
 from stic_ray.core.errors import EngineLost
 from stic_ray.engines import shared_prefix
-from stic_ray.engines.answer_logps import answer_sequences, make_batch, score_batch
+from stic_ray.engines.answer_logps import answer_sequences, make_batch, score_batch, token_logps
 from stic_ray.engines.base import Answer, AnsweredPrompt, Request, Sampling
 from stic_ray.engines.batching import BatchLimits, FittingBatches
 from stic_ray.engines.fingerprints import fingerprint
@@ -107,6 +107,22 @@ class TransformersEngine(ProcessorCounter):
             scores = self.batches.run(range(len(rows)), lengths, [""] * len(rows), score_rows)
         found = iter(logp for place in range(len(rows)) for logp in scores[place])
         return [[next(found) for _ in each.answers] for each in asked]
+
+    def score_tokens(self, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[float]]:
+        """Return log p of each token of the answers of conversations without an image; raises as `generate` does."""
+        with self.tokenizing:
+            built = [self.builder.build(messages, with_image=False) for messages in conversations]
+
+        def score_rows(places: list[int]) -> list[list[float]]:
+            with self.tokenizing:
+                batch = self.builder.batch([built[place] for place in places], [None] * len(places))
+            with self._busy:
+                return [logps.tolist() for logps in token_logps(self.model, self._move(batch))]
+
+        lengths = [len(sequence.ids) for sequence in built]
+        with _lost_with_its_gpu():
+            found = self.batches.run(range(len(built)), lengths, [""] * len(built), score_rows)
+        return [found[place] for place in range(len(built))]
 
     def _move(self, batch: Batch) -> Batch:
         floats = self.model.dtype

@@ -139,3 +139,14 @@ def noisy_argmax_logps(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, mask_B
     """
     others_BTV = logits_BTV.detach().scatter(-1, labels_BT.unsqueeze(-1), float("-inf"))
     return answer_logps(logits_BTV, others_BTV.argmax(-1), mask_BT)
+
+
+def image_token_weights(text_logps: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Return the weights (1 - p)^alpha of an answer's tokens, with mean 1; both of shape (T,).
+
+    p is the probability that a model without the image gives each token: what it cannot guess is more likely about the
+    image (PRIOR, arXiv 2505.08971, importance score and re-weighted loss). All tokens weigh 1 where it is sure of all.
+    """
+    weights = (-torch.expm1(text_logps.clamp(max=0.0))) ** alpha
+    total = weights.sum()
+    return weights * len(weights) / total if total > 0 else torch.ones_like(weights)

@@ -56,6 +56,8 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
         return None
     described = min(sizes.num_answer_tokens, config.infusion.max_new_tokens) if config.infusion.describe else 0
     tokens = sizes.num_prompt_tokens + described + SHORT_ANSWER_TOKENS
+    if settings.image == "none":
+        tokens -= min(sizes.model.num_image_tokens, sizes.num_prompt_tokens)
     work = training_work(config, sizes, settings, sizes.num_instructions or 0, tokens, reference_pass=False)
     return replace(work, num_rows=settings.num_tokens / tokens) if settings.num_tokens else work
 

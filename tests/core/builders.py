@@ -54,6 +54,7 @@ def infused(**changes: Any) -> dict[str, Any]:
         "description_prompt": "Describe this image in detail.",
         "finish_reason": "stop",
         "num_sequence_tokens": 50,
+        "text_logps": [-0.5, -1.25],
         "model": "/models/tiny",
     }
     return {**row, **changes}

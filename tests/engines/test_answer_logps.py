@@ -33,6 +33,32 @@ def plain_logps(engine: TransformersEngine, asked: AnsweredPrompt) -> list[float
     return found
 
 
+TALK = [
+    {"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": "A red circle."},
+    {"role": "user", "content": "And where?"},
+    {"role": "assistant", "content": "At the top left, I think."},
+]
+
+
+@pytest.mark.parametrize("family", EMBEDDED)
+def test_each_token_of_a_conversation_is_as_likely_as_in_a_plain_forward_pass(family: str, loaded: Engines) -> None:
+    """No image is shown; of several turns, those of the assistant count."""
+    engine = loaded(family)
+    short, long = engine.score_tokens([TALK[:2], TALK])
+    sequence = engine.builder.build(TALK, with_image=False)
+    batch: Any = engine.builder.batch([sequence], [None])
+    learnt = batch.pop("is_answer")[0, 1:]
+    with torch.no_grad():
+        logps = engine.model(**batch).logits[0, :-1].log_softmax(-1)
+    expected = logps.gather(1, batch["input_ids"][0, 1:, None])[:, 0][learnt].tolist()
+    assert long == pytest.approx(expected, rel=1e-5, abs=1e-4) and len(long) == sum(sequence.is_answer)
+    assert short == pytest.approx(long[: len(short)], rel=1e-5, abs=1e-4)
+    asked = AnsweredPrompt(TALK[0]["content"], None, (TALK[1]["content"],))
+    assert sum(short) == pytest.approx(engine.score_answers([asked])[0][0], rel=1e-5, abs=1e-4)
+    assert engine.score_tokens([]) == []
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "separate"])
 @pytest.mark.parametrize("family", EMBEDDED)
 def test_answers_are_as_likely_as_in_a_plain_forward_pass(

@@ -102,3 +102,6 @@ def test_answers_have_scores_that_depend_on_all_that_is_given(tmp_path: Path) ->
     found = engine.score_answers(asked)
     assert found == engine.score_answers(asked) and len({logp for own in found for logp in own}) == 5
     assert all(-4 <= logp <= -1 for own in found for logp in own)
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "One dog."}]
+    (one, two) = engine.score_tokens([talk[:1], talk])
+    assert one == [] and len(two) == 3 and all(-2 <= logp <= -1 for logp in two)

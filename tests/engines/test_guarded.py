@@ -56,7 +56,7 @@ def test_a_hanging_or_lost_engine_ends_its_process_and_no_other(script: str, las
 
 def test_answers_that_are_scored_count_as_requests(tmp_path: Path) -> None:
     guarded = engine(tmp_path, "")
-    assert guarded.score_answers([]) == []
+    assert guarded.score_answers([]) == guarded.score_tokens([]) == []
     guarded.score_answers([AnsweredPrompt("q", None, ("a", "b")), AnsweredPrompt("r", None, ("c",))])
     work = guarded.take_work()
     assert (work.num_calls, work.num_requests, guarded.num_answered) == (1, 3, 3)

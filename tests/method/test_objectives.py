@@ -12,6 +12,7 @@ from stic_ray.method.objectives import (
     anchored_preference,
     answer_logps,
     conditional_preference,
+    image_token_weights,
     noisy_argmax_logps,
     own_tokens_preference,
     regularised_dpo,
@@ -286,3 +287,12 @@ def test_povids_term() -> None:
     chosen = torch.tensor([4.0])
     assert own_tokens_preference(chosen, torch.tensor([-6.0]), beta=0.1).tolist() == pytest.approx([0.313262], abs=1e-6)
     assert own_tokens_preference(chosen, chosen, beta=0.1).tolist() == pytest.approx([LN2])
+
+
+def test_tokens_that_are_not_guessed_without_the_image_weigh_more() -> None:
+    """1 - p is 0.5, 0.75 and 0.25, its mean 0.5; squared 0.25, 0.5625 and 0.0625, its mean 0.875 / 3."""
+    guessed = torch.tensor([0.5, 0.25, 0.75]).log()
+    assert image_token_weights(guessed, 1.0).tolist() == pytest.approx([1.0, 1.5, 0.5])
+    assert image_token_weights(guessed, 2.0).tolist() == pytest.approx([0.75 / 0.875, 1.6875 / 0.875, 0.1875 / 0.875])
+    assert image_token_weights(guessed, 0.0).tolist() == [1.0, 1.0, 1.0]
+    assert image_token_weights(torch.zeros(2), 1.0).tolist() == [1.0, 1.0], "all are sure"

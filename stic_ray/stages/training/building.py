@@ -17,7 +17,7 @@ from stic_ray.engines.loading import choose_dtype, load_processor
 from stic_ray.engines.shared_prefix import reason_against
 from stic_ray.stages.training.collators import AnswersOnlyCollator, PreferenceCollator, SharedPrefixCollator
 from stic_ray.stages.training.data import ParquetRows, num_steps_of, read_pairs
-from stic_ray.stages.training.index import Rows
+from stic_ray.stages.training.index import TEXT_LOGPS, Rows
 from stic_ray.stages.training.mixing import MixedRows
 from stic_ray.stages.training.models import (
     describe_parts,
@@ -73,14 +73,20 @@ def make_sft_trainer(
     config: RunConfig, rows: Rows, folder: Path, checkpoint: Path | None = None, *, universal: bool = False
 ) -> LikelihoodTrainer:
     """Return a trainer on the answers of conversations, starting as that of `make_dpo_trainer`."""
+    settings = config.sft
     columns = ["image", "messages"]
+    weighed = [*columns, *([TEXT_LOGPS] if settings.prior_alpha else [])]
     if rows.plan is not None and rows.plan.sources is not None:
-        trained = MixedRows(rows, columns, config.seed)
+        trained = MixedRows(rows, weighed, config.seed, settings.image)
     else:
-        trained = ParquetRows(rows.trained, columns, seed=config.seed, global_batch=config.sft.global_batch)
-    held_out = ParquetRows(rows.held_out, columns)
-    arguments = training_arguments(config, config.sft, folder, rows, universal=universal)
-    return _make_likelihood_trainer(config, config.sft, (trained, held_out), arguments, checkpoint)
+        trained = ParquetRows(
+            rows.trained, weighed, seed=config.seed, global_batch=settings.global_batch, image=settings.image
+        )
+    held_out = ParquetRows(rows.held_out, columns, image=settings.image)
+    arguments = training_arguments(config, settings, folder, rows, universal=universal)
+    trainer = _make_likelihood_trainer(config, settings, (trained, held_out), arguments, checkpoint)
+    cast(AnswersOnlyCollator, trainer.data_collator).prior_alpha = settings.prior_alpha
+    return trainer
 
 
 def _make_likelihood_trainer(

@@ -11,11 +11,13 @@ from typing import Any
 import PIL.Image
 import torch
 
+from stic_ray.core.errors import SourceError
 from stic_ray.engines.sequences import Batch, SequenceBuilder, TokenSequence, labels_of
 from stic_ray.engines.shared_prefix import make_batch
 from stic_ray.method.images import GREY
+from stic_ray.method.objectives import image_token_weights
 from stic_ray.stages.training.data import WEIGHT, Example
-from stic_ray.stages.training.index import REFERENCE_LOGPS
+from stic_ray.stages.training.index import REFERENCE_LOGPS, TEXT_LOGPS, without_text_logps
 
 IGNORED = -100
 """Label of a position that the loss leaves out."""
@@ -25,6 +27,8 @@ REJECTED_IMAGE, NO_IMAGE = "rejected_image", "no_image"
 """Views of pairs beside that with their own image: a batch of each."""
 Views = Mapping[str, tuple[str, ...]]
 """Which answers each view has, of `chosen` and `rejected`."""
+TOKEN_WEIGHTS = "token_weights"
+"""By how much each token counts in the likelihood, shape (B, T); 1 where nothing says otherwise."""
 _SMALL_TALK = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "Yes."}]
 _BLANK = {"image": PIL.Image.new("RGB", (64, 64), GREY), "messages": _SMALL_TALK, WEIGHT: 0.0}
 """A row of which nothing is learned."""
@@ -135,6 +139,8 @@ class AnswersOnlyCollator(Collator):
     checkpoints lack.
     """
 
+    prior_alpha = 0.0
+    """Exponent of the weights that tokens of rows with an image get from their TEXT_LOGPS; 0 for none."""
     needs_image = False
     """Whether a blank picture is put beside rows which all lack one; it weighs nothing in the loss.
 
@@ -153,10 +159,23 @@ class AnswersOnlyCollator(Collator):
         images = [example["image"] for example in examples]
         batch = self.builder.batch([self.sequence(example) for example in examples], images)
         batch["labels"] = labels_of(batch, IGNORED)
-        del batch["is_answer"]
+        is_answer = batch.pop("is_answer")
+        if self.prior_alpha and any(TEXT_LOGPS in example for example in examples):
+            batch[TOKEN_WEIGHTS] = self._token_weights(examples, is_answer)
         batch["labels"][torch.tensor([example.get(WEIGHT) == 0 for example in examples])] = IGNORED
         check_image_tokens(batch["input_ids"], self.builder.image_token_id, [image is not None for image in images])
         return batch
+
+    def _token_weights(self, examples: list[Example], is_answer: torch.Tensor) -> torch.Tensor:
+        weights = torch.ones(is_answer.shape)
+        for row, example in enumerate(examples):
+            if example["image"] is None or example is _BLANK:
+                continue
+            logps, num_tokens = example.get(TEXT_LOGPS), int(is_answer[row].sum())
+            if logps is None or len(logps) != num_tokens:
+                raise SourceError(without_text_logps(f"a row has {num_tokens} of {len(logps or ())}"))
+            weights[row, is_answer[row]] = image_token_weights(torch.tensor(logps), self.prior_alpha)
+        return weights
 
 
 def _columns(examples: list[Example], *names: str) -> dict[str, torch.Tensor]:

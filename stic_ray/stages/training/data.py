@@ -52,10 +52,11 @@ class ParquetRows(Dataset[Example]):
         seed: int = 0,
         global_batch: int | None = None,
         in_order: bool = False,
-        image: Literal["own", "blank", "shuffled"] = "own",
+        image: Literal["own", "blank", "shuffled", "none"] = "own",
         maker: ImageMaker | None = None,
     ) -> None:
-        self._groups, self.columns, self._image, self._maker = groups, [*columns], image, maker
+        self._groups, self._image, self._maker = groups, image, maker
+        self.columns = [name for name in columns if name != "image" or image != "none"]
         self._seed, self._global_batch = seed, global_batch
         self._shuffles = global_batch is not None and not in_order
         self._counts = np.array([len(group.rows) for group in groups], dtype=np.int64)
@@ -118,7 +119,7 @@ class ParquetRows(Dataset[Example]):
     def _example(self, group: int, offset: int) -> Example:
         row = self._groups[group].rows[offset]
         example = self._tables[group].slice(row, 1).to_pylist()[0]
-        if example["image"] is None:
+        if example.setdefault("image") is None:
             return example
         if self._image == "shuffled":
             example["image"] = self._next_image(group, offset)
@@ -150,7 +151,7 @@ class ParquetRows(Dataset[Example]):
     def in_order(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Return values of the rows, given by row group, in the order of this epoch."""
         found = []
-        for group in self._order:
+        for group in self._order.tolist():
             own = values[group]
             found.append(own[self._shuffled(group)] if self._shuffles else own)
         return np.concatenate(found)

@@ -26,6 +26,8 @@ REFERENCE_LOGPS = ("reference_chosen_logp", "reference_rejected_logp")
 """Columns of pairs, and tensors of a batch, with the reference model's log-probabilities of both answers."""
 LENGTH = "num_sequence_tokens"
 """Column of conversations with the tokens of image and text, as the model reads them."""
+TEXT_LOGPS = "text_logps"
+"""Column of conversations with log p of each token of the answers under a model that sees no image."""
 _NUM_READERS = 16
 """Threads that read footers, which is mostly waiting for the storage."""
 
@@ -133,10 +135,29 @@ def index_conversations(config: RunConfig, sources: Mapping[str, Iterable[Locati
         if not groups:
             what = "Stage infusion" if len(sources) == 1 else f"Source '{name}'"
             raise SourceError(f"{what} left no rows to train on; see its rejected-*.parquet.")
+        if config.sft.prior_alpha:
+            _check_text_logps(name, groups)
         share = (config.sft.num_held_out + number) // len(sources)  # over all of them, the whole number
         own, out = _hold_out(groups, "id", share)
         trained, held_out, num_groups[name] = [*trained, *own], [*held_out, *out], len(own)
     return Rows(trained, held_out, num_groups=num_groups)
+
+
+def without_text_logps(reason: str) -> str:
+    """Return the message for rows that do not say what a model guesses without their images."""
+    return (
+        f"sft.prior_alpha needs log p of each token without the image, and {reason}: have stage text_logps write the "
+        "rows with the run's model (docs/training.md)."
+    )
+
+
+def _check_text_logps(name: str, groups: Sequence[RowGroup]) -> None:
+    """Look at the first row group of a source that has an image. Raises SourceError where it has no TEXT_LOGPS."""
+    first = next((group for group in groups if Location.of(group.uri).name.startswith("rows-")), None)
+    if first is not None:
+        table = read_group(first, [TEXT_LOGPS])
+        if TEXT_LOGPS not in table.column_names or table[TEXT_LOGPS].null_count:
+            raise SourceError(without_text_logps(f"source '{name}' is without"))
 
 
 def read_lengths(groups: Iterable[RowGroup]) -> list[np.ndarray] | None:

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -33,8 +33,16 @@ class Passes(ParquetRows):
     As in an epoch, rows come from several lanes in turn; a pass is not filled up to whole batches.
     """
 
-    def __init__(self, groups: Sequence[RowGroup], columns: Sequence[str], *, seed: int, num_lanes: int) -> None:
-        super().__init__(groups, columns, seed=seed, global_batch=num_lanes)
+    def __init__(
+        self,
+        groups: Sequence[RowGroup],
+        columns: Sequence[str],
+        *,
+        seed: int,
+        num_lanes: int,
+        image: Literal["own", "none"] = "own",
+    ) -> None:
+        super().__init__(groups, columns, seed=seed, global_batch=num_lanes, image=image)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -64,9 +72,9 @@ class Passes(ParquetRows):
 class MixedRows(Dataset[Example]):
     """The rows of a whole training on a mix, by their place in it."""
 
-    def __init__(self, rows: Rows, columns: Sequence[str], seed: int) -> None:
+    def __init__(self, rows: Rows, columns: Sequence[str], seed: int, image: Literal["own", "none"] = "own") -> None:
         assert rows.plan is not None and rows.plan.sources is not None, "a mix is planned on the driver"
-        self._passes = passes_of(rows, columns, seed)
+        self._passes = passes_of(rows, columns, seed, image)
         self._sources = rows.plan.sources
         self._numbers = np.empty(len(self._sources), dtype=np.int64)
         for number in range(len(self._passes)):
@@ -80,13 +88,13 @@ class MixedRows(Dataset[Example]):
         return self._passes[self._sources[index]].draw(int(self._numbers[index]))
 
 
-def passes_of(rows: Rows, columns: Sequence[str], seed: int) -> list[Passes]:
+def passes_of(rows: Rows, columns: Sequence[str], seed: int, image: Literal["own", "none"] = "own") -> list[Passes]:
     """Return the rows of each source; a batch comes from as many row groups of all of them as without a mix."""
     lanes = max(1, MAX_LANES // len(rows.num_groups))
     found = []
     for name, groups in groups_of(rows).items():
         most = min(lanes, sum(len(group.rows) for group in groups))
-        found.append(Passes(groups, columns, seed=seed_for(seed, name, "mix"), num_lanes=most))
+        found.append(Passes(groups, columns, seed=seed_for(seed, name, "mix"), num_lanes=most, image=image))
     return found
 
 
@@ -131,7 +139,7 @@ def plan(config: RunConfig, rows: Rows) -> Rows:
     settings = config.sft
     if len(rows.num_groups) == 1 and settings.num_tokens is None:
         return rows
-    lengths = read_lengths(rows.trained)
+    lengths = read_lengths(rows.trained) if settings.image == "own" else None
     if lengths is None and (settings.num_tokens is not None or settings.mix_unit == "tokens"):
         setting = "sft.mix_unit=tokens" if settings.num_tokens is None else f"sft.num_tokens={settings.num_tokens}"
         raise SourceError(

@@ -24,7 +24,7 @@ from trl.trainer.utils import use_adapter
 from stic_ray.core.training import OptimisationConfig
 from stic_ray.method.objectives import PairLogps, mean_over_rejected, regularised_dpo
 from stic_ray.stages.training import models
-from stic_ray.stages.training.collators import REJECTED_IMAGE, Collator
+from stic_ray.stages.training.collators import REJECTED_IMAGE, TOKEN_WEIGHTS, Collator
 from stic_ray.stages.training.data import WEIGHT, Example, ParquetRows
 from stic_ray.stages.training.index import REFERENCE_LOGPS
 from stic_ray.stages.training.metrics import Speed
@@ -130,7 +130,7 @@ class StepTrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             rest = partial(rest_of_decay, self.stage, num_training_steps)
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, rest)
+            self.lr_scheduler = LambdaLR(cast(Any, self.optimizer if optimizer is None else optimizer), rest)
         return self.lr_scheduler
 
     def record(self, counts: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
@@ -176,7 +176,9 @@ class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncom
     """Maximises the likelihood of answers: the mean over their tokens, of all workers and micro-batches of a step."""
 
     def loss_of(self, model: Any, inputs: dict[str, torch.Tensor], num_items_in_batch: Any) -> torch.Tensor:
-        """Return the summed negative log-probability, divided by the answers' tokens."""
+        """Return the summed negative log-probability, divided by the answers' tokens; in training by their weights."""
+        weights = inputs.get(TOKEN_WEIGHTS)
+        inputs = {name: value for name, value in inputs.items() if name != TOKEN_WEIGHTS}
         outputs = model(**inputs, use_cache=False, fused_lm_head=True)
         num_rows = self.args.per_device_train_batch_size  # in evaluation, too
         with torch.no_grad():
@@ -184,7 +186,8 @@ class LikelihoodTrainer(StepTrainer, SFTTrainer):  # pyright: ignore[reportIncom
             # A blank picture's row stands behind the others (collators.py), and not in every worker's batch.
             num_tokens, entropy, correct = (x.detach().float().sum(1)[:num_rows] for x in found)
             self.record(num_tokens, {"entropy": entropy, "mean_token_accuracy": correct})
-        loss = -outputs.log_probs.sum()
+        logps = outputs.log_probs if weights is None or self.mode == "eval" else outputs.log_probs * weights[:, 1:]
+        loss = -logps.sum()
         num_micro_batches = 1
         if num_items_in_batch is None:
             loss = loss / outputs.label_mask.sum().clamp(min=1)
