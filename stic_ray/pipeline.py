@@ -25,6 +25,8 @@ from stic_ray.core.steps import (
     check_steps,
     identity,
     input_hashes,
+    left_out,
+    prepare_step,
     with_inputs,
 )
 from stic_ray.core.storage import Location
@@ -49,11 +51,15 @@ def run_pipeline(config: RunConfig, steps: Steps, run: RunDir, names: Sequence[s
     needed = with_inputs(names, steps)
     done = {step.name for step in steps if step.name in needed and _is_done(step, config, run)}
     done -= _that_grow(done & set(names), steps, config, run)
-    for name in (step.name for step in steps if step.name in done):
-        logger.info("%s: already done, skipped", name)
-    todo = [step for step in steps if step.name in names and step.name not in done]
+    unwanted = _left_out(steps, run)
+    for step in steps:
+        if step.name in done:
+            logger.info("%s: already done, skipped", step.name)
+        elif step.name in unwanted & set(names):
+            _log_left_out(step)
+    todo = [step for step in steps if step.name in names and step.name not in done | unwanted]
     if todo:
-        ready = {step.name for step in todo} | done
+        ready = {step.name for step in todo} | done | unwanted
         for step in todo:
             if missing := [name for name in step.earlier_steps if name not in ready]:
                 lacking = f"stage {missing[0]}, which '{run.uri}' does not have; run it first."
@@ -115,13 +121,24 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
         needs = {step.name: step.stage.need(each.config) for step, each in prepared}
         with cluster.connected(config, needs):
             for step, each in prepared:
-                ready = each
+                if step.name in _left_out(steps, run):
+                    _log_left_out(step)
+                    continue
+                ready = prepare_step(step, config, run, each.config)  # which of several steps it reads, is known now
                 if step.stage.loads_model(each.config):
                     model = digest(each.config.model.model_dump())
                     if model not in checked:
                         checked[model] = cluster.check_model(each.config)
-                    ready = with_commit(each, checked[model], run)
+                    ready = with_commit(ready, checked[model], run)
                 _run_step(step, ready, config, run)
+
+
+def _left_out(steps: Steps, run: RunDir) -> set[str]:
+    return left_out([(step.name, step.only_after) for step in steps], run)
+
+
+def _log_left_out(step: Step) -> None:
+    logger.info("%s: left out, as %s found no gain", step.name, step.only_after)
 
 
 def _run_step(step: Step, prepared: StepRun, config: RunConfig, run: RunDir) -> None:

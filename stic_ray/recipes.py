@@ -1,6 +1,8 @@
 """Named runs: a recipe returns a configuration, and the steps that follow from it; its docstring says what it costs."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 from stic_ray.core.config import (
     MISSING,
@@ -17,9 +19,11 @@ from stic_ray.core.config import (
     WorkersConfig,
 )
 from stic_ray.core.errors import ConfigError, nearest
+from stic_ray.core.rounds import CaptionsConfig, RoundsConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import BASE, Recipe, Step
 from stic_ray.core.verification import CandidatesConfig, QuestionsConfig, RulesConfig, ScoresConfig
+from stic_ray.rounds import in_rounds, once, recaption_and_retrain
 from stic_ray.stages.candidates import CANDIDATES
 from stic_ray.stages.dpo import DPO
 from stic_ray.stages.evaluation import EVALUATION
@@ -34,6 +38,7 @@ from stic_ray.stages.sft import SFT
 
 def stic(config: RunConfig) -> tuple[Step, ...]:
     """Return the steps of STIC: describe well and badly, prefer, infuse a little instruction data, fine-tune, score."""
+    once(config)
     pairs = RunDir.of(config.dpo.pairs).uri if config.dpo.pairs else "preferences"
     start = {"model": "dpo"} if config.sft.start == "dpo" else {}
     return (
@@ -112,10 +117,10 @@ def llava16_7b() -> Recipe:
 def choose_among_candidates(config: RunConfig) -> tuple[Step, ...]:
     """Return the steps of verified self-training: candidates, their scores, rules over them, training, scores.
 
-    Without scorers among the rules there is no step `scores`; `rules.makes=rows` ends in `sft`. Where candidates are
-    scored by `implicit_reward` and no model is named for it, STIC's preferences train one first: it answers, its reward
-    against the base is the score, and what is learnt from that is `dpo_2`. Raises ConfigError for a rule about a score
-    that nothing gives.
+    Without scorers among the rules there is no step `scores`; `rules.makes=rows` ends in `sft`. With rounds.num=2 and
+    more, the model of each round answers in the next one. Where candidates are scored by `implicit_reward` and no model
+    is named for it, STIC's preferences train one first: it answers, its reward against the base is the score, and what
+    is learnt from that is `dpo_2`. Raises ConfigError for a rule about a score that nothing gives.
     """
     given = {name.rpartition(":")[2] for name in config.scores.scorers}
     if missing := [name for name, _ in config.rules.scorers if name not in given]:
@@ -124,22 +129,39 @@ def choose_among_candidates(config: RunConfig) -> tuple[Step, ...]:
             "name it there, too."
         )
     named = config.scores.model or config.scores.reference
-    trains_first = "implicit_reward" in given and bool(config.rules.scorers) and not named
-    first = (Step(PREFERENCES, inputs={"index": "pool"}), Step(DPO, inputs={"pairs": "preferences"}))
-    start = {"model": "dpo"} if trains_first else {}
-    answers = {"index": "pool", "candidates": "candidates"}
-    scores = [Step(SCORES, inputs={**answers, **start})] if config.rules.scorers else []
-    pairs = RunDir.of(config.dpo.pairs).uri if config.dpo.pairs else "pairs"
-    learns = {"pairs": Step(DPO, "dpo_2" if trains_first else "", {"pairs": pairs, **start})}
-    learns["rows"] = Step(SFT, inputs={"rows": "pairs", **start})
+    if "implicit_reward" not in given or not config.rules.scorers or named:
+        return in_rounds(config, partial(_choose_and_train, config))
+    once(config)
+    start = {"model": "dpo"}
+    *chosen, trained = _choose_and_train(config, 1, start)
+    second = replace(
+        trained, name="dpo_2" if trained.name == "dpo" else trained.name, inputs={**trained.inputs, **start}
+    )
     return (
         Step(POOL),
-        *(first if trains_first else ()),
-        Step(CANDIDATES, inputs={"index": "pool", **start}),
+        Step(PREFERENCES, inputs={"index": "pool"}),
+        Step(DPO, inputs={"pairs": "preferences"}),
+        *chosen,
+        second,
+        Step(EVALUATION, inputs={model: model for model in config.evaluation.models if model != BASE}),
+    )
+
+
+def _choose_and_train(config: RunConfig, number: int, model: dict[str, str]) -> tuple[Step, ...]:
+    """Return a round: candidates of a model, their scores, what the rules take, and a training on that."""
+    answers = {"index": "pool", "candidates": "candidates"}
+    scores = [Step(SCORES, inputs={**answers, **model})] if config.rules.scorers else []
+    pairs = RunDir.of(config.dpo.pairs).uri if config.dpo.pairs else "pairs"
+    start = model if config.rounds.restart == "previous" else {}
+    learns = {
+        "pairs": Step(DPO, inputs={"pairs": pairs, **start}),
+        "rows": Step(SFT, inputs={"rows": "pairs", **start}),
+    }
+    return (
+        Step(CANDIDATES, inputs={"index": "pool", **model}),
         *scores,
         Step(pairs_stage(config.rules), inputs={**answers, **{step.name: step.name for step in scores}}),
         learns[config.rules.makes],
-        Step(EVALUATION, inputs={model: model for model in config.evaluation.models if model != BASE}),
     )
 
 
@@ -169,6 +191,7 @@ def verified() -> Recipe:
 
 def with_own_questions(config: RunConfig) -> tuple[Step, ...]:
     """Return the steps of fine-tuning on questions that the model asked and answered itself."""
+    once(config)
     return (
         Step(POOL),
         Step(QUESTIONS_STAGE, inputs={"index": "pool"}),
@@ -208,6 +231,27 @@ def self_questions() -> Recipe:
     return Recipe(config.model_copy(update=changed), with_own_questions)
 
 
+def vila2() -> Recipe:
+    """Caption the toy world's pictures anew in two rounds, and train the base model on both captions each time (VILA²).
+
+    The pictures come with captions that leave objects out. Each round writes its own beside those of half of the
+    pictures, with the model of the round before. Controls: corpus.template=original (the same steps on the old
+    captions) or recaption, captions.prompts=plain (briefer ones), corpus.shuffle=true (of other pictures). Minutes on
+    2 CPU cores; rounds.stop_metric="toy_describe object_f1" ends the rounds once they bring nothing.
+
+    With a model of yours on GPUs: set what `any_model` sets but infusion.source, pool.caption_column or
+    pool.caption_member, captions.max_new_tokens=512 and captions.allow_truncated=false, and rounds.num=3.
+    """
+    config = demo().config
+    changed = {
+        "name": "vila2",
+        "captions": CaptionsConfig(max_new_tokens=64, allow_truncated=True),
+        "rounds": RoundsConfig(num=2, image_share=0.5),
+        "evaluation": config.evaluation.model_copy(update={"models": ("base", "sft"), "modes": ("direct",)}),
+    }
+    return Recipe(config.model_copy(update=changed), recaption_and_retrain)
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "any_model": any_model,
@@ -215,6 +259,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "verified": verified,
     "self_questions": self_questions,
     "image_contrast": image_contrast,
+    "vila2": vila2,
 }
 
 

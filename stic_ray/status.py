@@ -12,7 +12,7 @@ from stic_ray.core.errors import RunError
 from stic_ray.core.placement import Machines, format_selector
 from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.rundir import NOTES_FAMILY, RECORD_FAMILY, STARTED, RunDir
-from stic_ray.core.steps import CONFIG, Step, Steps, read_record
+from stic_ray.core.steps import CONFIG, Step, Steps, left_out, read_record
 from stic_ray.pipeline import REPORT, check_names
 from stic_ray.report.formats import duration, number
 
@@ -75,7 +75,12 @@ def run_status(run: RunDir) -> list[str]:
     record = read_record(run)
     if not record.steps:
         raise RunError(f"No run at '{run.uri}': it has no {CONFIG}.")
-    lines = [f"{step['name']:<12} {_step(run / step['name'], step)}" for step in record.steps]
+    unwanted = left_out([(step["name"], step.get("only_after", "")) for step in record.steps], run)
+    lines = [
+        f"{step['name']:<12} "
+        + (f"left out    {step['only_after']}" if step["name"] in unwanted else _step(run / step["name"], step))
+        for step in record.steps
+    ]
     if holder := lease.holder(run):
         seen = duration(max(0.0, time.time() - holder["seen_at"]))
         lines.append(f"held by process {holder['pid']} on {holder['host']}, last sign of life {seen} ago")

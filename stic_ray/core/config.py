@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stic_ray.core.preferences import PreferencesConfig
 from stic_ray.core.resources import ActorsConfig, ClusterConfig, EstimateConfig, WorkersConfig
+from stic_ray.core.rounds import CaptionsConfig, CorpusConfig, RoundsConfig
 from stic_ray.core.section import Count, NotNegative, Section, Temperature
 from stic_ray.core.training import ONLY_LANGUAGE, DPOConfig, SFTConfig, TuningConfig
 from stic_ray.core.verification import CandidatesConfig, QuestionsConfig, RulesConfig, ScoresConfig
@@ -27,6 +28,8 @@ ANSWER_SETTINGS = ("actors.merge_adapter", "actors.max_length_tokens")
 """Settings of the actors that may change an answer: they belong to what was made with them."""
 CAPTION_MEMBER = re.compile(r"(?P<ending>txt|text|caption)|json:(?P<key>.+)", re.DOTALL)
 """What pool.caption_member may be."""
+DRAWN = ("pool.shard_size", "rounds.image_share")
+"""Settings that say which images a step asks about, and in what shards."""
 IMAGE_SETTINGS = ("pool.shard_size", "pool.min_side_px", "pool.max_image_pixels", "pool.max_aspect_ratio")
 """Settings of the pool that also hold for images of instruction data and benchmarks."""
 
@@ -192,6 +195,9 @@ class RunConfig(Section):
     scores: ScoresConfig = ScoresConfig()
     rules: RulesConfig = RulesConfig()
     questions: QuestionsConfig = QuestionsConfig()
+    captions: CaptionsConfig = CaptionsConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    rounds: RoundsConfig = RoundsConfig()
     tuning: TuningConfig = TuningConfig()
     dpo: DPOConfig = DPOConfig()
     infusion: InfusionConfig = InfusionConfig()

@@ -17,3 +17,8 @@ def seed_for(seed: int, item_id: str, purpose: str) -> int:
 def random_for(seed: int, item_id: str, purpose: str) -> random.Random:
     """Return a generator of its own for (seed, item id, purpose)."""
     return random.Random(seed_for(seed, item_id, purpose))
+
+
+def is_drawn(seed: int, item_id: str, purpose: str, share: float) -> bool:
+    """Return whether an item is among a share of all that is drawn by (seed, item id, purpose)."""
+    return share >= 1.0 or random_for(seed, item_id, purpose).random() < share

@@ -63,6 +63,8 @@ class Reason(StrEnum):
     UNBALANCED_LENGTHS = "unbalanced_lengths"
     NO_QUESTION = "no_question"
     TOO_EASY = "too_easy"
+    NO_CAPTION = "no_caption"
+    NO_MATCH = "no_match"
     ENGINE_FAILED = "engine_failed"
     UNEXPECTED_ERROR = "unexpected_error"
     """The row raised what nothing was prepared for; its message has the error's type."""
@@ -100,6 +102,21 @@ FAILED = _schema(
     _column("message", pa.string(), "what was in the way: storage, credentials, an engine"),
 )
 """Rows that could not be done, for a reason outside of them: the same command tries them again."""
+
+CAPTIONS = _schema(
+    _column("image_id", pa.string(), "as in the index"),
+    _column("position", pa.int64(), "as in the index"),
+    _column("round", pa.int32(), "of self-training, from 1"),
+    _column("kind", pa.string(), "`self`, or `specialist:NAME`"),
+    _column("prompt", pa.string(), "the prompt or question that it answers"),
+    _column("text", pa.string(), "the caption"),
+    _column("num_tokens", pa.int64(), "generated tokens"),
+    _column("finish_reason", pa.string(), "`stop`, or `length` at the token limit"),
+    _column("model", pa.string(), "path or hub id of the model that wrote it"),
+    _column("model_revision", pa.string(), "revision of a hub id, or a hash of the weights' index"),
+    _column("seed", pa.int64(), "of the step"),
+)
+"""What models write about the images: a row each, several of an image with where they come from."""
 
 CANDIDATES = _schema(
     _column("image_id", pa.string(), "as in the index"),
@@ -198,6 +215,14 @@ INFUSED = _schema(
     ),
     _column("model", pa.string(), "path of the model that described; null where none was asked to", nullable=True),
 )
+
+PROVENANCE = _schema(
+    _column("image_id", pa.string(), "as in the index"),
+    _column("source", pa.string(), "`original`, `recaption` or `both`: which captions its text is made of"),
+    _column("num_words", pa.int64(), "of that text"),
+    _column("num_specialist_turns", pa.int64(), "questions and answers behind it"),
+)
+"""Where the text of a row of stage `corpus` came from: a row for each."""
 
 QUESTIONS = _schema(
     _column("image_id", pa.string(), "as in the index"),

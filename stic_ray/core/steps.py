@@ -5,7 +5,7 @@ report and study read these objects, or what config.yaml records of them. A step
 with its inputs by role and its own settings where they differ from the run's.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ CHECKPOINT = "checkpoint"
 """Folder of the model that a training step leaves."""
 BASE = "base"
 """The model that a run starts from: `model.path`, with `model.adapter` on it."""
+GOES_ON = "goes_on"
+"""Account in the manifest of a step that decides: false where the steps that come `only_after` it are left out."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,16 @@ class Stage:
     """Whether it goes on behind what it has when its input has grown; nothing that was finished is made again."""
 
 
+def names_in(source: str) -> tuple[str, ...]:
+    """Return the steps that an input names: one, or several of which the first that is finished is read."""
+    return () if "/" in source else tuple(source.split("|"))
+
+
 def place_of(source: str, run: RunDir) -> RunDir:
     """Return the folder that an input names: a step of the run, or a folder outside of it."""
-    return RunDir.of(source) if "/" in source else run / source
+    names = names_in(source)
+    places = [run / name for name in names]
+    return next((place for place in places if place.manifest), places[0]) if names else RunDir.of(source)
 
 
 @dataclass(frozen=True)
@@ -102,9 +111,12 @@ class Step:
     name: str = ""
     """Its folder; the stage's name when empty."""
     inputs: Mapping[str, str] = field(default_factory=dict)
-    """By role: the name of an earlier step, or a folder outside of the run (a path with a "/", or a URI)."""
+    """By role: the name of an earlier step, or a folder outside of the run (a path with a "/", or a URI). As "a|b", the
+    first of these steps that is finished, where some may be left out."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """"section.field" -> value, where it differs from the run's."""
+    only_after: str = ""
+    """An earlier step that decides whether this one is made (GOES_ON)."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -120,8 +132,9 @@ class Step:
 
     @property
     def earlier_steps(self) -> tuple[str, ...]:
-        """Names of the steps that it reads, each once."""
-        return tuple(dict.fromkeys(name for name in self.inputs.values() if "/" not in name))
+        """Names of the steps that it reads or waits for, each once."""
+        read = [name for source in self.inputs.values() for name in names_in(source)]
+        return tuple(dict.fromkeys([*read, *filter(None, [self.only_after])]))
 
     def record(self, config: RunConfig) -> dict[str, Any]:
         """Return what config.yaml holds of the step, for readers that have no stage objects."""
@@ -132,6 +145,7 @@ class Step:
             "section": self.stage.section,
             "writes": self.stage.writes,
             "inputs": dict(self.inputs),
+            "only_after": self.only_after,
             "settings": dict(self.settings),
             "processes": need.what,
         }
@@ -171,12 +185,14 @@ def check_steps(steps: Steps) -> None:
                     f"Step '{step.name}' has an input '{role}'.{nearest(role, step.stage.reads)} "
                     f"Stage {step.stage.name} reads: {allowed}."
                 )
-            if "/" not in source and source not in known:
-                where = f"{step.stage.section}.models" if step.stage.reads is None else f"The input '{role}'"
-                raise ConfigError(
-                    f"{where} of step '{step.name}' names '{source}', which is no step before it."
-                    f"{nearest(source, known)} Valid: {', '.join(known) or 'none'}."
-                )
+            for name in names_in(source):
+                if name not in known:
+                    where = f"{step.stage.section}.models" if step.stage.reads is None else f"The input '{role}'"
+                    raise ConfigError(
+                        f"{where} of step '{step.name}' names '{name}', which is no step before it."
+                        f"{nearest(name, known)} Valid: {', '.join(known) or 'none'}."
+                    )
+        assert not step.only_after or step.only_after in known, "it decides before"
         known.append(step.name)
 
 
@@ -186,6 +202,15 @@ def with_inputs(names: Collection[str], steps: Steps) -> set[str]:
     for step in reversed(steps):
         if step.name in found:
             found |= set(step.earlier_steps)
+    return found
+
+
+def left_out(steps: Iterable[tuple[str, str]], run: RunDir) -> set[str]:
+    """Return the steps that are not made, of pairs of a step and the one that it comes `only_after`, in order."""
+    found: set[str] = set()
+    for name, decision in steps:
+        if decision and (decision in found or ((run / decision).manifest or {}).get(GOES_ON) is False):
+            found.add(name)
     return found
 
 

@@ -68,15 +68,18 @@ def majority_of(answers: Sequence[str | None]) -> Majority:
     return Majority(wordings.most_common(1)[0][0], number / len(answers), is_tied)
 
 
-def check_majority(found: Majority, majority: float, max_share: float) -> None:
-    """Raise Rejected unless one answer, and no other, has at least `majority` and at most `max_share` of all."""
+def check_majority(found: Majority, majority: float, max_share: float = 1.0, section: str = "questions") -> None:
+    """Raise Rejected unless one answer, and no other, has at least `majority` and at most `max_share` of all.
+
+    `section` of the configuration holds both.
+    """
     if found.answer is None or found.is_tied or found.share < majority:
         best = "no answer" if found.answer is None else f"{found.share:.0%} say {found.answer[:60]!r}"
         tied = ", as many as say something else" if found.is_tied else ""
-        raise Rejected(Reason.NO_MAJORITY, f"{best}{tied}; questions.majority={majority:g}")
+        raise Rejected(Reason.NO_MAJORITY, f"{best}{tied}; {section}.majority={majority:g}")
     if found.share > max_share:
         raise Rejected(
-            Reason.TOO_EASY, f"{found.share:.0%} say {found.answer[:60]!r}; questions.max_share={max_share:g}"
+            Reason.TOO_EASY, f"{found.share:.0%} say {found.answer[:60]!r}; {section}.max_share={max_share:g}"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import ESTIMATE, RunDir, read_shard
 from stic_ray.core.schemas import REJECTED
-from stic_ray.core.steps import read_record
+from stic_ray.core.steps import left_out, read_record
 from stic_ray.report.candidates import collect_candidates
 from stic_ray.report.formats import shortened
 from stic_ray.report.gallery import collect_gallery
@@ -58,6 +58,8 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
     found = {name: manifest for name, manifest in manifests.items() if manifest is not None}
     begun = {name: "not finished" if (run / name).location.exists() else "not run" for name in steps}
     statuses = {name: "finished" if name in found else begun[name] for name in steps}
+    unwanted = left_out([(name, step.get("only_after", "")) for name, step in steps.items()], run)
+    statuses |= dict.fromkeys(unwanted, "left out")
     scored = [name for name, step in steps.items() if step["writes"] == SCORES]
     scores_status = next((statuses[name] for name in scored), "not run")
     scores = collect_scores([run / name for name in scored], record.config, list(steps))

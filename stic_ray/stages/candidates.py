@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from stic_ray.core.config import ANSWER_SETTINGS, RunConfig
+from stic_ray.core.config import ANSWER_SETTINGS, DRAWN, RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.placement import actors_need
 from stic_ray.core.randomness import seed_for
@@ -20,7 +20,7 @@ from stic_ray.method.candidates import candidate_prompts, filed_under, usable
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import AnswerText
 from stic_ray.method.prompts import PromptSet, load_prompts
-from stic_ray.stages.fetch import fetched, indexed_tasks, load_indexed, num_images_of
+from stic_ray.stages.fetch import fetched, indexed_tasks, load_drawn, num_drawn
 from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
 
@@ -33,12 +33,12 @@ def build_candidates(step: StepRun) -> dict[str, Any]:
     """
     config, output = step.config, step.output
     tasks = indexed_tasks(step.inputs["index"], config.pool.shard_size, config.candidates.num_images)
-    num_images = num_images_of(tasks)
+    num_images = num_drawn(step.name, tasks, config)
     job = ShardJob(
         stage=step.name,
         output=output,
         families={"candidates": TABLE},
-        load=partial(load_indexed, image_column=config.pool.image_column),
+        load=partial(load_drawn, config=config),
         make_worker=partial(Answerer, config, load_prompts(config.prompts), step.model()),
         max_failed_share=config.cluster.max_failed_share,
     )
@@ -137,7 +137,7 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
 CANDIDATES = Stage(
     name="candidates",
     run=build_candidates,
-    settings=("seed", "prompts", "model", "candidates", "pool.shard_size", *ANSWER_SETTINGS),
+    settings=("seed", "prompts", "model", "candidates", *DRAWN, *ANSWER_SETTINGS),
     need=actors_need,
     writes="candidates-*.parquet",
     section="candidates",

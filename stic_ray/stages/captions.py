@@ -1,169 +1,171 @@
-"""Captions that a source gives its images: in a column of its tables, or in files and tar members beside them.
+"""Stage `captions`: what a model writes about the pool's images, as a caption of its own or as answers to a task.
 
-A caption that is not there is `no_caption`; one that cannot be used is a rejected row with another reason, also where
-images without a caption are welcome. Nothing is put in a caption's place.
+A step adds a folder of captions; those of earlier rounds stay as they are, and stage `corpus` reads them all.
 """
 
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-import pyarrow as pa
+from PIL import Image
 
-from stic_ray.core.config import CAPTION_MEMBER, PoolConfig
-from stic_ray.core.errors import Rejected, SourceError, nearest, one_line
-from stic_ray.core.schemas import Reason
+from stic_ray.core.config import ANSWER_SETTINGS, DRAWN, RunConfig
+from stic_ray.core.errors import Rejected
+from stic_ray.core.placement import actors_need
+from stic_ray.core.randomness import seed_for
+from stic_ray.core.rundir import REJECTED_FAMILY
+from stic_ray.core.schemas import CAPTIONS, Reason
+from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
-from stic_ray.stages.reading import Patience
-
-MAX_CHARACTERS = 10_000
-"""Longer captions are rejected: about 2,500 tokens, more than any published recaption and than most text contexts of a
-caption training. A whole page in a caption's place is a mistake of the source, and the index is held 50,000 rows at a
-time when it is put in order."""
-MAX_FILE_BYTES = 2**20
-"""Larger files and members are not read: metadata of one image is a few kilobytes."""
-
-_TEXT = ("string", "large_string", "string_view", "null")
-
-
-@dataclass(frozen=True)
-class Captions:
-    """Where a source has its captions; no field is set where none is named."""
-
-    column: str | None = None
-    """Of tables."""
-    ending: str | None = None
-    """Of the file or member beside an image, without the dot."""
-    key: str | None = None
-    """Of the JSON object in that file; None where all of it is the caption."""
-
-    @classmethod
-    def of(cls, pool: PoolConfig) -> "Captions":
-        """Return what the settings of the pool say."""
-        given = CAPTION_MEMBER.fullmatch(pool.caption_member or "")
-        ending, key = given.group("ending", "key") if given else (None, None)
-        return cls(pool.caption_column, "json" if key else ending, key)
-
-    def of_value(self, value: pa.Scalar | None) -> str | Rejected | None:
-        """Return the caption of a table's row; `value` is None where no column was read."""
-        if self.column is None:
-            why = "a row of a table; its caption needs pool.caption_column"
-            return Rejected(Reason.NO_CAPTION, why) if self.ending else None
-        try:
-            return _as_caption(None if value is None else value.as_py(), f"column '{self.column}'")
-        except Rejected as rejected:
-            return rejected
-        except UnicodeError as error:  # Arrow does not check what it reads
-            return _unreadable(f"column '{self.column}' is no UTF-8: {one_line(error)}")
-
-    def of_content(self, content: bytes, name: str) -> str | Rejected:
-        """Return the caption in a file or member."""
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeError as error:
-            return _unreadable(f"'{name}' is no UTF-8: {one_line(error)}")
-        try:
-            if self.key is None:
-                return _as_caption(text, f"'{name}'")
-            found = json.loads(text)
-            if not isinstance(found, dict):
-                return _unreadable(f"'{name}' is no JSON object")
-            if self.key not in found:
-                return Rejected(Reason.NO_CAPTION, f"'{name}' has no key '{self.key}'.{nearest(self.key, found)}")
-            return _as_caption(found[self.key], f"'{self.key}' of '{name}'")
-        except Rejected as rejected:
-            return rejected
-        except (ValueError, RecursionError) as error:
-            return _unreadable(f"'{name}' is no JSON: {one_line(error)}")
-
-    def missing(self, stem: str) -> Rejected | None:
-        """Return why an image with this name up to its ending has no caption, when nothing is beside it."""
-        if self.ending is None:
-            why = "no row of a table, where pool.caption_column looks; set pool.caption_member, too"
-            return Rejected(Reason.NO_CAPTION, why) if self.column else None
-        return Rejected(Reason.NO_CAPTION, f"no '{stem}.{self.ending}' beside it")
-
-    def beside(self, image: Location, patience: Patience) -> str | Rejected | None:
-        """Return the caption in the file beside an image that is a file. Raises Failed."""
-        stem = PurePosixPath(image.name).stem
-        if self.ending is None:
-            return self.missing(stem)
-        file = image.folder / f"{stem}.{self.ending}"
-
-        def read() -> bytes:
-            with file.open() as stream:
-                check_file_size(stream.size())
-                return stream.read()
-
-        try:
-            return self.of_content(patience.read(file, read), file.name)
-        except Rejected as rejected:
-            return rejected if patience.read(file, file.exists) else self.missing(stem)
-
-    def is_file(self, name: PurePosixPath) -> bool:
-        """Whether a file of a folder is one with a caption, and so no image."""
-        return self.ending is not None and name.suffix == f".{self.ending}"
+from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
+from stic_ray.engines.base import Answer, Request, Sampling
+from stic_ray.engines.opening import open_trained
+from stic_ray.method.captions import caption_prompts
+from stic_ray.method.images import decode_for_storage
+from stic_ray.method.prompts import PromptSet, load_prompts
+from stic_ray.method.questions import check_majority, majority_of
+from stic_ray.stages.fetch import fetched, indexed_tasks, load_drawn, num_drawn
+from stic_ray.stages.shards import ShardJob, check_written, run_shards
+from stic_ray.stages.windows import Rows
 
 
-def _as_caption(value: Any, what: str) -> str:
-    """Return a caption without the white space around it. Raises Rejected for what is none; `what` names it there."""
-    if value is None:
-        raise Rejected(Reason.NO_CAPTION, f"{what} is null")
-    if not isinstance(value, str):
-        raise _unreadable(f"{what} is of type {type(value).__name__}; a caption is text")
-    text = value.strip()
-    if not text:
-        raise Rejected(Reason.NO_CAPTION, f"{what} is empty")
-    if len(text) > MAX_CHARACTERS:
-        raise Rejected(Reason.TOO_LONG, f"{what} has {len(text)} characters; a caption has at most {MAX_CHARACTERS}")
-    try:
-        text.encode()
-    except UnicodeError as error:  # half of a pair, as JSON can escape it
-        raise _unreadable(f"{what} is no Unicode text: {one_line(error)}") from error
-    return text
+def build_captions(step: StepRun) -> dict[str, Any]:
+    """Write captions and rejected shards into the step's folder and return the manifest's row accounts.
+
+    A row is what is asked about an image that is drawn: a prompt, or each question of a task. Raises SourceError when
+    no image has a caption.
+    """
+    config, output = step.config, step.output
+    tasks = indexed_tasks(step.inputs["index"], config.pool.shard_size, config.captions.num_images)
+    job = ShardJob(
+        stage=step.name,
+        output=output,
+        families={"captions": CAPTIONS},
+        load=partial(load_drawn, config=config),
+        make_worker=partial(Captioner, config, load_prompts(config.prompts), step.model()),
+        max_failed_share=config.cluster.max_failed_share,
+    )
+    done = run_shards(job, tasks, config.actors)
+    num_images = num_drawn(step.name, tasks, config)
+    accounts = done.accounts(num_images * (len(config.captions.questions) or 1))
+    check_written(accounts, output, f"Not one of {num_images} images has a caption")
+    return accounts
 
 
-def check_file_size(num_bytes: int) -> None:
-    """Raise Rejected for a file or member that is too large to hold one image's caption."""
-    if num_bytes > MAX_FILE_BYTES:
-        raise Rejected(Reason.TOO_LONG, f"{num_bytes} bytes; a caption is read from at most {MAX_FILE_BYTES}")
+class _Asked(NamedTuple):
+    """An image on its way to its captions."""
+
+    row: dict[str, Any]
+    picture: Image.Image
+    prompts: Sequence[str]
 
 
-def check_caption_column(file: Location, schema: pa.Schema, column: str | None) -> None:
-    """Raise SourceError where a table has no such column, or one that holds no text; None asks for none."""
-    if column is None:
-        return
-    if column not in schema.names:
-        raise SourceError(
-            f"'{file.uri}' has no column '{column}'.{nearest(column, schema.names)} Its columns: "
-            f"{', '.join(schema.names)}. Name the one with the captions with pool.caption_column, or leave that out."
-        )
-    kind = schema.field(column).type
-    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if str(plain) not in _TEXT:
-        way_out = "write the one to use into a column of its own" if "list" in str(plain) else "name one that has text"
-        raise SourceError(
-            f"Column '{column}' of '{file.uri}' is {kind}; pool.caption_column is one caption per row: {way_out}."
-        )
+class Captioner:
+    """Writes captions; owns the model."""
+
+    def __init__(self, config: RunConfig, prompts: PromptSet, checkpoint: Location | None) -> None:
+        """Load the base model of the run, or what a training step left in `checkpoint`."""
+        self.config = config
+        self.prompts = prompts
+        self.engine = open_trained(config, checkpoint)
+
+    def identities(self, row: dict[str, Any]) -> list[dict[str, str]]:
+        """Return the image's id and path, for each of its prompts."""
+        return [{"image_id": row["image_id"], "path": row["path"]}] * (len(self.config.captions.questions) or 1)
+
+    def prepare(self, row: dict[str, Any]) -> _Asked:
+        """Decode the image, and draw its prompt."""
+        prompts = caption_prompts(row["image_id"], self.config.seed, self.config.captions, self.prompts)
+        return _Asked(row, decode_for_storage(fetched(row))[0], prompts)
+
+    def answer(self, prepared: Sequence[_Asked]) -> list[list[list[Answer]]]:
+        """Return by image and prompt the answers; those to one prompt are neighbours, so that it is read once."""
+        settings = self.config.captions
+        numbers = range(settings.num_answers)
+        requests = [
+            Request(prompt, each.picture, self._seed(each.row["image_id"], place, number), each.row["image_id"])
+            for each in prepared
+            for place, prompt in enumerate(each.prompts)
+            for number in numbers
+        ]
+        sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+        answers = iter(self.engine.generate(requests, sampling))
+        return [[[next(answers) for _ in numbers] for _ in each.prompts] for each in prepared]
+
+    def finish(self, prepared: _Asked, answer: list[list[Answer]]) -> Rows:
+        """Return the captions that are kept, and a rejected row for each other."""
+        where = self.identities(prepared.row)[0]
+        found: dict[str, list[dict[str, Any]]] = {"captions": [], REJECTED_FAMILY: []}
+        for prompt, answers in zip(prepared.prompts, answer, strict=True):
+            try:
+                found["captions"].append(self._caption(prepared.row, prompt, self._taken(answers)))
+            except Rejected as error:
+                found[REJECTED_FAMILY].append({**where, "reason": error.reason, "message": error.message})
+        return {family: rows for family, rows in found.items() if rows}
+
+    def _seed(self, image_id: str, place: int, number: int) -> int:
+        settings = self.config.captions
+        return seed_for(self.config.seed, image_id, f"{settings.kind} {settings.round}, {place}, {number}")
+
+    def _taken(self, answers: Sequence[Answer]) -> Answer:
+        """Return the answer that is kept. Raises Rejected where there is none."""
+        settings = self.config.captions
+        whole = [a for a in answers if a.finish_reason != "length" or settings.allow_truncated]
+        texts = [a.text if a in whole else None for a in answers]
+        if not any(text and text.strip() for text in texts):
+            if whole:
+                raise Rejected(Reason.EMPTY_ANSWER, "the caption is empty")
+            limit = f"captions.max_new_tokens={settings.max_new_tokens}"
+            raise Rejected(Reason.TRUNCATED_ANSWER, f"the caption was cut off at {limit}")
+        taken = next(a for a, text in zip(answers, texts, strict=True) if text and text.strip())
+        if settings.num_answers > 1:
+            majority = majority_of(texts)
+            check_majority(majority, settings.majority, section="captions")
+            taken = next(a for a in whole if a.text.strip() == majority.answer)
+        if settings.pattern is not None and not re.search(settings.pattern, taken.text):
+            raise Rejected(
+                Reason.NO_MATCH, f"captions.pattern={settings.pattern!r} is not found in {taken.text[:60]!r}"
+            )
+        return taken
+
+    def _caption(self, row: dict[str, Any], prompt: str, answer: Answer) -> dict[str, Any]:
+        settings = self.config.captions
+        return {
+            "image_id": row["image_id"],
+            "position": row["position"],
+            "round": settings.round,
+            "kind": settings.kind,
+            "prompt": prompt,
+            "text": answer.text.strip(),
+            "num_tokens": answer.num_tokens,
+            "finish_reason": answer.finish_reason,
+            "model": self.engine.name,
+            "model_revision": self.engine.revision,
+            "seed": self.config.seed,
+        }
 
 
-def check_places(pool: PoolConfig, kinds: Iterable[str]) -> None:
-    """Raise SourceError where a whole source of these kinds of files has nothing that the settings fit."""
-    captions, found = Captions.of(pool), set(kinds)
-    tables = found & {"parquet", "arrow"}
-    if captions.column and not captions.ending and not tables:
-        raise SourceError(
-            f"pool.caption_column={captions.column} names a column of tables, and pool.source has none; for captions "
-            "in files or tar members beside the images set pool.caption_member=txt or json:KEY."
-        )
-    if captions.ending and not captions.column and found == tables:
-        raise SourceError(
-            "pool.caption_member names files or tar members beside the images, and pool.source has only tables; name "
-            "their column with pool.caption_column."
-        )
+def _work(config: RunConfig, sizes: Sizes) -> Work | None:
+    if not sizes.num_images:
+        return None
+    settings = config.captions
+    num_images = min(sizes.num_images, settings.num_images or sizes.num_images)
+    num_drawn = round(num_images * config.rounds.image_share)
+    writes, num_prompts = min(sizes.num_answer_tokens, settings.max_new_tokens), len(settings.questions) or 1
+    requests = ((num_prompts * settings.num_answers, sizes.num_prompt_tokens / settings.num_answers, writes),)
+    return Work(num_drawn, requests, storage_bytes=num_drawn * num_prompts * BYTES_PER_TEXT_TOKEN * writes)
 
 
-def _unreadable(why: str) -> Rejected:
-    return Rejected(Reason.UNREADABLE_ROW, f"caption: {why}")
+CAPTIONS_STAGE = Stage(
+    name="captions",
+    run=build_captions,
+    settings=("seed", "prompts", "model", "captions", *DRAWN, *ANSWER_SETTINGS),
+    need=actors_need,
+    writes="captions-*.parquet",
+    section="captions",
+    reads=("index", "model"),
+    work=_work,
+    amount="num_images",
+    grows=True,
+)

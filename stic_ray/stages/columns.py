@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from stic_ray.core.errors import Failed, Rejected, SourceError, nearest, one_line
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
-from stic_ray.stages.captions import check_caption_column
 from stic_ray.stages.reading import Stream, unreadable
+from stic_ray.stages.source_captions import check_caption_column
 
 _ARROW_FILE = b"ARROW1\0\0"
 _ARROW_MESSAGE = b"\xff\xff\xff\xff"

@@ -19,9 +19,9 @@ from stic_ray.core.errors import Failed, Rejected, SourceError
 from stic_ray.core.schemas import Reason
 from stic_ray.core.storage import Location
 from stic_ray.method.images import is_image
-from stic_ray.stages.captions import Captions
 from stic_ray.stages.columns import Batch, arrow_batches, check_column, image_value, parquet_batches
 from stic_ray.stages.reading import Found, Patience, Stream, check_size, read_file, unreadable
+from stic_ray.stages.source_captions import Captions
 from stic_ray.stages.tars import IMAGE_ENDINGS, images_in_tar
 
 Kind = Literal["image", "parquet", "tar", "arrow", "list"]

@@ -31,12 +31,18 @@ from stic_ray.stages.windows import Rows
 _PREDICTIONS = "predictions"
 DIRECT = "direct"
 BASELINE = (BASE, DIRECT)
+EARLIER = "earlier"
+"""Role of an evaluation that has the base model's answers."""
 _PREDICTION_BYTES = 400
 """Of a row of the predictions."""
 
 
-def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | None]) -> dict[str, Any]:
+def evaluate(
+    config: RunConfig, output: RunDir, models: Mapping[str, Location | None], earlier: RunDir | None = None
+) -> dict[str, Any]:
     """Answer all benchmarks with each model (None is the run's base model), keep the answers, write scores.json.
+
+    Differences are to the base model, whose answers an `earlier` evaluation of the same benchmarks may have.
 
     Returns the manifest's row accounts: a row is a question under a metric in a mode for a model. Raises
     SourceError for a benchmark that is missing or of another format.
@@ -67,7 +73,9 @@ def evaluate(config: RunConfig, output: RunDir, models: Mapping[str, Location | 
     num_failed = sum(each.num_failed for each in done.values())
     accounts = row_counts(num_rows, len(predictions), dict(sorted(reasons.items())), num_failed)
     check_written(accounts, output, "Not one question could be asked")
-    output.write_json("scores.json", summarise(predictions, config.evaluation, config.seed))
+    known = earlier.read_table(family_name(_PREDICTIONS, BASE), PREDICTIONS).to_pylist() if earlier else []
+    scores = summarise([*predictions, *known], config.evaluation, config.seed)
+    output.write_json("scores.json", [row for row in scores if row["model"] in models])
     accounts[ROWS_NOW] = sum(each.num_rows_now for each in done.values())
     return {**accounts, "throughput": {model: each.throughput for model, each in done.items()}}
 
@@ -206,7 +214,8 @@ class Respondent:
 def _run(step: StepRun) -> dict[str, Any]:
     """Score the base model where `evaluation.models` names it, and every model that the step reads."""
     base = {BASE: step.model(BASE)} if BASE in step.config.evaluation.models else {}
-    return evaluate(step.config, step.output, {**base, **{name: step.model(name) for name in step.inputs}})
+    trained = {name: step.model(name) for name in step.inputs if name != EARLIER}
+    return evaluate(step.config, step.output, {**base, **trained}, step.inputs.get(EARLIER))
 
 
 def _check(step: StepRun) -> None:

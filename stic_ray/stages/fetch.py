@@ -8,7 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import Failed, Rejected, SourceError
+from stic_ray.core.randomness import is_drawn
 from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import INDEX, Reason
 from stic_ray.core.storage import Location
@@ -18,6 +20,7 @@ from stic_ray.stages.containers import NUM_THREADS, kind_of
 from stic_ray.stages.ordering import index_shards
 from stic_ray.stages.reading import Patience, Stream, check_size, read_file, unreadable
 from stic_ray.stages.shards import ShardTask
+from stic_ray.stages.tasks import map_tasks
 
 FETCHED = [
     pa.field("encoded", pa.large_binary()),
@@ -60,10 +63,30 @@ def read_indexed(task: ShardTask) -> pa.Table:
     return read_shard(Location.of(task.payload["index"]), INDEX).slice(0, task.payload["num_rows"])
 
 
-def load_indexed(task: ShardTask, image_column: str) -> pa.Table:
-    """Return the images of a task of `indexed_tasks` with their bytes."""
-    index = read_indexed(task)
-    return with_images(index, fetch_indexed(index.to_pylist(), image_column))
+def load_drawn(task: ShardTask, config: RunConfig) -> pa.Table:
+    """Return the images of a task of `indexed_tasks` that a round asks about, with their bytes."""
+    index = drawn(read_indexed(task), config)
+    return with_images(index, fetch_indexed(index.to_pylist(), config.pool.image_column))
+
+
+def num_drawn(stage: str, tasks: Sequence[ShardTask], config: RunConfig) -> int:
+    """Return how many images of tasks of `indexed_tasks` a round asks about."""
+    if config.rounds.image_share >= 1.0:
+        return num_images_of(tasks)
+    return sum(map_tasks(stage, _num_drawn, [(task, config) for task in tasks]))
+
+
+def _num_drawn(task: ShardTask, config: RunConfig) -> int:
+    return drawn(read_indexed(task), config).num_rows
+
+
+def drawn(index: pa.Table, config: RunConfig) -> pa.Table:
+    """Return the rows of an index that a round asks about: a share that its seed draws (VILA² section 3.1)."""
+    share = config.rounds.image_share
+    ids = index["image_id"].to_pylist()
+    return index.filter(
+        pa.array([is_drawn(config.seed, image, "image of the round", share) for image in ids], pa.bool_())
+    )
 
 
 def fetched(row: Mapping[str, Any]) -> bytes:

@@ -27,9 +27,9 @@ from stic_ray.core.errors import Rejected, SourceError
 from stic_ray.core.json_stream import as_text
 from stic_ray.core.rundir import RunDir, read_shard, shard_name
 from stic_ray.core.storage import Location
-from stic_ray.stages.captions import check_places
 from stic_ray.stages.columns import check_column, verbatim_chunk
 from stic_ray.stages.containers import kind_of, may_be_image
+from stic_ray.stages.source_captions import check_places
 
 logger = logging.getLogger(__name__)
 

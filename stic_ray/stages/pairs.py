@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import DRAWN, RunConfig
 from stic_ray.core.errors import ModelError, Rejected, SourceError
 from stic_ray.core.placement import Need, actors_need, without_gpus
 from stic_ray.core.rundir import REJECTED_FAMILY
@@ -21,7 +21,7 @@ from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import NO_CANDIDATES
 from stic_ray.method.ratings import Cut, RatedAnswer
 from stic_ray.method.rules import Choice, Decision, decide
-from stic_ray.stages.fetch import fetched, num_images_of
+from stic_ray.stages.fetch import fetched, num_drawn
 from stic_ray.stages.rated import answers_of, check_scorers, cut_of_the_pool, load_rated, rated_tasks
 from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
@@ -37,7 +37,7 @@ def build_pairs(step: StepRun) -> dict[str, Any]:
     tasks = rated_tasks(step)
     check_scorers(step)
     cut = cut_of_the_pool(step.name, tasks, config) if rules.top_share is not None else None
-    num_images = num_images_of(tasks)
+    num_images = num_drawn(step.name, tasks, config)
     job = ShardJob(
         stage=step.name,
         output=output,
@@ -219,7 +219,7 @@ PAIRS_STAGE = Stage(
         "candidates.num_images",
         "candidates.allow_truncated",
         "dpo.max_length_tokens",
-        "pool.shard_size",
+        *DRAWN,
     ),
     need=_need,
     writes="pairs-*.parquet",

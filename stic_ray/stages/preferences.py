@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from stic_ray.core.config import ANSWER_SETTINGS, RunConfig
+from stic_ray.core.config import ANSWER_SETTINGS, DRAWN, RunConfig
 from stic_ray.core.errors import ConfigError, Rejected
 from stic_ray.core.placement import actors_need
 from stic_ray.core.preferences import TEXT_NEGATIVES
@@ -32,7 +32,7 @@ from stic_ray.method.preferences import (
     swapped,
 )
 from stic_ray.method.prompts import PromptSet, load_prompts
-from stic_ray.stages.fetch import fetched, indexed_tasks, load_indexed, num_images_of
+from stic_ray.stages.fetch import fetched, indexed_tasks, load_drawn, num_drawn
 from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows, Tables
 
@@ -44,12 +44,12 @@ def build_preferences(step: StepRun) -> dict[str, Any]:
     """
     config, output = step.config, step.output
     tasks = indexed_tasks(step.inputs["index"], config.pool.shard_size, config.preferences.num_images)
-    num_images = num_images_of(tasks)
+    num_images = num_drawn(step.name, tasks, config)
     job = ShardJob(
         stage=step.name,
         output=output,
         families={"pairs": PAIRS},
-        load=partial(load_indexed, image_column=config.pool.image_column),
+        load=partial(load_drawn, config=config),
         make_worker=partial(PairMaker, config, load_prompts(config.prompts), step.model()),
         max_failed_share=config.cluster.max_failed_share,
     )
@@ -224,7 +224,7 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
 PREFERENCES = Stage(
     name="preferences",
     run=build_preferences,
-    settings=("seed", "prompts", "model", "preferences", "dpo.max_length_tokens", "pool.shard_size", *ANSWER_SETTINGS),
+    settings=("seed", "prompts", "model", "preferences", "dpo.max_length_tokens", *DRAWN, *ANSWER_SETTINGS),
     need=actors_need,
     writes="pairs-*.parquet",
     section="preferences",

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from stic_ray.core.config import ANSWER_SETTINGS, RunConfig
+from stic_ray.core.config import ANSWER_SETTINGS, DRAWN, RunConfig
 from stic_ray.core.errors import Rejected
 from stic_ray.core.placement import actors_need
 from stic_ray.core.randomness import random_for, seed_for
@@ -26,7 +26,7 @@ from stic_ray.method.images import decode_for_storage
 from stic_ray.method.media import PLACEHOLDER
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.questions import Majority, check_majority, majority_of, read_questions
-from stic_ray.stages.fetch import fetched, indexed_tasks, load_indexed, num_images_of
+from stic_ray.stages.fetch import fetched, indexed_tasks, load_drawn, num_drawn
 from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
 
@@ -38,13 +38,13 @@ def build_questions(step: StepRun) -> dict[str, Any]:
     """
     config, output = step.config, step.output
     tasks = indexed_tasks(step.inputs["index"], config.pool.shard_size, config.questions.num_images)
-    num_questions = config.questions.num_questions * num_images_of(tasks)
+    num_questions = config.questions.num_questions * num_drawn(step.name, tasks, config)
     job = ShardJob(
         stage=step.name,
         output=output,
         families={"rows": INFUSED, "questions": QUESTIONS, "export": EXPORTED_QUESTIONS},
         beside=("questions", "export"),
-        load=partial(load_indexed, image_column=config.pool.image_column),
+        load=partial(load_drawn, config=config),
         make_worker=partial(Questioner, config, load_prompts(config.prompts), step.model()),
         max_failed_share=config.cluster.max_failed_share,
     )
@@ -230,7 +230,7 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
 QUESTIONS_STAGE = Stage(
     name="questions",
     run=build_questions,
-    settings=("seed", "prompts", "model", "questions", "sft.max_length_tokens", "pool.shard_size", *ANSWER_SETTINGS),
+    settings=("seed", "prompts", "model", "questions", "sft.max_length_tokens", *DRAWN, *ANSWER_SETTINGS),
     need=actors_need,
     writes="rows-*.parquet",
     section="questions",

@@ -17,7 +17,7 @@ from stic_ray.core.storage import Location
 from stic_ray.core.verification import RulesConfig
 from stic_ray.method.ratings import Cut, RatedAnswer, best_score, combined_scores, cut_at, rank_of
 from stic_ray.method.rules import decide
-from stic_ray.stages.fetch import fetch_indexed, indexed_tasks, read_indexed, with_images
+from stic_ray.stages.fetch import drawn, fetch_indexed, indexed_tasks, read_indexed, with_images
 from stic_ray.stages.shards import ShardTask
 from stic_ray.stages.tasks import map_tasks
 
@@ -114,7 +114,7 @@ def answers_of(candidates: Sequence[Mapping[str, Any]], config: RunConfig) -> li
 
 def load_rated(task: ShardTask, config: RunConfig, cut: Cut | None) -> pa.Table:
     """Return the images of a shard with their candidates, and the bytes of those that can give something."""
-    index = read_indexed(task)
+    index = drawn(read_indexed(task), config)
     candidates = _rated(task.payload, config.rules)
     rows = index.to_pylist()
     wanted = [

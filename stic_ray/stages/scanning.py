@@ -14,12 +14,12 @@ from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, RunDir, read_sh
 from stic_ray.core.schemas import FAILED, REJECTED, Reason, table_of
 from stic_ray.core.storage import Location
 from stic_ray.method.images import ImageLimits, image_id, inspect
-from stic_ray.stages.captions import Captions
 from stic_ray.stages.containers import Reading, images_in
 from stic_ray.stages.listing import FAMILY, LISTING, Part
 from stic_ray.stages.ordering import SCAN
 from stic_ray.stages.reading import Found, Patience
 from stic_ray.stages.shards import ShardJob, Shards, ShardTask, run_shards
+from stic_ray.stages.source_captions import Captions
 from stic_ray.stages.windows import Tables
 
 

@@ -12,8 +12,8 @@ from typing import IO
 from stic_ray.core.errors import Rejected
 from stic_ray.core.storage import Location
 from stic_ray.method.images import is_image
-from stic_ray.stages.captions import Captions, check_file_size
 from stic_ray.stages.reading import Found, Stream, check_size, unreadable
+from stic_ray.stages.source_captions import Captions, check_file_size
 
 IMAGE_ENDINGS = re.compile(
     r"(|\.(jpe?g|jpe|jfif|jif|pjpeg|pjp|a?png|webp|gif|bmp|dib|tiff?|hei[cf]|avif|jp2|jxl))", re.IGNORECASE

@@ -20,10 +20,10 @@ from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import INDEX
 from stic_ray.core.storage import Location
 from stic_ray.stages import tars
-from stic_ray.stages.captions import MAX_CHARACTERS, MAX_FILE_BYTES, Captions
 from stic_ray.stages.containers import Found, Reading, images_in
 from stic_ray.stages.listing import entries, write_listing
 from stic_ray.stages.reading import Patience
+from stic_ray.stages.source_captions import MAX_CHARACTERS, MAX_FILE_BYTES, Captions
 from tests.stages.builders import fake_config, rejected_of, run_stages
 from tests.stages.sources import as_files, as_tar, tiny_pictures
 
