@@ -99,3 +99,9 @@ class RoundsConfig(Section):
         if value is not None and len(value.split()) != 2:
             raise ValueError(f"is '{value}'; give benchmark and metric, as 'toy_describe object_f1'")
         return value
+
+    @model_validator(mode="after")
+    def _stops_between_rounds(self) -> Self:
+        if self.stop_metric is not None and self.num == 1:
+            raise ValueError("stop_metric decides about a further round and needs rounds.num=2 or more")
+        return self
