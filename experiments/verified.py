@@ -32,8 +32,8 @@ from stic_ray.toyworld.assets import POOL_FIRST_INDEX
 from stic_ray.toyworld.language import name_of
 from stic_ray.toyworld.scenes import KIND_WEIGHTS, sample_scene
 
-NUM_PAIRS = 900
-"""That every system is trained on, of a pool of 1,000 images: a rule finds no pair in some."""
+NUM_PAIRS = 750
+"""That every system is trained on, of a pool of 1,000 images: of a fifth, all candidates are equally good in truth."""
 VOCABULARY = [name_of(kind) for kind in KIND_WEIGHTS]
 TRUTH = "truth"
 """Scorer: the object F1 of a candidate."""

@@ -169,8 +169,9 @@ def verified() -> Recipe:
     """Learn from the best of several answers against the worst, as the model itself can tell: the toy world, minutes.
 
     Eight step-by-step candidates an image at temperature 0.7, each scored by its statements, which the model confirms
-    or denies one by one, and by its agreement with the others; the ranks of both decide. `rules.pairing=random` is the
-    control with the same candidates. recipes/ has settings of papers on these steps.
+    or denies one by one, and by its agreement with the others; the ranks of both decide, and DPO goes through the pairs
+    twice (docs/results/verified.md). `rules.pairing=random` is the control with the same candidates. recipes/ has
+    settings of papers on these steps.
 
     With a model of yours on GPUs: set what `any_model` sets but infusion.source; candidates.max_new_tokens=512 and
     candidates.allow_truncated=false, a learning rate and an alpha as in `llava16_7b`, and actors.batch_tokens.
@@ -182,8 +183,9 @@ def verified() -> Recipe:
     changed = {
         "name": "verified",
         "candidates": CandidatesConfig(max_new_tokens=64, allow_truncated=True),
-        "scores": ScoresConfig(scorers=scorers, max_claims=16, max_split_tokens=192),
+        "scores": ScoresConfig(scorers=scorers, claims="confirmed_minus_denied", max_claims=16, max_split_tokens=192),
         "rules": RulesConfig(scorers=tuple((name, 1.0) for name in scorers), combine="rank"),
+        "dpo": config.dpo.model_copy(update={"num_epochs": 2}),
         "evaluation": config.evaluation.model_copy(update={"models": ("base", "dpo")}),
     }
     return Recipe(config.model_copy(update=changed), choose_among_candidates)
