@@ -6,10 +6,12 @@ from dataclasses import replace
 from stic_ray.core.config import RunConfig
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.randomness import seed_for
+from stic_ray.core.rounds import SPECIALIST
 from stic_ray.core.steps import BASE, Step
 from stic_ray.stages.captions import CAPTIONS_STAGE
 from stic_ray.stages.corpus import CORPUS_STAGE
 from stic_ray.stages.evaluation import EARLIER, EVALUATION
+from stic_ray.stages.infusion import INFUSION
 from stic_ray.stages.pool import POOL
 from stic_ray.stages.sft import SFT
 from stic_ray.stages.verdict import VERDICT_STAGE
@@ -76,10 +78,14 @@ def once(config: RunConfig) -> None:
 
 
 def recaption_and_retrain(config: RunConfig) -> tuple[Step, ...]:
-    """Return VILA²'s self-augmenting: caption with the model, put captions together, train on them (section 3.1)."""
+    """Return VILA²'s steps: caption with the model, put captions together, train on them, in rounds (section 3.1).
+
+    Specialists come behind the rounds (section 3.2).
+    """
+    num = config.rounds.num
 
     def body(number: int, model: dict[str, str]) -> Sequence[Step]:
-        earlier = {f"captions:{n}": in_round("captions", n, config.rounds.num) for n in range(1, number)}
+        earlier = {f"captions:{n}": in_round("captions", n, num) for n in range(1, number)}
         start = model if config.rounds.restart == "previous" else {}
         return (
             Step(CAPTIONS_STAGE, inputs={"index": "pool", **model}, settings={"captions.round": number}),
@@ -87,4 +93,38 @@ def recaption_and_retrain(config: RunConfig) -> tuple[Step, ...]:
             Step(SFT, inputs={"rows": "corpus", **start}),
         )
 
-    return in_rounds(config, body)
+    return (*in_rounds(config, body), *_specialists(config))
+
+
+def _specialists(config: RunConfig) -> tuple[Step, ...]:
+    """Return the steps that train each specialist, ask it about the pool, and train on all captions and its answers."""
+    num, specialists = config.rounds.num, config.rounds.specialists
+    if not specialists:
+        return ()
+    rounds = range(num, 0, -1)
+    last = "|".join(in_round(SFT.name, number, num) for number in rounds)
+    steps: list[Step] = []
+    captions = {f"captions:{number}": in_round(CAPTIONS_STAGE.name, number, num) for number in rounds}
+    for name, each in specialists.items():
+        task = {"infusion.source": each.source, "infusion.images": each.images, "infusion.describe": False}
+        asked = {"kind": f"{SPECIALIST}{name}", "questions": each.questions, "pattern": each.pattern}
+        asked |= {"num_answers": each.num_answers}
+        steps += [
+            Step(INFUSION, f"task_{name}", settings=task),
+            Step(SFT, f"specialist_{name}", {"rows": f"task_{name}", "model": last}),
+            Step(
+                CAPTIONS_STAGE,
+                f"answers_{name}",
+                {"index": "pool", "model": f"specialist_{name}"},
+                {"rounds.image_share": 1.0, **{f"captions.{key}": value for key, value in asked.items()}},
+            ),
+        ]
+        captions[f"captions:{name}"] = f"answers_{name}"
+    trained = f"{SFT.name}_specialists"
+    earlier = {EARLIER: in_round(EVALUATION.name, 1, num)} if BASE in config.evaluation.models else {}
+    return (
+        *steps,
+        Step(CORPUS_STAGE, "corpus_specialists", {"index": "pool", **captions}),
+        Step(SFT, trained, {"rows": "corpus_specialists"}),
+        Step(EVALUATION, "evaluation_specialists", {trained: trained, **earlier}, {"evaluation.models": [trained]}),
+    )

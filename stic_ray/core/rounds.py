@@ -80,6 +80,21 @@ class CorpusConfig(Section):
     """A control: the model's captions are exchanged between the images of a shard."""
 
 
+class Specialist(Section):
+    """A task that a model is fine-tuned on, to answer its questions about the whole pool (VILA² section 3.2)."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """Instruction data of the task, as `infusion.source`."""
+    images: str | None = None
+    """As `infusion.images`."""
+    questions: Annotated[tuple[str, ...], Field(min_length=1)]
+    """What it is asked about each image; its answers become further turns."""
+    num_answers: Count = 1
+    """As `captions.num_answers`, with `captions.majority`."""
+    pattern: str | None = None
+    """As `captions.pattern`."""
+
+
 class RoundsConfig(Section):
     """How often a recipe that goes in rounds describes and trains again, and when it stops."""
 
@@ -89,9 +104,18 @@ class RoundsConfig(Section):
     """Share of the pool's images that each round asks about, drawn anew in each."""
     restart: Literal["base", "previous"] = "base"
     """What each round trains: the base model again (VILA²), or what the round before left."""
+    specialists: dict[str, Specialist] = Field(default_factory=dict)
+    """By name; they are trained from the last round's model, and the base model from what they add. Recipe `vila2`."""
     stop_metric: str | None = None
     """`BENCHMARK METRIC`, as in scores.json: no further round once this has not grown, the interval of its difference
     to the round before, paired by question, holding 0 or lying below it. All rounds are done when unset."""
+
+    @field_validator("specialists")
+    @classmethod
+    def _are_names(cls, given: dict[str, Specialist]) -> dict[str, Specialist]:
+        if wrong := [name for name in given if not _KIND.fullmatch(SPECIALIST + name)]:
+            raise ValueError(f"has '{wrong[0]}'; names have letters, digits, _ and -")
+        return dict(sorted(given.items()))
 
     @field_validator("stop_metric")
     @classmethod
