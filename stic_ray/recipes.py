@@ -33,7 +33,7 @@ from stic_ray.stages.pool import POOL
 from stic_ray.stages.preferences import PREFERENCES
 from stic_ray.stages.questions import QUESTIONS_STAGE
 from stic_ray.stages.scores import SCORES
-from stic_ray.stages.sft import SFT
+from stic_ray.stages.sft import SFT, SFT_ON_IMAGES
 
 
 def stic(config: RunConfig) -> tuple[Step, ...]:
@@ -155,7 +155,7 @@ def _choose_and_train(config: RunConfig, number: int, model: dict[str, str]) -> 
     start = model if config.rounds.restart == "previous" else {}
     learns = {
         "pairs": Step(DPO, inputs={"pairs": pairs, **start}),
-        "rows": Step(SFT, inputs={"rows": "pairs", **start}),
+        "rows": Step(SFT_ON_IMAGES, inputs={"rows": "pairs", **start}),
     }
     return (
         Step(CANDIDATES, inputs={"index": "pool", **model}),
@@ -197,7 +197,7 @@ def with_own_questions(config: RunConfig) -> tuple[Step, ...]:
     return (
         Step(POOL),
         Step(QUESTIONS_STAGE, inputs={"index": "pool"}),
-        Step(SFT, inputs={"rows": "questions"}),
+        Step(SFT_ON_IMAGES, inputs={"rows": "questions"}),
         Step(EVALUATION, inputs={model: model for model in config.evaluation.models if model != BASE}),
     )
 
@@ -239,7 +239,8 @@ def vila2() -> Recipe:
     The pictures come with captions that leave objects out. Each round writes its own beside those of half of the
     pictures, with the model of the round before. Controls: corpus.template=original (the same steps on the old
     captions) or recaption, captions.prompts=plain (briefer ones), corpus.shuffle=true (of other pictures). Minutes on
-    2 CPU cores; rounds.stop_metric="toy_describe object_f1" ends the rounds once they bring nothing.
+    2 CPU cores; rounds.stop_metric="toy_describe object_f1" ends the rounds once they bring nothing, and
+    sft.mix={corpus: 3, infusion: 1} trains on instruction data, too.
 
     With a model of yours on GPUs: set what `any_model` sets but infusion.source, pool.caption_column or
     pool.caption_member, captions.max_new_tokens=512 and captions.allow_truncated=false, and rounds.num=3.
@@ -247,6 +248,7 @@ def vila2() -> Recipe:
     config = demo().config
     changed = {
         "name": "vila2",
+        "pool": config.pool.model_copy(update={"caption_member": "txt"}),
         "captions": CaptionsConfig(max_new_tokens=64, allow_truncated=True),
         "rounds": RoundsConfig(num=2, image_share=0.5),
         "evaluation": config.evaluation.model_copy(update={"models": ("base", "sft"), "modes": ("direct",)}),

@@ -13,7 +13,7 @@ from stic_ray.stages.corpus import CORPUS_STAGE
 from stic_ray.stages.evaluation import EARLIER, EVALUATION
 from stic_ray.stages.infusion import INFUSION
 from stic_ray.stages.pool import POOL
-from stic_ray.stages.sft import SFT
+from stic_ray.stages.sft import SFT, SFT_ON_IMAGES
 from stic_ray.stages.verdict import VERDICT_STAGE
 
 Body = Callable[[int, dict[str, str]], Sequence[Step]]
@@ -90,10 +90,17 @@ def recaption_and_retrain(config: RunConfig) -> tuple[Step, ...]:
         return (
             Step(CAPTIONS_STAGE, inputs={"index": "pool", **model}, settings={"captions.round": number}),
             Step(CORPUS_STAGE, inputs={"index": "pool", **earlier, "captions": "captions"}),
-            Step(SFT, inputs={"rows": "corpus", **start}),
+            Step(SFT_ON_IMAGES, inputs={**_rows(config, "corpus"), **start}),
         )
 
-    return (*in_rounds(config, body), *_specialists(config))
+    plain = {"infusion.describe": False}
+    instructions = [Step(INFUSION, settings=plain)] if config.sft.mix else []
+    return (*instructions, *in_rounds(config, body), *_specialists(config))
+
+
+def _rows(config: RunConfig, corpus: str) -> dict[str, str]:
+    """Return what a training reads: a corpus alone, or with `sft.mix` the instruction data beside it."""
+    return {"rows:corpus": corpus, f"rows:{INFUSION.name}": INFUSION.name} if config.sft.mix else {"rows": corpus}
 
 
 def _specialists(config: RunConfig) -> tuple[Step, ...]:
@@ -104,6 +111,7 @@ def _specialists(config: RunConfig) -> tuple[Step, ...]:
     rounds = range(num, 0, -1)
     last = "|".join(in_round(SFT.name, number, num) for number in rounds)
     steps: list[Step] = []
+    alone = {"sft.mix": {}, "sft.mix_end": {}}
     captions = {f"captions:{number}": in_round(CAPTIONS_STAGE.name, number, num) for number in rounds}
     for name, each in specialists.items():
         task = {"infusion.source": each.source, "infusion.images": each.images, "infusion.describe": False}
@@ -111,7 +119,7 @@ def _specialists(config: RunConfig) -> tuple[Step, ...]:
         asked |= {"num_answers": each.num_answers}
         steps += [
             Step(INFUSION, f"task_{name}", settings=task),
-            Step(SFT, f"specialist_{name}", {"rows": f"task_{name}", "model": last}),
+            Step(SFT, f"specialist_{name}", {"rows": f"task_{name}", "model": last}, alone),
             Step(
                 CAPTIONS_STAGE,
                 f"answers_{name}",
@@ -125,6 +133,6 @@ def _specialists(config: RunConfig) -> tuple[Step, ...]:
     return (
         *steps,
         Step(CORPUS_STAGE, "corpus_specialists", {"index": "pool", **captions}),
-        Step(SFT, trained, {"rows": "corpus_specialists"}),
+        Step(SFT_ON_IMAGES, trained, _rows(config, "corpus_specialists")),
         Step(EVALUATION, "evaluation_specialists", {trained: trained, **earlier}, {"evaluation.models": [trained]}),
     )

@@ -63,7 +63,6 @@ class Reason(StrEnum):
     UNBALANCED_LENGTHS = "unbalanced_lengths"
     NO_QUESTION = "no_question"
     TOO_EASY = "too_easy"
-    NO_CAPTION = "no_caption"
     NO_MATCH = "no_match"
     ENGINE_FAILED = "engine_failed"
     UNEXPECTED_ERROR = "unexpected_error"
@@ -273,31 +272,6 @@ PREDICTIONS = _schema(
     _column("score", pa.float64(), "0 to 1; the metric says whether higher is better"),
     _column("finish_reason", pa.string(), "of the response: `stop` or `length`"),
 )
-
-STUDY = _schema(
-    _column("variant", pa.string(), "name in the variants file; `base` for the base model of a source"),
-    _column("size", pa.int64(), "images of the pool that were trained on; 0 for the base model"),
-    _column("seed", pa.int64(), "of the pool, the preferences and the training"),
-    _column("source", pa.string(), "folder below sources/ with the pool, the pairs and the base model's scores"),
-    _column("model", pa.string(), "`base`, `dpo` or `sft`; null without scores", nullable=True),
-    _column("mode", pa.string(), "`direct` or `describe_and_respond`", nullable=True),
-    _column("benchmark", pa.string(), "as in the predictions", nullable=True),
-    _column("metric", pa.string(), "as in the predictions", nullable=True),
-    _column("higher_is_better", pa.bool_(), "false for shares of mistakes", nullable=True),
-    _column("num_questions", pa.int64(), "that were scored", nullable=True),
-    _column("score", pa.float64(), "mean over the questions, 0 to 1", nullable=True),
-    _column("low", pa.float64(), "interval over images and their questions", nullable=True),
-    _column("high", pa.float64(), "interval over images and their questions", nullable=True),
-    _column("difference", pa.float64(), "to the source's base model answering directly", nullable=True),
-    _column("difference_low", pa.float64(), "paired by question", nullable=True),
-    _column("difference_high", pa.float64(), "paired by question", nullable=True),
-    _column("num_pairs", pa.int64(), "preference pairs that were trained on", nullable=True),
-    _column("core_hours", pa.float64(), "reserved to make this model, without its evaluation", nullable=True),
-    _column("gpu_hours", pa.float64(), "reserved to make this model, without its evaluation", nullable=True),
-    _column("status", pa.string(), "`done`, `failed`, `out_of_memory` or `not_run`"),
-    _column("error", pa.string(), "why there are no scores", nullable=True),
-)
-"""Results of a scaling study: a row per cell, model, mode, benchmark and metric; one row for a cell without scores."""
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -59,5 +59,5 @@ def recaptions_of(captions: Mapping[str, Sequence[Mapping[str, Any]]], *, shuffl
     texts = {image: rows[0]["text"] for image, rows in own.items() if rows}
     if not shuffle:
         return texts
-    given = [*texts.values()]
-    return dict(zip(texts, given[1:] + given[:1], strict=True))
+    given = [*texts.values()] if len(texts) > 1 else []  # one alone has nobody to exchange with
+    return dict(zip(texts, given[1:] + given[:1], strict=False))

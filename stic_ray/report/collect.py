@@ -56,10 +56,7 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
     steps = {step["name"]: step for step in record.steps}
     manifests = {name: (run / name).manifest for name in steps}
     found = {name: manifest for name, manifest in manifests.items() if manifest is not None}
-    begun = {name: "not finished" if (run / name).location.exists() else "not run" for name in steps}
-    statuses = {name: "finished" if name in found else begun[name] for name in steps}
-    unwanted = left_out([(name, step.get("only_after", "")) for name, step in steps.items()], run)
-    statuses |= dict.fromkeys(unwanted, "left out")
+    statuses = _statuses(steps, run)
     scored = [name for name, step in steps.items() if step["writes"] == SCORES]
     scores_status = next((statuses[name] for name in scored), "not run")
     scores = collect_scores([run / name for name in scored], record.config, list(steps))
@@ -101,6 +98,16 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
         for step in chosen
     ]
     return {**_without_passwords(report), "galleries": galleries, "candidates": candidates}
+
+
+def _statuses(steps: Mapping[str, Mapping[str, Any]], run: RunDir) -> dict[str, str]:
+    """Return how far each step is."""
+    unwanted = left_out([(name, step.get("only_after", "")) for name, step in steps.items()], run)
+    found = {}
+    for name in steps:
+        begun = "not finished" if (run / name).location.exists() else "left out" if name in unwanted else "not run"
+        found[name] = "finished" if (run / name).manifest is not None else begun
+    return found
 
 
 def _rules_of(config: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,16 +88,21 @@ def build_pool(step: StepRun) -> dict[str, Any]:
     failed = scan.shards(FAILED_FAMILY)
     map_tasks("pool", _copy_listing, [(building, number, failed, output) for number in building.shard_numbers(FAMILY)])
     num_rows_in = num_rows_before + sum(scanned.num_rows.values()) + scanned.num_failed
-    accounts = {
-        **row_counts(num_rows_in, num_images + num_new, reasons, scanned.num_failed),
-        "extents": [*before["extents"], *([extent] if num_new else [])],
-        "num_rejected_shards": 1 + max(output.shard_numbers(REJECTED_FAMILY), default=-1),
-        "num_listing_shards": len(output.shards(FAMILY)),
-        **({"num_captions": num_captions} if config.pool.has_captions else {}),
-    }
+    extents = [*before["extents"], *([extent] if num_new else [])]
+    accounts = row_counts(num_rows_in, num_images + num_new, reasons, scanned.num_failed)
+    accounts |= _beside(output, extents) | ({"num_captions": num_captions} if config.pool.has_captions else {})
     output.write_json(_BUILT, {"settings": _settings(config), "accounts": accounts})
     _finish(building)
     return {**accounts, ROWS_NOW: scanned.num_rows_now}
+
+
+def _beside(output: RunDir, extents: list[dict[str, int]]) -> dict[str, Any]:
+    """Return what a manifest has beside the row accounts."""
+    return {
+        "extents": extents,
+        "num_rejected_shards": 1 + max(output.shard_numbers(REJECTED_FAMILY), default=-1),
+        "num_listing_shards": len(output.shards(FAMILY)),
+    }
 
 
 def finished_build(config: RunConfig, output: RunDir) -> dict[str, Any] | None:

@@ -51,14 +51,22 @@ def _check(step: StepRun) -> None:
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
-    settings = config.sft
-    if not sizes.num_instructions and settings.num_steps is None and settings.num_tokens is None:
-        return None
     described = min(sizes.num_answer_tokens, config.infusion.max_new_tokens) if config.infusion.describe else 0
-    tokens = sizes.num_prompt_tokens + described + SHORT_ANSWER_TOKENS
+    return _work_of(config, sizes, sizes.num_instructions, described + SHORT_ANSWER_TOKENS)
+
+
+def _work_on_images(config: RunConfig, sizes: Sizes) -> Work | None:
+    return _work_of(config, sizes, sizes.num_images, sizes.num_answer_tokens)
+
+
+def _work_of(config: RunConfig, sizes: Sizes, num_rows: int | None, num_answer_tokens: float) -> Work | None:
+    settings = config.sft
+    if not num_rows and settings.num_steps is None and settings.num_tokens is None:
+        return None
+    tokens = sizes.num_prompt_tokens + num_answer_tokens
     if settings.image == "none":
         tokens -= min(sizes.model.num_image_tokens, sizes.num_prompt_tokens)
-    work = training_work(config, sizes, settings, sizes.num_instructions or 0, tokens, reference_pass=False)
+    work = training_work(config, sizes, settings, num_rows or 0, tokens, reference_pass=False)
     return replace(work, num_rows=settings.num_tokens / tokens) if settings.num_tokens else work
 
 
@@ -73,3 +81,5 @@ SFT = replace(
     work=_work,
     amount="num_instructions",
 )
+SFT_ON_IMAGES = replace(SFT, work=_work_on_images, amount="num_images")
+"""The same on rows that were made of the pool, one an image."""

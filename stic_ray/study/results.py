@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import yaml
 from pyarrow import csv
 
+from stic_ray.core.columns import column, schema
 from stic_ray.core.config import EvaluationConfig, RunConfig
 from stic_ray.core.overrides import build_config
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.schemas import PREDICTIONS, STUDY, table_of
+from stic_ray.core.schemas import PREDICTIONS, table_of
 from stic_ray.core.steps import BASE, with_inputs
 from stic_ray.method.statistics import Question, Scores, summary
 from stic_ray.recipes import stic
@@ -22,6 +23,31 @@ from stic_ray.study.processes import DONE
 from stic_ray.study.run import SETTINGS, outcome
 
 DIRECT = "direct"
+
+STUDY = schema(
+    column("variant", pa.string(), "name in the variants file; `base` for the base model of a source"),
+    column("size", pa.int64(), "images of the pool that were trained on; 0 for the base model"),
+    column("seed", pa.int64(), "of the pool, the preferences and the training"),
+    column("source", pa.string(), "folder below sources/ with the pool, the pairs and the base model's scores"),
+    column("model", pa.string(), "`base`, `dpo` or `sft`; null without scores", nullable=True),
+    column("mode", pa.string(), "`direct` or `describe_and_respond`", nullable=True),
+    column("benchmark", pa.string(), "as in the predictions", nullable=True),
+    column("metric", pa.string(), "as in the predictions", nullable=True),
+    column("higher_is_better", pa.bool_(), "false for shares of mistakes", nullable=True),
+    column("num_questions", pa.int64(), "that were scored", nullable=True),
+    column("score", pa.float64(), "mean over the questions, 0 to 1", nullable=True),
+    column("low", pa.float64(), "interval over images and their questions", nullable=True),
+    column("high", pa.float64(), "interval over images and their questions", nullable=True),
+    column("difference", pa.float64(), "to the source's base model answering directly", nullable=True),
+    column("difference_low", pa.float64(), "paired by question", nullable=True),
+    column("difference_high", pa.float64(), "paired by question", nullable=True),
+    column("num_pairs", pa.int64(), "preference pairs that were trained on", nullable=True),
+    column("core_hours", pa.float64(), "reserved to make this model, without its evaluation", nullable=True),
+    column("gpu_hours", pa.float64(), "reserved to make this model, without its evaluation", nullable=True),
+    column("status", pa.string(), "`done`, `failed`, `out_of_memory` or `not_run`"),
+    column("error", pa.string(), "why there are no scores", nullable=True),
+)
+"""Results of a scaling study: a row per cell, model, mode, benchmark and metric; one row for a cell without scores."""
 
 
 class Series(NamedTuple):

@@ -70,6 +70,7 @@ def test_shuffled_captions_are_those_of_other_images() -> None:
     captions = {name: [caption("self", 1, f"of {name}")] for name in "abc"} | {"d": []}
     assert recaptions_of(captions, shuffle=False) == {name: f"of {name}" for name in "abc"}
     assert recaptions_of(captions, shuffle=True) == {"a": "of b", "b": "of c", "c": "of a"}
+    assert recaptions_of({"a": captions["a"], "d": []}, shuffle=True) == {}, "there is no other"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.schemas import STUDY
 from stic_ray.study.plan import read_record
-from stic_ray.study.results import read_results, study_table, write_table
+from stic_ray.study.results import STUDY, read_results, study_table, write_table
 from tests.study.made import made_study
 
 VARIANTS = {"stic": {}, "sft_only": {"sft.start": "base", "infusion.describe": False, "evaluation.models": ["sft"]}}
