@@ -5,43 +5,33 @@ python -m experiments.verified_results --runs studies/verified/seed0 studies/ver
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.toyworld_results import MEASURES
+from experiments.comparison import CONFIG, compared, table, values_of
 from experiments.verified import OWN, SYSTEMS, TRUTH
-from stic_ray.core.config import EvaluationConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import SCORES
 from stic_ray.core.steps import BASE
 from stic_ray.core.verification import RulesConfig
 from stic_ray.method.ratings import combined_scores
-from stic_ray.method.statistics import DIFFERENCES, Question, Scores, columns, differences, score_of
-from stic_ray.study.results import DIRECT, Series, read_scores
+from stic_ray.method.statistics import DIFFERENCES, Question, columns, differences, score_of
 
-CONFIG = EvaluationConfig()
 RULES = OWN.config.rules
 """Of recipe `verified`: its scorers, and how they are put together."""
-
-Values = Mapping[str, Scores]
-"""By measure, what one model scored in one run."""
 
 
 def results(runs: Sequence[RunDir]) -> dict[str, Any]:
     """Return the table of docs/results/verified.json."""
-    by_seed = {name: [_scores(run, name) for run in runs] for name in (BASE, *SYSTEMS)}
+    names = (BASE, *SYSTEMS)
+    by_seed = {name: [values_of(run / "evaluation", name) for run in runs] for name in names}
     return {
         "num_seeds": len(runs),
         "confidence": CONFIG.confidence,
         "gate": gate(runs),
-        "systems": {name: _measures(values) for name, values in by_seed.items()},
-        "differences": {
-            f"verified - {name}": _differences(by_seed["verified"], values)
-            for name, values in by_seed.items()
-            if name != "verified"
-        },
+        **compared(by_seed, [("verified", name) for name in names if name != "verified"]),
     }
 
 
@@ -86,27 +76,6 @@ def _picks(run: RunDir) -> dict[str, dict[Question, float]]:
     return found
 
 
-def _scores(run: RunDir, model: str) -> dict[str, Scores]:
-    scores = read_scores(run / "evaluation", [model])
-    by_measure = {name: scores.get(Series(model, DIRECT, *place)) for name, place in MEASURES.items()}
-    return {name: found for name, found in by_measure.items() if found}
-
-
-def _measures(by_seed: Sequence[Values]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    for measure in by_seed[0]:
-        found |= columns(score_of([values[measure] for values in by_seed], CONFIG), measure, f"{measure}_")
-    return found
-
-
-def _differences(ours: Sequence[Values], theirs: Sequence[Values]) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    for measure in ours[0]:
-        apart = [differences(own[measure], other[measure]) for own, other in zip(ours, theirs, strict=True)]
-        found |= columns(score_of(apart, CONFIG, span=DIFFERENCES), measure, f"{measure}_")
-    return found
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, help="run directories of experiments/verified.py")
@@ -116,5 +85,4 @@ if __name__ == "__main__":
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for name, row in found["gate"].items():
         print(f"{name:<22} F1 {row['f1']:.3f}  recovered {row['recovered'] or 0:.0%}")
-    for name, row in found["systems"].items():
-        print(f"{name:<22} F1 {row['f1']:.3f} [{row['f1_low']:.3f}, {row['f1_high']:.3f}]")
+    print(table(found["systems"]))

@@ -59,7 +59,7 @@ def _work_on_images(config: RunConfig, sizes: Sizes) -> Work | None:
     return _work_of(config, sizes, sizes.num_images, sizes.num_answer_tokens)
 
 
-def _work_of(config: RunConfig, sizes: Sizes, num_rows: int | None, num_answer_tokens: float) -> Work | None:
+def _work_of(config: RunConfig, sizes: Sizes, num_rows: float | None, num_answer_tokens: float) -> Work | None:
     settings = config.sft
     if not num_rows and settings.num_steps is None and settings.num_tokens is None:
         return None

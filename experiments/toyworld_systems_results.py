@@ -1,0 +1,38 @@
+"""The results of experiments/toyworld_systems.py, with intervals over scenes and seeds.
+
+python -m experiments.toyworld_systems_results --runs studies/toyworld_systems/seed0 ...
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.comparison import CONFIG, compared, table, values_of
+from experiments.toyworld_systems import DAR, SYSTEMS
+from stic_ray.core.rundir import RunDir
+from stic_ray.study.results import DIRECT
+
+EVERY = "base"
+OWN = ("stic_stage1", "sft_chosen")
+
+
+def results(runs: Sequence[RunDir]) -> dict[str, Any]:
+    """Return the table of docs/results/toyworld_systems.json: every system, and how far it is from the base model."""
+    modes = {name: "describe_and_respond" if step == DAR else DIRECT for name, (step, _) in SYSTEMS.items()}
+    by_seed = {
+        name: [values_of(run / step, model, modes[name]) for run in runs] for name, (step, model) in SYSTEMS.items()
+    }
+    pairs = [*((name, EVERY) for name in SYSTEMS if name != EVERY), OWN]
+    return {"num_seeds": len(runs), "confidence": CONFIG.confidence, **compared(by_seed, pairs)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, help="run directories of experiments/toyworld_systems.py")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/toyworld_systems.json"))
+    options = parser.parse_args()
+    found = results([RunDir.of(run) for run in options.runs])
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(table(found["systems"]))
