@@ -39,7 +39,7 @@ def in_rounds(config: RunConfig, body: Body) -> tuple[Step, ...]:
             steps.append(replace(step, name=names[step.name], inputs=inputs, settings=own, only_after=verdict))
         before, trained = trained, steps[-1].name
         steps.append(replace(_scoring(config, number, trained), only_after=verdict))
-        if settings.stop_metric and number < num and (number > 1 or BASE in scored):
+        if settings.stop_metric and (number > 1 or BASE in scored):
             earlier = in_round(EVALUATION.name, max(1, number - 1), num)
             compared = {before: earlier, trained: steps[-1].name}
             steps.append(Step(VERDICT_STAGE, in_round(VERDICT_STAGE.name, number, num), compared, only_after=verdict))

@@ -53,13 +53,15 @@ def test_the_base_model_is_scored_once_and_each_round_behind_a_verdict_hangs_on_
     assert verdicts == {
         "verdict_1": {"base": "evaluation_1", "sft_1": "evaluation_1"},
         "verdict_2": {"sft_1": "evaluation_1", "sft_2": "evaluation_2"},
-    }
+        "verdict_3": {"sft_2": "evaluation_2", "sft_3": "evaluation_3"},
+    }, "that of the last round is for the reader"
     hang_on = {name: step.only_after for name, step in steps.items()}
     assert {name for name, verdict in hang_on.items() if verdict == "verdict_2"} == {
         "captions_3",
         "corpus_3",
         "sft_3",
         "evaluation_3",
+        "verdict_3",
     }
     assert hang_on["verdict_2"] == hang_on["sft_2"] == "verdict_1" and hang_on["verdict_1"] == ""
 

@@ -18,7 +18,7 @@ from stic_ray.report.scores import collect_scores, headline
 
 CANDIDATES_ROLE = "candidates"
 """Of inputs: a step that decides about candidates has a gallery of its own."""
-SCORES, PAIRS_FILES = "scores.json", "pairs-*.parquet"
+SCORES, PAIRS_FILES, VERDICT = "scores.json", "pairs-*.parquet", "verdict.json"
 """What steps write that the page has a section of its own for."""
 MAX_REJECTED_SHARDS = 64
 """Shards of rejected rows that are searched for examples; the counts come from the manifests."""
@@ -66,7 +66,7 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
         "uri": run.uri,
         "finished_at": max((manifest["finished_at"] for manifest in found.values()), default=None),
         "headline": headline(scores, scores_status),
-        "scores": {"status": scores_status, **scores},
+        "scores": {"status": scores_status, **scores, "rounds": _verdicts(steps, run)},
         "stages": [_stage(step, statuses[name], found.get(name, {})) for name, step in steps.items()],
         "estimates": _estimates(run.read_json(ESTIMATE) or {}, found),
         "training": [
@@ -98,6 +98,12 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
         for step in chosen
     ]
     return {**_without_passwords(report), "galleries": galleries, "candidates": candidates}
+
+
+def _verdicts(steps: Mapping[str, Mapping[str, Any]], run: RunDir) -> list[dict[str, Any]]:
+    """Return how far the model of each round is from the one before it."""
+    found = [(run / name).read_json(VERDICT) for name, step in steps.items() if step["writes"] == VERDICT]
+    return [each for each in found if each]
 
 
 def _statuses(steps: Mapping[str, Mapping[str, Any]], run: RunDir) -> dict[str, str]:
