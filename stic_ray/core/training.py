@@ -101,6 +101,9 @@ class DPOConfig(OptimisationConfig):
     """Strength of the pull to the reference model; lambda in the paper. Unused by `objective=sft`."""
     alpha: Annotated[float, Field(ge=0.0)] = 1 / 1024
     """Weight of the summed log-probability of the preferred answer. Unused by `objective=sft`."""
+    reference: Literal["start", "base"] = "start"
+    """What the policy is compared with: the model that training starts from, or the run's model, also where training
+    goes on from what an earlier one left. Unused by `objective=sft`."""
     text_weight: NotNegativeWeight = 1.0
     """Weight of the preference between answers, the DPO part; of several rejected answers it is the mean over them."""
     conditional_weight: NotNegativeWeight = 0.0

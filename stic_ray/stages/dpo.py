@@ -15,11 +15,17 @@ from stic_ray.core.workload import Sizes, Work, pair_tokens, training_work
 def _train(step: StepRun) -> dict[str, Any]:
     from stic_ray.stages.training import index, launch  # Ray Train and torch
 
-    return launch.train("dpo", step, index.index_pairs(step.config, step.inputs["pairs"].shards("pairs"), step.model()))
+    start = step.model() if step.config.dpo.reference == "start" else None
+    return launch.train("dpo", step, index.index_pairs(step.config, step.inputs["pairs"].shards("pairs"), start))
 
 
 def _check(step: StepRun) -> None:
     check_training(step.config, step.config.dpo)
+    if step.config.dpo.reference == "base" and step.config.model.adapter:
+        raise ConfigError(
+            "dpo.reference=base is the model without any adapter, and the run begins with model.adapter; merge it into "
+            "the model first, or leave dpo.reference=start."
+        )
     pairs = step.inputs["pairs"]
     is_outside = pairs.location.folder.path != step.output.location.folder.path
     if is_outside and (pairs.manifest is None or not pairs.shards("pairs")):

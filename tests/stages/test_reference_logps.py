@@ -86,6 +86,39 @@ def test_in_a_second_round_they_count_where_they_are_of_the_model_that_it_starts
         assert figures_of(trainer)["loss/dpo"] == pytest.approx(LN_2, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_later_round_is_compared_with_its_start_or_with_the_runs_own_model(
+    method: str, tmp_path: Path, tiny_llava: Path
+) -> None:
+    """Compared with the untrained model, a policy that was trained has a reward before its first step."""
+    settings = {"global_batch": 4, "num_steps": 3, "learning_rate": 1e-2}
+    config = config_for(tiny_llava, dpo=settings, tuning={"method": method})
+    rows = pairs_in(config, write_pairs(tmp_path / "pairs", 4))
+    first: Any = make_dpo_trainer(config, rows, tmp_path / "out")
+    batch = first.data_collator([dict(row) for row in first.train_dataset])
+    with torch.no_grad():
+        of_base = first.reference_scores(batch).own_image.answers
+    first.train()
+    first.save_model(str(tmp_path / "trained"))
+    losses = {}
+    for reference in ("start", "base"):
+        second = config.model_copy(update={"dpo": config.dpo.model_copy(update={"reference": reference})})
+        trainer: Any = make_dpo_trainer(second, rows, tmp_path / f"out {reference}", tmp_path / "trained")
+        with torch.no_grad():
+            found = trainer.reference_scores(dict(batch)).own_image.answers
+            trainer.compute_loss(model_of(trainer).eval(), dict(batch))
+        assert torch.allclose(found, of_base, atol=1e-3) is (reference == "base")
+        losses[reference] = figures_of(trainer)["loss/dpo"]
+    assert losses["start"] == pytest.approx(LN_2, abs=1e-5) and abs(losses["base"] - LN_2) > 1e-3
+
+
+def test_a_reference_without_adapter_is_refused_for_a_run_that_begins_with_one(tiny_llava: Path) -> None:
+    config = config_for(tiny_llava, dpo={"reference": "base"})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"adapter": "somewhere"})})
+    with pytest.raises(ConfigError, match="leave dpo.reference=start"):
+        check(config, "dpo")
+
+
 @pytest.mark.parametrize("why", ["of another model", "of other pictures", "missing in one pair"])
 def test_they_are_left_alone_where_they_do_not_hold(why: str, tmp_path: Path, tiny_llava: Path) -> None:
     config = asking_for_logps(tiny_llava, dpo={"image": "shuffled" if why == "of other pictures" else "own"})

@@ -20,6 +20,7 @@ from stic_ray.stages.training.data import ParquetRows, num_steps_of, read_pairs
 from stic_ray.stages.training.index import TEXT_LOGPS, Rows
 from stic_ray.stages.training.mixing import MixedRows
 from stic_ray.stages.training.models import (
+    REFERENCE,
     describe_parts,
     prepare_reference_adapter,
     prepare_start,
@@ -44,7 +45,10 @@ def make_dpo_trainer(
         return _make_likelihood_trainer(config, config.dpo, pairs, arguments, checkpoint)
     start = prepare_start(config, checkpoint, folder)
     args = TRLDPOConfig(**arguments, disable_dropout=False)  # from here on ZeRO-3 cuts every new model into parts
-    policy, reference = start.load(), start.load() if config.tuning.method == "full" else None
+    policy, reference = start.load(), None
+    if config.tuning.method == "full":
+        of_run = config.dpo.reference == "base" and checkpoint is not None
+        reference = (prepare_start(config, None, folder) if of_run else start).load()
     if reference is not None:
         set_trainable(policy, start)
         if config.workers.zero_stage == 0:  # in other number formats than the policy's, it would begin elsewhere
@@ -55,7 +59,10 @@ def make_dpo_trainer(
     trainer = RegularisedDPOTrainer(start, config.dpo, pairs, collator, args=args, model=policy, ref_model=reference)
     trainer.speed.has_reference_pass = bool(views) or not rows.has_reference_logps
     if isinstance(policy, PeftModel):  # an adapter that was there before, of which TRL has made a frozen copy
-        prepare_reference_adapter(policy)
+        if config.dpo.reference == "base":
+            policy.delete_adapter(REFERENCE)  # without any, the reference is the model below
+        else:
+            prepare_reference_adapter(policy)
     if not config.workers.share_prefix:
         reason = "workers.share_prefix=false"
     elif config.dpo.objective != "paper":
