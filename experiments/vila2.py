@@ -22,22 +22,23 @@ from stic_ray.stages.evaluation import EVALUATION
 from stic_ray.stages.sft import SFT_ON_IMAGES
 
 CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "extra_epochs": ("captions_1", {"corpus.template": "original"}),
-    "recaption_alone": ("captions_1", {"corpus.template": "recaption"}),
-    "shuffled": ("captions_1", {"corpus.shuffle": True}),
+    "extra_epochs": ("captions", {"corpus.template": "original"}),
+    "recaption_alone": ("captions", {"corpus.template": "recaption"}),
+    "shuffled": ("captions", {"corpus.shuffle": True}),
     "brief": ("captions_brief", {}),
 }
 """Trainings beside the first round's: the captions that they read, and how their corpus differs."""
 SPECIALISTS = {
     "counts": {"source": "toyworld", "questions": ["How many shapes are there?\nAnswer in a few words."]},
 }
-ROUNDS = ("sft_1", "sft_2", "sft_3")
+ROUNDS = ("sft", "sft_2", "sft_3")
 SYSTEMS = (*ROUNDS, "sft_specialists", "specialist_counts", *CONTROLS)
 
 
 def systems(config: RunConfig) -> tuple[Step, ...]:
     """Return all that the page compares, each model scored once."""
-    own = [step for step in recaption_and_retrain(config) if step.stage is not EVALUATION]
+    rounds = apply_values(config, {"evaluation.models": [BASE, ROUNDS[0]]})
+    own = [step for step in recaption_and_retrain(rounds) if step.stage is not EVALUATION]
     brief = Step(CAPTIONS_STAGE, "captions_brief", {"index": "pool"}, {"captions.prompts": ["plain"]})
     controls = [
         step

@@ -16,14 +16,14 @@ from stic_ray.core.schemas import PREDICTIONS
 from stic_ray.core.steps import BASE
 
 PAIRS = [
-    ("sft_1", BASE),
-    *(("sft_1", name) for name in CONTROLS),
-    ("sft_2", "sft_1"),
+    ("sft", BASE),
+    *(("sft", name) for name in CONTROLS),
+    ("sft_2", "sft"),
     ("sft_3", "sft_2"),
     ("sft_specialists", "sft_3"),
     ("specialist_counts", "sft_3"),
 ]
-_CORPORA = {"sft_1": "corpus_1", "sft_2": "corpus_2", "sft_3": "corpus_3", "sft_specialists": "corpus_specialists"}
+_CORPORA = {"sft": "corpus", "sft_2": "corpus_2", "sft_3": "corpus_3", "sft_specialists": "corpus_specialists"}
 
 
 def results(runs: Sequence[RunDir]) -> dict[str, Any]:

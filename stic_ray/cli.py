@@ -16,7 +16,7 @@ from stic_ray.core.errors import ConfigError, SourceError, SticError, one_line
 from stic_ray.core.overrides import RECIPE, apply_overrides, load_config, read_mapping
 from stic_ray.core.placement import check_fits, format_unplaced, unplaced
 from stic_ray.core.rundir import RunDir
-from stic_ray.core.steps import Recipe, Step, Steps, check_given, needs_of
+from stic_ray.core.steps import Recipe, Step, Steps, check_given, left_out_of, needs_of
 from stic_ray.estimate.steps import estimate_run, table
 from stic_ray.pipeline import names_of, run_evaluation_alone, run_pipeline
 from stic_ray.recipes import RECIPES, recipe, stic
@@ -149,6 +149,7 @@ def print_plan(config: RunConfig, steps: Steps, address: str, names: Sequence[st
     print(f"run: {run.uri if run else address}{note}", *plan(config, steps, run, names), sep="\n")
     machines = machines_for(config)
     print(machines)
+    names = [name for name in names if not run or name not in left_out_of(steps, run)]
     needs = needs_of(config, steps, names)
     if machines.may_grow and (missing := unplaced(needs, machines)):
         print(f"to be started first: {format_unplaced(missing, machines)}")
@@ -158,9 +159,10 @@ def print_plan(config: RunConfig, steps: Steps, address: str, names: Sequence[st
 
 def print_results(run: RunDir, steps: Steps) -> None:
     """Say what training changed and where a run's results are, as far as they are there."""
-    for step in steps:
-        if step.stage is EVALUATION:
-            print(*in_words((run / step.name).read_json(step.stage.writes) or []), sep="\n")
+    evaluations = [run / step.name for step in steps if step.stage is EVALUATION]
+    lines = in_words([row for each in evaluations for row in each.read_json(EVALUATION.writes) or []])
+    if lines:
+        print(*lines, sep="\n")
     places = {"report": "report.html"}
     for step in steps:
         left = f"{step.name}/{step.stage.writes}"

@@ -25,7 +25,7 @@ from stic_ray.core.steps import (
     check_steps,
     identity,
     input_hashes,
-    left_out,
+    left_out_of,
     prepare_step,
     with_inputs,
 )
@@ -51,7 +51,7 @@ def run_pipeline(config: RunConfig, steps: Steps, run: RunDir, names: Sequence[s
     needed = with_inputs(names, steps)
     done = {step.name for step in steps if step.name in needed and _is_done(step, config, run)}
     done -= _that_grow(done & set(names), steps, config, run)
-    unwanted = _left_out(steps, run)
+    unwanted = left_out_of(steps, run)
     for step in steps:
         if step.name in done:
             logger.info("%s: already done, skipped", step.name)
@@ -121,7 +121,7 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
         needs = {step.name: step.stage.need(each.config) for step, each in prepared}
         with cluster.connected(config, needs):
             for step, each in prepared:
-                if step.name in _left_out(steps, run):
+                if step.name in left_out_of(steps, run):
                     _log_left_out(step)
                     continue
                 ready = prepare_step(step, config, run, each.config)  # which of several steps it reads, is known now
@@ -131,10 +131,6 @@ def _run(todo: Sequence[Step], steps: Steps, config: RunConfig, run: RunDir, fac
                         checked[model] = cluster.check_model(each.config)
                     ready = with_commit(ready, checked[model], run)
                 _run_step(step, ready, config, run)
-
-
-def _left_out(steps: Steps, run: RunDir) -> set[str]:
-    return left_out([(step.name, step.only_after) for step in steps], run)
 
 
 def _log_left_out(step: Step) -> None:

@@ -23,7 +23,7 @@ from stic_ray.core.rounds import CaptionsConfig, RoundsConfig
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.steps import BASE, Recipe, Step
 from stic_ray.core.verification import CandidatesConfig, QuestionsConfig, RulesConfig, ScoresConfig
-from stic_ray.rounds import in_rounds, once, recaption_and_retrain
+from stic_ray.rounds import in_round, in_rounds, once, recaption_and_retrain, without_specialists
 from stic_ray.stages.candidates import CANDIDATES
 from stic_ray.stages.dpo import DPO
 from stic_ray.stages.evaluation import EVALUATION
@@ -129,9 +129,16 @@ def choose_among_candidates(config: RunConfig) -> tuple[Step, ...]:
             "name it there, too."
         )
     named = config.scores.model or config.scores.reference
+    without_specialists(config)
+    if config.rounds.num > 1 and config.dpo.pairs:
+        raise ConfigError("dpo.pairs are the same in every round; leave it out, or set rounds.num=1.")
     if "implicit_reward" not in given or not config.rules.scorers or named:
         return in_rounds(config, partial(_choose_and_train, config))
-    once(config)
+    if config.rounds.num > 1:
+        raise ConfigError(
+            "Scorer implicit_reward has a model trained first, and goes through one round; name one with scores.model, "
+            "or set rounds.num=1."
+        )
     start = {"model": "dpo"}
     *chosen, trained = _choose_and_train(config, 1, start)
     second = replace(
@@ -149,18 +156,20 @@ def choose_among_candidates(config: RunConfig) -> tuple[Step, ...]:
 
 def _choose_and_train(config: RunConfig, number: int, model: dict[str, str]) -> tuple[Step, ...]:
     """Return a round: candidates of a model, their scores, what the rules take, and a training on that."""
-    answers = {"index": "pool", "candidates": "candidates"}
-    scores = [Step(SCORES, inputs={**answers, **model})] if config.rules.scorers else []
-    pairs = RunDir.of(config.dpo.pairs).uri if config.dpo.pairs else "pairs"
+    names = {name: in_round(name, number) for name in ("candidates", "scores", "pairs", "dpo", "sft")}
+    answers = {"index": "pool", "candidates": names["candidates"]}
+    scores = [Step(SCORES, names["scores"], {**answers, **model})] if config.rules.scorers else []
+    scored = {**answers, "scores": names["scores"]} if scores else answers
+    pairs = RunDir.of(config.dpo.pairs).uri if config.dpo.pairs else names["pairs"]
     start = model if config.rounds.restart == "previous" else {}
     learns = {
-        "pairs": Step(DPO, inputs={"pairs": pairs, **start}),
-        "rows": Step(SFT_ON_IMAGES, inputs={"rows": "pairs", **start}),
+        "pairs": Step(DPO, names["dpo"], {"pairs": pairs, **start}),
+        "rows": Step(SFT_ON_IMAGES, names["sft"], {"rows": names["pairs"], **start}),
     }
     return (
-        Step(CANDIDATES, inputs={"index": "pool", **model}),
+        Step(CANDIDATES, names["candidates"], {"index": "pool", **model}),
         *scores,
-        Step(pairs_stage(config.rules), inputs={**answers, **{step.name: step.name for step in scores}}),
+        Step(pairs_stage(config.rules), names["pairs"], scored),
         learns[config.rules.makes],
     )
 
@@ -242,7 +251,7 @@ def vila2() -> Recipe:
     2 CPU cores; rounds.stop_metric="toy_describe object_f1" ends the rounds once they bring nothing, and
     sft.mix={corpus: 3, infusion: 1} trains on instruction data, too.
 
-    With a model of yours on GPUs: set what `any_model` sets but infusion.source, pool.caption_column or
+    With a model of yours on GPUs: set what `any_model` sets (infusion.source with sft.mix only), pool.caption_column or
     pool.caption_member, captions.max_new_tokens=512 and captions.allow_truncated=false, and rounds.num=3.
     """
     config = demo().config

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from stic_ray.core.config import RunConfig
+from stic_ray.core.config import RunConfig, is_toy
 from stic_ray.core.errors import ConfigError
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.rounds import SPECIALIST
@@ -17,51 +17,54 @@ from stic_ray.stages.sft import SFT, SFT_ON_IMAGES
 from stic_ray.stages.verdict import VERDICT_STAGE
 
 Body = Callable[[int, dict[str, str]], Sequence[Step]]
-"""Returns the steps of a round, named as in a run of one round, by its number and the model that is asked in it, as the
-input of a step; the last one trains."""
+"""Returns the steps of a round, named by `in_round`, from its number and the model that is asked in it, as the input of
+a step; the last one trains."""
 
 
 def in_rounds(config: RunConfig, body: Body) -> tuple[Step, ...]:
     """Return the steps of all rounds, the pool before them and the scores of each round's model behind it.
 
-    A run of one round has the names of `body`; of several, "sft_1", "sft_2" and so on. Each round draws anew, from a
-    seed of its own. With `rounds.stop_metric` a verdict behind each round decides whether the next one is made.
+    The first round has the names of `body`, further ones "sft_2", "sft_3" and so on, and a seed of their own: a run of
+    one round can go on to several. With `rounds.stop_metric` a verdict behind each round decides whether the next one
+    is made. Raises ConfigError for scores that are asked for and not made, or that a verdict would lack.
     """
-    settings, num, scored = config.rounds, config.rounds.num, config.evaluation.models
+    settings = config.rounds
+    if settings.stop_metric and BASE not in config.evaluation.models:
+        raise ConfigError(
+            "rounds.stop_metric compares the first round with the base model; add base to evaluation.models."
+        )
     steps, trained, verdict = [Step(POOL)], BASE, ""
-    for number in range(1, num + 1):
-        local = body(number, {} if trained == BASE else {"model": trained})
-        names = {step.name: in_round(step.name, number, num) for step in local}
+    for number in range(1, settings.num + 1):
+        own = body(number, {} if trained == BASE else {"model": trained})
         seed = {"seed": seed_of_round(config.seed, number)} if number > 1 else {}
-        for step in local:
-            inputs = {role: names.get(source, source) for role, source in step.inputs.items()}
-            own = {**seed, **step.settings}
-            steps.append(replace(step, name=names[step.name], inputs=inputs, settings=own, only_after=verdict))
+        steps += [replace(step, settings={**seed, **step.settings}, only_after=verdict) for step in own]
         before, trained = trained, steps[-1].name
         steps.append(replace(_scoring(config, number, trained), only_after=verdict))
-        if settings.stop_metric and (number > 1 or BASE in scored):
-            earlier = in_round(EVALUATION.name, max(1, number - 1), num)
-            compared = {before: earlier, trained: steps[-1].name}
-            steps.append(Step(VERDICT_STAGE, in_round(VERDICT_STAGE.name, number, num), compared, only_after=verdict))
+        if settings.stop_metric:
+            compared = {before: in_round(EVALUATION.name, max(1, number - 1)), trained: steps[-1].name}
+            steps.append(Step(VERDICT_STAGE, in_round(VERDICT_STAGE.name, number), compared, only_after=verdict))
             verdict = steps[-1].name
     return tuple(steps)
 
 
 def _scoring(config: RunConfig, number: int, trained: str) -> Step:
     """Return the evaluation of a round's model, in the first round of the base model, too."""
-    models, num = config.evaluation.models, config.rounds.num
-    if num == 1:
+    models = config.evaluation.models
+    if number == 1:
+        if unknown := [name for name in models if name not in (BASE, trained)]:
+            raise ConfigError(
+                f"evaluation.models names '{unknown[0]}'; recipe '{config.name}' scores {BASE} and {trained}, of every "
+                "round."
+            )
         return Step(EVALUATION, inputs={model: model for model in models if model != BASE})
-    has_base = BASE in models
-    base = [BASE] if has_base and number == 1 else []
-    earlier = {EARLIER: in_round(EVALUATION.name, 1, num)} if has_base and number > 1 else {}
-    settings = {"evaluation.models": [*base, trained]}
-    return Step(EVALUATION, in_round(EVALUATION.name, number, num), {trained: trained, **earlier}, settings)
+    earlier = {EARLIER: EVALUATION.name} if BASE in models else {}
+    name, settings = in_round(EVALUATION.name, number), {"evaluation.models": [trained]}
+    return Step(EVALUATION, name, {trained: trained, **earlier}, settings)
 
 
-def in_round(name: str, number: int, num: int) -> str:
-    """Return what a step is called in a round of a run with `num` rounds."""
-    return name if num == 1 else f"{name}_{number}"
+def in_round(name: str, number: int) -> str:
+    """Return what a step is called in a round."""
+    return name if number == 1 else f"{name}_{number}"
 
 
 def seed_of_round(seed: int, number: int) -> int:
@@ -70,11 +73,17 @@ def seed_of_round(seed: int, number: int) -> int:
 
 
 def once(config: RunConfig) -> None:
-    """Raise ConfigError where a recipe that has no rounds is asked for several."""
-    if config.rounds.num > 1:
-        raise ConfigError(
-            f"rounds.num={config.rounds.num}: recipe '{config.name}' has one round; verified and vila2 have several."
-        )
+    """Raise ConfigError where a recipe that has no rounds is asked for several, or for what comes with them."""
+    settings = config.rounds
+    if settings.num > 1 or settings.restart != "base":
+        raise ConfigError(f"recipe '{config.name}' has one round; leave out rounds.num and rounds.restart here.")
+    without_specialists(config)
+
+
+def without_specialists(config: RunConfig) -> None:
+    """Raise ConfigError where a recipe that trains no specialists is asked for some."""
+    if config.rounds.specialists:
+        raise ConfigError(f"rounds.specialists are trained by recipe vila2, and not by '{config.name}'.")
 
 
 def recaption_and_retrain(config: RunConfig) -> tuple[Step, ...]:
@@ -82,15 +91,20 @@ def recaption_and_retrain(config: RunConfig) -> tuple[Step, ...]:
 
     Specialists come behind the rounds (section 3.2).
     """
-    num = config.rounds.num
+    toy = [field for field in ("infusion.source", "pool.source") if any(map(is_toy, config.sources(field)))]
+    if INFUSION.name in dict(config.sft.mix) and toy == ["infusion.source"]:
+        raise ConfigError(
+            "sft.mix names infusion, whose infusion.source is the toy world's; set your own, or leave it out."
+        )
 
     def body(number: int, model: dict[str, str]) -> Sequence[Step]:
-        earlier = {f"captions:{n}": in_round("captions", n, num) for n in range(1, number)}
+        captions, corpus, sft = (in_round(name, number) for name in ("captions", "corpus", "sft"))
+        all_captions = {f"captions:{n}": in_round("captions", n) for n in range(1, number + 1)}
         start = model if config.rounds.restart == "previous" else {}
         return (
-            Step(CAPTIONS_STAGE, inputs={"index": "pool", **model}, settings={"captions.round": number}),
-            Step(CORPUS_STAGE, inputs={"index": "pool", **earlier, "captions": "captions"}),
-            Step(SFT_ON_IMAGES, inputs={**_rows(config, "corpus"), **start}),
+            Step(CAPTIONS_STAGE, captions, {"index": "pool", **model}, {"captions.round": number}),
+            Step(CORPUS_STAGE, corpus, {"index": "pool", **all_captions}),
+            Step(SFT_ON_IMAGES, sft, {**_rows(config, corpus), **start}),
         )
 
     plain = {"infusion.describe": False}
@@ -105,16 +119,17 @@ def _rows(config: RunConfig, corpus: str) -> dict[str, str]:
 
 def _specialists(config: RunConfig) -> tuple[Step, ...]:
     """Return the steps that train each specialist, ask it about the pool, and train on all captions and its answers."""
-    num, specialists = config.rounds.num, config.rounds.specialists
+    specialists = config.rounds.specialists
     if not specialists:
         return ()
-    rounds = range(num, 0, -1)
-    last = "|".join(in_round(SFT.name, number, num) for number in rounds)
+    rounds = range(config.rounds.num, 0, -1)
+    last = "|".join(in_round(SFT.name, number) for number in rounds)
     steps: list[Step] = []
-    alone = {"sft.mix": {}, "sft.mix_end": {}}
-    captions = {f"captions:{number}": in_round(CAPTIONS_STAGE.name, number, num) for number in rounds}
+    alone = {"sft.mix": {}, "sft.mix_end": {}, "sft.mix_unit": "rows", "sft.num_steps": None, "sft.num_tokens": None}
+    captions = {f"captions:{number}": in_round(CAPTIONS_STAGE.name, number) for number in rounds}
     for name, each in specialists.items():
-        task = {"infusion.source": each.source, "infusion.images": each.images, "infusion.describe": False}
+        task = {"infusion.source": each.source, "infusion.images": each.images}
+        task |= {"infusion.num_rows": None, "infusion.describe": False}
         asked = {"kind": f"{SPECIALIST}{name}", "questions": each.questions, "pattern": each.pattern}
         asked |= {"num_answers": each.num_answers}
         steps += [
@@ -129,7 +144,7 @@ def _specialists(config: RunConfig) -> tuple[Step, ...]:
         ]
         captions[f"captions:{name}"] = f"answers_{name}"
     trained = f"{SFT.name}_specialists"
-    earlier = {EARLIER: in_round(EVALUATION.name, 1, num)} if BASE in config.evaluation.models else {}
+    earlier = {EARLIER: EVALUATION.name} if BASE in config.evaluation.models else {}
     return (
         *steps,
         Step(CORPUS_STAGE, "corpus_specialists", {"index": "pool", **captions}),

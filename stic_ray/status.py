@@ -12,7 +12,7 @@ from stic_ray.core.errors import RunError
 from stic_ray.core.placement import Machines, format_selector
 from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.rundir import NOTES_FAMILY, RECORD_FAMILY, STARTED, RunDir
-from stic_ray.core.steps import CONFIG, Step, Steps, left_out, read_record
+from stic_ray.core.steps import CONFIG, Step, Steps, left_out, left_out_of, read_from, read_record
 from stic_ray.pipeline import REPORT, check_names
 from stic_ray.report.formats import duration, number
 
@@ -24,18 +24,21 @@ def plan(config: RunConfig, steps: Steps, run: RunDir | None, names: Sequence[st
     """Return a line per step: what it would do, or that it is done. Touches nothing."""
     check_names(names, steps)
     lines = []
+    unwanted = left_out_of(steps, run) if run else set()
     for step in steps:
         if step.name in names:
             own = step.configured(config)
-            state = "done" if run and (run / step.name).manifest else "to do"
+            todo = "left out" if step.name in unwanted else "to do"
+            state = "done" if run and (run / step.name).manifest else todo
             sources = [source for field in step.stage.sources for source in own.sources(field)]
-            reads = ", ".join(dict.fromkeys(step.inputs.values())) or ", ".join(sources)
+            read = [read_from(source, run) if run else source for source in step.inputs.values()]
+            reads = ", ".join(dict.fromkeys(read)) or ", ".join(sources)
             lines.append(
-                f"{step.name:<12} {state:<6} reads {reads}; {_processes(step, own)}; "
+                f"{step.name:<12} {state:<8} reads {reads}; {_processes(step, own)}; "
                 f"leaves {step.name}/{step.stage.writes}"
             )
     if REPORT in names:
-        lines.append(f"{REPORT:<12} {'':<6} reads manifests, metrics, scores; leaves report.html, report.json")
+        lines.append(f"{REPORT:<12} {'':<8} reads manifests, metrics, scores; leaves report.html, report.json")
     return lines
 
 

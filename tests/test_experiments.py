@@ -55,13 +55,13 @@ def evaluation(place: RunDir, models: Sequence[str], mode: str = "direct") -> No
 def test_the_tables_of_vila2_have_rounds_controls_and_words(tmp_path: Path) -> None:
     run = RunDir.of(str(tmp_path))
     evaluation(run / "evaluation", ["base", *vila2.SYSTEMS])
-    corpora = ("1", "2", "3", "specialists", *vila2.CONTROLS)
+    corpora = ("corpus", "corpus_2", "corpus_3", *(f"corpus_{name}" for name in ("specialists", *vila2.CONTROLS)))
     for words, name in enumerate(corpora, start=1):
-        (run / f"corpus_{name}").write_manifest({"num_words_per_text": words})
+        (run / name).write_manifest({"num_words_per_text": words})
     found = vila2_results.results([run])
-    assert found["systems"]["base"]["f1"] == pytest.approx(0.1) and found["num_words_per_text"]["sft_1"] == 1
-    assert found["differences"]["sft_2 - sft_1"]["f1"] == pytest.approx(0.1)
-    assert found["systems"]["sft_1"]["questions_counts"] == pytest.approx(0.2)  # 1 of 0 and 1, the odd ones
+    assert found["systems"]["base"]["f1"] == pytest.approx(0.1) and found["num_words_per_text"]["sft"] == 1
+    assert found["differences"]["sft_2 - sft"]["f1"] == pytest.approx(0.1)
+    assert found["systems"]["sft"]["questions_counts"] == pytest.approx(0.2)  # 1 of 0 and 1, the odd ones
     assert found["systems"]["base"]["questions_counts"] == 0.0
 
 

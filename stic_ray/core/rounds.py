@@ -84,7 +84,7 @@ class Specialist(Section):
     """A task that a model is fine-tuned on, to answer its questions about the whole pool (VILA² section 3.2)."""
 
     source: Annotated[str, Field(min_length=1)]
-    """Instruction data of the task, as `infusion.source`."""
+    """Instruction data of the task, as `infusion.source`; all of it, once through or `sft.num_epochs` times."""
     images: str | None = None
     """As `infusion.images`."""
     questions: Annotated[tuple[str, ...], Field(min_length=1)]

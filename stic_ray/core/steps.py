@@ -96,6 +96,12 @@ def names_in(source: str) -> tuple[str, ...]:
     return () if "/" in source else tuple(source.split("|"))
 
 
+def read_from(source: str, run: RunDir) -> str:
+    """Return what an input reads: of several steps the one that is finished, or all of them where none is."""
+    made = [name for name in names_in(source) if (run / name).manifest]
+    return made[0] if made else source
+
+
 def place_of(source: str, run: RunDir) -> RunDir:
     """Return the folder that an input names: a step of the run, or a folder outside of it."""
     names = names_in(source)
@@ -166,8 +172,10 @@ def check_given(config: RunConfig, steps: Steps, names: Collection[str]) -> None
     """Raise ConfigError where the named steps read what the recipe leaves to its user."""
     wanted = [step for step in steps if step.name in names]
     fields = ["model.path"] if any(step.stage.loads_model(config) for step in wanted) else []
-    fields += dict.fromkeys(name for step in wanted for name in step.stage.sources)
     missing = [name for name in fields if MISSING in config.sources(name)]
+    for step in wanted:
+        own = step.configured(config)
+        missing += [name for name in step.stage.sources if MISSING in own.sources(name) and name not in missing]
     if missing:
         raise ConfigError(f"'{config.name}' leaves this to you: {' '.join(f'--set {name}=...' for name in missing)}")
 
@@ -214,6 +222,11 @@ def left_out(steps: Iterable[tuple[str, str]], run: RunDir) -> set[str]:
     return found
 
 
+def left_out_of(steps: Steps, run: RunDir) -> set[str]:
+    """Return the steps of a run that are not made."""
+    return left_out([(step.name, step.only_after) for step in steps], run)
+
+
 def needs_of(config: RunConfig, steps: Steps, names: Collection[str]) -> dict[str, Need]:
     """Return the processes of the named steps."""
     return {step.name: step.stage.need(step.configured(config)) for step in steps if step.name in names}
@@ -221,8 +234,9 @@ def needs_of(config: RunConfig, steps: Steps, names: Collection[str]) -> dict[st
 
 def identity(step: Step, config: RunConfig) -> dict[str, Any]:
     """Return the settings that a step's result depends on, as flat "section.field" keys."""
-    flat = step.configured(config).identifying()
-    wanted = (*step.stage.settings, *(key for name in step.stage.sources for key in config.toy_settings(name)))
+    own = step.configured(config)
+    flat = own.identifying()
+    wanted = (*step.stage.settings, *(key for name in step.stage.sources for key in own.toy_settings(name)))
     return {key: value for key, value in flat.items() if key in wanted or key.split(".")[0] in wanted}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import ESTIMATE, RunDir, read_shard
 from stic_ray.core.schemas import REJECTED
-from stic_ray.core.steps import left_out, read_record
+from stic_ray.core.steps import left_out, read_from, read_record
 from stic_ray.report.candidates import collect_candidates
 from stic_ray.report.formats import shortened
 from stic_ray.report.gallery import collect_gallery
@@ -67,7 +67,7 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
         "finished_at": max((manifest["finished_at"] for manifest in found.values()), default=None),
         "headline": headline(scores, scores_status),
         "scores": {"status": scores_status, **scores, "rounds": _verdicts(steps, run)},
-        "stages": [_stage(step, statuses[name], found.get(name, {})) for name, step in steps.items()],
+        "stages": [_stage(step, run, statuses[name], found.get(name, {})) for name, step in steps.items()],
         "estimates": _estimates(run.read_json(ESTIMATE) or {}, found),
         "training": [
             {
@@ -111,7 +111,7 @@ def _statuses(steps: Mapping[str, Mapping[str, Any]], run: RunDir) -> dict[str, 
     unwanted = left_out([(name, step.get("only_after", "")) for name, step in steps.items()], run)
     found = {}
     for name in steps:
-        begun = "not finished" if (run / name).location.exists() else "left out" if name in unwanted else "not run"
+        begun = "left out" if name in unwanted else "not finished" if (run / name).location.exists() else "not run"
         found[name] = "finished" if (run / name).manifest is not None else begun
     return found
 
@@ -132,12 +132,12 @@ def _without_passwords(value: Any) -> Any:
     return _PASSWORD.sub("***@", value) if isinstance(value, str) else value
 
 
-def _stage(step: Mapping[str, Any], status: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _stage(step: Mapping[str, Any], run: RunDir, status: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     num_rows, seconds = manifest.get("num_rows_in"), manifest.get("seconds")
     return {
         **{key: manifest.get(key) for key in _MANIFEST_KEYS},
         "stage": step["name"],
-        "reads": list(dict.fromkeys(step["inputs"].values())),
+        "reads": list(dict.fromkeys(read_from(source, run) for source in step["inputs"].values())),
         "status": status,
         "rows_per_second": num_rows / seconds if num_rows is not None and seconds else None,
         "details": {key: value for key, value in manifest.items() if key not in _MANIFEST_KEYS},

@@ -43,7 +43,8 @@ def build_corpus(step: StepRun) -> dict[str, Any]:
     """
     config, output = step.config, step.output
     tasks = indexed_tasks(step.inputs["index"], config.pool.shard_size, config.captions.num_images)
-    captions = [shards_by_number(place, "captions") for place in step.all("captions")]
+    # A round that was begun and then left out has no manifest.
+    captions = [shards_by_number(place, "captions") for place in step.all("captions") if place.manifest is not None]
     for number, task in enumerate(tasks):
         uris = [shards[task.number].uri for shards in captions if task.number in shards]
         tasks[number] = replace(task, payload={**task.payload, "captions": uris})

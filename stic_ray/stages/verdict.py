@@ -5,13 +5,15 @@ Gains from self-made data flatten (VILA² Table 1: after three rounds), and ever
 
 from typing import Any
 
-from stic_ray.core.errors import ConfigError, SourceError
+from stic_ray.core.errors import ConfigError, SourceError, nearest
 from stic_ray.core.placement import tasks_need
 from stic_ray.core.rundir import RunDir, row_counts
 from stic_ray.core.schemas import PREDICTIONS
 from stic_ray.core.steps import GOES_ON, Stage, StepRun
+from stic_ray.core.workload import Work
 from stic_ray.method.scoring import METRICS
 from stic_ray.method.statistics import DIFFERENCES, Question, columns, differences, score_of
+from stic_ray.stages.benchmarks import read_benchmarks
 from stic_ray.stages.evaluation import DIRECT
 
 _COLUMNS = ("benchmark", "metric", "mode", "id", "image", "score")
@@ -53,8 +55,13 @@ def _check(step: StepRun) -> None:
     metric = step.config.rounds.stop_metric
     if metric is None:
         raise ConfigError("Stage verdict needs rounds.stop_metric, a benchmark and its metric.")
-    if metric.split()[1] not in METRICS:
-        raise ConfigError(f"rounds.stop_metric='{metric}': metrics are {', '.join(METRICS)}.")
+    questions = read_benchmarks(step.config.evaluation.benchmarks)
+    known = dict.fromkeys(f"{each['benchmark']} {name}" for each in questions for name in each["metrics"])
+    if metric not in known:
+        raise ConfigError(
+            f"rounds.stop_metric='{metric}' is scored by no benchmark.{nearest(metric, known)} "
+            f"Valid: {', '.join(known)}."
+        )
     if DIRECT not in step.config.evaluation.modes:
         raise ConfigError("rounds.stop_metric looks at direct answers; add `direct` to evaluation.modes.")
 
@@ -67,7 +74,9 @@ VERDICT_STAGE = Stage(
     writes="verdict.json",
     section="rounds",
     reads=None,
+    sources=("evaluation.benchmarks",),
     check=_check,
+    work=lambda config, sizes: Work(sizes.num_questions or 1),
     loads_model=lambda config: False,
     is_result=True,
 )

@@ -11,7 +11,7 @@ from stic_ray.report.collect import collect
 from stic_ray.report.write import render
 from tests.report.builders import Page, manifest
 
-VERDICT = {"metric": "toy_describe object_f1", "before": "sft_1", "after": "sft_2", "goes_on": False}
+VERDICT = {"metric": "toy_describe object_f1", "before": "sft", "after": "sft_2", "goes_on": False}
 
 
 def test_the_page_has_each_rounds_difference_and_says_what_was_left_out(tmp_path: Path) -> None:
@@ -34,4 +34,4 @@ def test_the_page_has_each_rounds_difference_and_says_what_was_left_out(tmp_path
     }
     assert statuses["sft_2"] == "not run" and statuses["verdict_2"] == "finished"
     text = Page(render(report)).text
-    assert "From round to round" in text and "sft_2 sft_1 toy_describe object_f1 −0.4 points −1.2 to +0.5" in text
+    assert "From round to round" in text and "sft_2 sft toy_describe object_f1 −0.4 points −1.2 to +0.5" in text

@@ -1,5 +1,6 @@
 """Stage `verdict`, and the steps that are left out where it says that a round brought nothing."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ NAMED = Stage(
 )
 
 
-def ran(folder: Path, before: Sequence[float], after: Sequence[float], metric: str = "object_f1") -> RunDir:
+def ran(
+    folder: Path, before: Sequence[float], after: Sequence[float], metric: str = "object_f1", asked: str = ""
+) -> RunDir:
     """Run a verdict over two models, two steps that hang on it, and one that reads the last of those that were made."""
     models = {name: evaluation(folder, name, scores) for name, scores in (("one", before), ("two", after))}
     steps = (
@@ -63,7 +66,11 @@ def ran(folder: Path, before: Sequence[float], after: Sequence[float], metric: s
         Step(NAMED, "last", {"before": "third|second|first"}),
     )
     run = RunDir.of(str(folder / "run"))
-    config = build_config({"name": "test", "rounds": {"num": 2, "stop_metric": f"drawn {metric}"}})
+    question = {"image": None, "question": "What?", "answers": ["x"], "vocabulary": ["x"], "metric": [metric]}
+    (folder / "drawn.jsonl").write_text(json.dumps(question) + "\n")
+    benchmarks = {"benchmarks": [str(folder / "drawn.jsonl")]}
+    rounds = {"num": 2, "stop_metric": f"drawn {asked or metric}"}
+    config = build_config({"name": "test", "rounds": rounds, "evaluation": benchmarks})
     names = [step.name for step in steps]
     run_pipeline(config, steps, run, names, {"recipe": "test", "overrides": []})
     run_pipeline(config, steps, run, names, {"recipe": "test", "overrides": []})
@@ -101,5 +108,5 @@ def test_without_questions_in_common_there_is_no_verdict(ray_session: None, tmp_
 
 
 def test_a_metric_that_is_none_is_named_before_work(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="metrics are .*object_f1"):
-        ran(tmp_path, [0.5], [0.5], "beauty")
+    with pytest.raises(ConfigError, match="is scored by no benchmark. Did you mean 'drawn object_f1'"):
+        ran(tmp_path, [0.5], [0.5], asked="object_f2")
