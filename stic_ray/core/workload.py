@@ -11,6 +11,10 @@ BYTES_PER_TEXT_TOKEN = 4
 """English; what an answer takes in a table."""
 SHORT_ANSWER_TOKENS = 16
 """Answer to a question of a benchmark or of instruction data."""
+NUM_UNITS = "num_units"
+"""Account of a manifest: what the step did in rows as `Work` counts them, where these are not its rows in."""
+NUM_ROWS_OUT = "num_rows_out"
+"""Account of a manifest: rows that the step left, rejected and failed ones too, where these are not its rows in."""
 _LORA_SHARE_PER_RANK = 335.5e6 / 128 / 7.25e9
 """Adapter parameters per parameter and rank: all linear layers of Mistral-7B's language model."""
 
@@ -51,12 +55,22 @@ class Sizes:
 
     model: ModelSize
     num_images: float | None
+    """Of the pool; for a training the rows that it is given."""
     num_instructions: float | None
     num_questions: float | None
     num_prompt_tokens: float
     """Image and text."""
     num_answer_tokens: float
     image_bytes: float
+
+
+def images_used(config: RunConfig, sizes: Sizes, limit: int | None) -> float | None:
+    """Return how many images a step asks about: the share that a round draws of the first `limit` (of all when None).
+
+    None where that is not known.
+    """
+    known = [number for number in (sizes.num_images, limit) if number]
+    return min(known) * config.rounds.image_share if known else None
 
 
 def training_flops(

@@ -13,8 +13,8 @@ import pyarrow as pa
 from stic_ray.core.config import TOYWORLD, RunConfig, is_toy
 from stic_ray.core.rundir import RunDir, read_shard
 from stic_ray.core.schemas import INDEX, PAIRS
-from stic_ray.core.steps import Steps, read_record
-from stic_ray.core.workload import BYTES_PER_WEIGHT, ModelSize, Sizes
+from stic_ray.core.steps import Step, Steps, names_in, read_record
+from stic_ray.core.workload import BYTES_PER_WEIGHT, NUM_ROWS_OUT, NUM_UNITS, ModelSize, Sizes
 from stic_ray.toyworld import WEIGHTS
 from stic_ray.toyworld.assets import BENCHMARKS
 
@@ -44,24 +44,52 @@ class Measured:
     num_image_tokens: float | None = None
     num_answer_tokens: float | None = None
 
-    def process_s_per_row(self, stage: str) -> float | None:
-        """Return the seconds of one process per row in a finished step of a stage, its start left out where known.
+    def process_s_per_row(self, name: str) -> float | None:
+        """Return the seconds of one process per row, as `Work` counts rows, in a finished step; None where not known.
 
-        Of a step that was interrupted, what its last attempt did, with the processes that this one had.
+        Its start is left out where known. Of a step that was interrupted, what its last attempt did, with the processes
+        that this one had.
         """
-        name = next((name for name, manifest in self.manifests.items() if manifest.get("stage") == stage), None)
-        if name is None:
-            return None
-        manifest = self.manifests[name]
+        manifest = self.manifests.get(name, {})
         num_processes = manifest.get("made_with", {}).get("processes", {}).get("num")
         if not num_processes:
             return None
         if name in self.results:
             return _training_s_per_row(manifest, self.results[name], num_processes)
-        figures = manifest.get("throughput") or {}
-        steady = figures.get("steady") or {}
-        chosen = steady if steady.get("seconds", 0.0) >= _STEADY_S else figures
-        return num_processes / chosen["rows_per_s"] if chosen.get("rows_per_s") else None
+        seconds = _s_per_row_left(manifest)
+        return num_processes * seconds if seconds else None
+
+
+def num_rows_done(manifest: Mapping[str, Any]) -> float:
+    """Return what a finished step did in rows as `Work` counts them."""
+    return manifest.get(NUM_UNITS, manifest["num_rows_in"])
+
+
+def _s_per_row_left(manifest: Mapping[str, Any]) -> float | None:
+    """Return the seconds of a step per row as `Work` counts them, from its throughput, which is of rows that it left.
+
+    A row of work leaves several where an image has candidates, or a question has modes and metrics.
+    """
+    throughput = manifest.get("throughput") or {}
+    if is_by_model := "rows_per_s" not in throughput:
+        parts = [part for part in throughput.values() if part and part.get("rows_per_s")]
+    else:
+        parts = [throughput] if throughput["rows_per_s"] else []
+    if not parts or not num_rows_done(manifest) or (is_by_model and NUM_UNITS not in manifest):
+        return None
+    num_left = manifest.get(NUM_ROWS_OUT) or max(
+        manifest["num_rows_in"], sum(part.get("num_rows", 0) for part in parts)
+    )
+    weights = [part.get("num_rows", 1) for part in parts]
+    seconds = sum(weight / _rows_per_s(part) for weight, part in zip(weights, parts, strict=True)) / sum(weights)
+    return seconds * num_left / num_rows_done(manifest)
+
+
+def _rows_per_s(figures: Mapping[str, Any]) -> float:
+    """Return the rate of the second half of the shards where that lasted long enough, else of all."""
+    steady = figures.get("steady") or {}
+    is_long = steady.get("seconds", 0.0) >= _STEADY_S and steady.get("rows_per_s")
+    return (steady if is_long else figures)["rows_per_s"]
 
 
 def _training_s_per_row(manifest: Mapping[str, Any], result: Mapping[str, Any], num_processes: int) -> float | None:
@@ -160,20 +188,52 @@ def sizes_of(config: RunConfig, steps: Steps, own: Measured, pilot: Measured) ->
     if model is None:
         return None
     image_tokens = given.num_image_tokens or own.num_image_tokens or pilot.num_image_tokens or model.num_image_tokens
-    is_toy_pool, wanted = is_toy(config.pool.source), config.preferences.num_images
+    is_toy_pool = is_toy(config.pool.source)
     there = _finished("num_images", steps, own) or (toy.num_pictures if is_toy_pool else given.num_images)
     instructions = toy.num_instructions if is_toy(config.infusion.source) else given.num_instructions
     num_toy_benchmarks = sum(1 if ":" in name else len(BENCHMARKS) for name in benchmarks)
     image_bytes = _TOY_IMAGE_BYTES if is_toy_pool else given.image_bytes
     return Sizes(
         replace(model, num_image_tokens=round(image_tokens)),
-        min(there, wanted) if there and wanted else there or wanted,
+        there or _most_asked_about(config, steps),
         config.infusion.num_rows or _finished("num_instructions", steps, own) or instructions,
         num_toy_benchmarks * toy.num_scenes if all(map(is_toy, benchmarks)) else given.num_questions,
         image_tokens + given.num_prompt_tokens,
         own.num_answer_tokens or pilot.num_answer_tokens or given.num_answer_tokens,
         own.image_bytes or pilot.image_bytes or image_bytes,
     )
+
+
+def sizes_for(step: Step, steps: Steps, config: RunConfig, sizes: Sizes, own: Measured) -> Sizes:
+    """Return the sizes as a step meets them: a training has the rows that its inputs in the run leave it.
+
+    Of an input that is finished, what it wrote; of another, a row for each that it works on, rejected ones among them.
+    """
+    if step.stage.need(config).what != "workers":
+        return sizes
+    makers = {each.name: each for each in steps}
+    given: dict[str, list[float | None]] = {}
+    for role, source in step.inputs.items():
+        names = () if role == "model" else names_in(source)
+        maker = makers.get(next((name for name in names if name in own.manifests), names[0] if names else ""))
+        if maker is None:
+            continue
+        work = maker.stage.work(maker.configured(config), sizes)
+        num_rows = own.manifests.get(maker.name, {}).get("num_rows_written", work.num_rows if work else None)
+        given.setdefault(maker.stage.amount, []).append(num_rows)
+    totals = {amount: None if None in rows else sum(filter(None, rows)) for amount, rows in given.items()}
+    return replace(
+        sizes,
+        num_images=totals.get("num_images", sizes.num_images),
+        num_instructions=totals.get("num_instructions", sizes.num_instructions),
+    )
+
+
+def _most_asked_about(config: RunConfig, steps: Steps) -> float | None:
+    """Return how many images of a pool of unknown size the steps ask about at most, where all of them is not said."""
+    asking = [step for step in steps if step.stage.amount == "num_images" and step.stage.section]
+    limits = [getattr(getattr(step.configured(config), step.stage.section), "num_images", None) for step in asking]
+    return max(filter(None, limits), default=None)
 
 
 def _finished(amount: str, steps: Steps, own: Measured) -> float | None:

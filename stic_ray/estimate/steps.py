@@ -1,10 +1,7 @@
 """Estimates of steps (`estimate_run`), and the same as lines of text for `--dry-run` (`table`).
 
 How much there is to do comes from known.py and the stages' own `work`. Measured rates, of the run itself or of a
-pilot, come before modelled ones. Settings are `estimate.*`. The model: reading a prompt is bound by arithmetic, 2
-operations per parameter and token. Writing an answer is bound by memory: every step reads the weights once for the
-whole batch, and each request's cached tokens. Training is bound by arithmetic: 2 operations per parameter and token
-forward, 2 for the gradients of activations, 2 for those of weights.
+pilot, come before modelled ones (rates.py). Settings are `estimate.*`.
 """
 
 import math
@@ -17,31 +14,13 @@ from stic_ray.core.errors import RunError
 from stic_ray.core.placement import Need
 from stic_ray.core.rundir import ESTIMATE, RunDir
 from stic_ray.core.steps import Step, Steps
-from stic_ray.core.workload import ModelSize, Sizes, Work
-from stic_ray.estimate.known import Measured, measure, model_size, sizes_of
+from stic_ray.core.workload import Sizes, Work
+from stic_ray.estimate.known import Measured, measure, model_size, num_rows_done, sizes_for, sizes_of
+from stic_ray.estimate.rates import Rate, rates_of, row_s
 from stic_ray.report.formats import UNKNOWN, duration
 
-
-@dataclass(frozen=True)
-class Speed:
-    """What one process reaches."""
-
-    flops: float
-    """Operations per second."""
-    bandwidth: float
-    """Bytes per second between chip and memory."""
-    step_floor_s: float = 0.0
-    """Seconds that a step of generation takes at least, whatever the device: the engine's own work."""
-
-
-_CPU = Speed(flops=40e9, bandwidth=8e9)
-"""One core."""
-_STEP_FLOOR_S = 0.025 / 7.25e9
-"""What a step of transformers' `generate` takes per parameter, whatever the device: 25 ms for 7B."""
 _START_S, _LOADING_BYTES_PER_S = 30.0, 0.5e9
 """Until a process works: it starts, and reads the weights from a disk or a mirror."""
-_SCAN_CPU_S = 0.005
-"""CPU time to hash, decode and index a photograph."""
 _COLUMNS = "{:<12} {:>9} {:>9} {:>9} {:>10} {:>9} {:>14}  {}"
 """Of the table."""
 
@@ -87,7 +66,12 @@ def estimate_run(config: RunConfig, steps: Steps, run: RunDir | None, names: Col
         if not pilot.manifests:
             raise RunError(f"estimate.rates_of='{config.estimate.rates_of}' has no finished stage to take rates from.")
     sizes = sizes_of(config, steps, own, pilot)
-    return [_of_step(step, config, steps, sizes, own, pilot) for step in steps if step.name in names]
+    rates = rates_of(pilot, config, steps, sizes) if sizes else []
+    return [
+        _of_step(step, config, sizes and sizes_for(step, steps, config, sizes, own), own, rates)
+        for step in steps
+        if step.name in names
+    ]
 
 
 def record_estimate(config: RunConfig, steps: Steps, run: RunDir, names: Collection[str]) -> None:
@@ -99,9 +83,7 @@ def record_estimate(config: RunConfig, steps: Steps, run: RunDir, names: Collect
     run.write_json(ESTIMATE, kept)
 
 
-def _of_step(
-    step: Step, config: RunConfig, steps: Steps, sizes: Sizes | None, own: Measured, pilot: Measured
-) -> StageEstimate:
+def _of_step(step: Step, config: RunConfig, sizes: Sizes | None, own: Measured, rates: Sequence[Rate]) -> StageEstimate:
     """Return what a finished step took, or what one will take."""
     config, stage = step.configured(config), step.stage
     need, given = stage.need(config), config.estimate
@@ -114,13 +96,13 @@ def _of_step(
         price_per_gpu_hour=given.price_per_gpu_hour if price is None else price,
     )
     if manifest := own.manifests.get(step.name):
-        return replace(found, num_images=manifest["num_rows_in"], wall_s=manifest["seconds"])
+        return replace(found, num_images=num_rows_done(manifest), wall_s=manifest["seconds"])
     if sizes is None:
         return replace(found, basis="set estimate.num_parameters")
     work = stage.work(config, sizes)
     if work is None:
         return replace(found, basis=f"set estimate.{stage.amount}" if stage.amount else "not known")
-    row_s, basis = _row_s(step, config, steps, sizes, work, pilot)
+    seconds, basis = row_s(step, config, sizes, work, rates)
     num_models = 0 if need.what == "tasks" else len(step.inputs) + 1 if stage.reads is None else 1
     start_s = _START_S + num_models * sizes.model.weight_bytes / _LOADING_BYTES_PER_S
     return replace(
@@ -128,72 +110,8 @@ def _of_step(
         basis=basis,
         num_images=work.num_rows,
         num_tokens=work.num_rows * (work.row_tokens + sum(n * (reads + writes) for n, reads, writes in work.requests)),
-        wall_s=start_s + _rows_of_busiest(need, work, config) * row_s,
+        wall_s=start_s + _rows_of_busiest(need, work, config) * seconds,
         storage_bytes=work.storage_bytes,
-    )
-
-
-def _row_s(step: Step, config: RunConfig, steps: Steps, sizes: Sizes, work: Work, pilot: Measured) -> tuple[float, str]:
-    """Return the seconds of one process per row, and where they come from."""
-    need = step.stage.need(config)
-    modelled_s = _modelled_row_s(need, config, sizes, work)
-    if measured_s := pilot.process_s_per_row(step.stage.name):
-        return measured_s, "measured"
-    for other in steps if work.requests or work.row_flops else ():
-        # Of the same kind of processes: what the model gets wrong of one, it gets wrong of the other.
-        other_need, other_work = other.stage.need(config), other.stage.work(config, sizes)
-        if other_need.what == need.what and other_work:
-            other_s = _modelled_row_s(other_need, config, sizes, other_work)
-            measured_s = pilot.process_s_per_row(other.stage.name)
-            if other_s and measured_s:
-                return modelled_s * measured_s / other_s, f"as {other.name} was"
-    return modelled_s, "model"
-
-
-def _modelled_row_s(need: Need, config: RunConfig, sizes: Sizes, work: Work) -> float:
-    """Return the modelled seconds of one process per row."""
-    if need.what == "tasks":
-        return _SCAN_CPU_S
-    speed, actors = _speed_of(need, config, sizes), config.actors
-    batch_size = float(actors.batch_size)
-    if actors.batch_tokens and config.model.engine != "vllm":
-        longest = sizes.num_prompt_tokens + config.preferences.max_new_tokens
-        batch_size = max(1.0, min(batch_size, actors.batch_tokens // longest))
-    answering_s = sum(
-        number
-        * generation_s(sizes.model, speed, num_prompt_tokens=reads, num_answer_tokens=writes, batch_size=batch_size)
-        for number, reads, writes in work.requests
-    )
-    return answering_s + work.row_flops / speed.flops
-
-
-def generation_s(
-    model: ModelSize, speed: Speed, *, num_prompt_tokens: float, num_answer_tokens: float, batch_size: float
-) -> float:
-    """Return the seconds of one process per request, when it has `batch_size` requests at a time.
-
-    `num_prompt_tokens` are those that are computed, image included: a shared prefix counts once.
-    """
-    reading_s = 2 * model.num_parameters * num_prompt_tokens / speed.flops
-    context_tokens = num_prompt_tokens + num_answer_tokens / 2
-    step_bytes = model.weight_bytes + batch_size * context_tokens * model.cache_bytes_per_token
-    step_s = max(step_bytes / speed.bandwidth, speed.step_floor_s)
-    return reading_s + num_answer_tokens * step_s / batch_size
-
-
-def _speed_of(need: Need, config: RunConfig, sizes: Sizes) -> Speed:
-    """Return what one actor or worker reaches: its share of GPUs, or its cores."""
-    floor_s = _STEP_FLOOR_S * sizes.model.num_parameters if config.model.engine == "transformers" else 0.0
-    num_gpus, given = need.each.get("GPU", 0.0), config.estimate
-    if not num_gpus:
-        cores = max(need.each["CPU"], 1.0)
-        return Speed(cores * _CPU.flops, cores * _CPU.bandwidth, floor_s)
-    device = find_device(given.device)
-    assert device, "the configuration checks it"
-    return Speed(
-        num_gpus * device.peak_flops * given.compute_share,
-        num_gpus * device.memory_bandwidth_gb_s * 1e9 * given.bandwidth_share,
-        floor_s,
     )
 
 

@@ -13,7 +13,7 @@ from stic_ray.core.randomness import seed_for
 from stic_ray.core.schemas import CANDIDATES as TABLE
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
-from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
+from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, images_used
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_trained
 from stic_ray.method.candidates import candidate_prompts, filed_under, usable
@@ -125,13 +125,14 @@ def _check(step: StepRun) -> None:
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
-    if not sizes.num_images:
-        return None
     settings = config.candidates
+    num_images = images_used(config, sizes, settings.num_images)
+    if not num_images:
+        return None
     writes = min(sizes.num_answer_tokens, settings.max_new_tokens)
     reads = sizes.num_prompt_tokens * len(set(settings.prompts)) / settings.num_candidates  # each prompt once
     stored = BYTES_PER_TEXT_TOKEN * settings.num_candidates * writes
-    return Work(sizes.num_images, ((settings.num_candidates, reads, writes),), storage_bytes=sizes.num_images * stored)
+    return Work(num_images, ((settings.num_candidates, reads, writes),), storage_bytes=num_images * stored)
 
 
 CANDIDATES = Stage(

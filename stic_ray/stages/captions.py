@@ -18,7 +18,7 @@ from stic_ray.core.rundir import REJECTED_FAMILY
 from stic_ray.core.schemas import CAPTIONS, Reason
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
-from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
+from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, NUM_UNITS, Sizes, Work, images_used
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_trained
 from stic_ray.method.captions import caption_prompts
@@ -50,7 +50,7 @@ def build_captions(step: StepRun) -> dict[str, Any]:
     num_images = num_drawn(step.name, tasks, config)
     accounts = done.accounts(num_images * (len(config.captions.questions) or 1))
     check_written(accounts, output, f"Not one of {num_images} images has a caption")
-    return accounts
+    return {**accounts, NUM_UNITS: num_images}
 
 
 class _Asked(NamedTuple):
@@ -147,14 +147,13 @@ class Captioner:
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
-    if not sizes.num_images:
-        return None
     settings = config.captions
-    num_images = min(sizes.num_images, settings.num_images or sizes.num_images)
-    num_drawn = round(num_images * config.rounds.image_share)
+    num_images = images_used(config, sizes, settings.num_images)
+    if not num_images:
+        return None
     writes, num_prompts = min(sizes.num_answer_tokens, settings.max_new_tokens), len(settings.questions) or 1
     requests = ((num_prompts * settings.num_answers, sizes.num_prompt_tokens / settings.num_answers, writes),)
-    return Work(num_drawn, requests, storage_bytes=num_drawn * num_prompts * BYTES_PER_TEXT_TOKEN * writes)
+    return Work(num_images, requests, storage_bytes=num_images * num_prompts * BYTES_PER_TEXT_TOKEN * writes)
 
 
 CAPTIONS_STAGE = Stage(

@@ -59,7 +59,8 @@ def check_training(config: RunConfig, settings: OptimisationConfig) -> None:
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
-    num_pairs = config.dpo.num_pairs or config.dpo.num_images or sizes.num_images
+    known = [number for number in (config.dpo.num_images, sizes.num_images) if number]
+    num_pairs = config.dpo.num_pairs or min(known, default=None)
     if not num_pairs:
         return None
     answer = min(sizes.num_answer_tokens, config.preferences.max_new_tokens)

@@ -15,7 +15,7 @@ from stic_ray.core.rundir import ROWS_NOW, RunDir, family_name, row_counts
 from stic_ray.core.schemas import PREDICTIONS
 from stic_ray.core.steps import BASE, Stage, StepRun
 from stic_ray.core.storage import Location
-from stic_ray.core.workload import SHORT_ANSWER_TOKENS, Sizes, Work
+from stic_ray.core.workload import NUM_UNITS, SHORT_ANSWER_TOKENS, Sizes, Work
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_trained
 from stic_ray.method.choices import choice_lines, read_choice
@@ -77,6 +77,7 @@ def evaluate(
     scores = summarise([*predictions, *known], config.evaluation, config.seed)
     output.write_json("scores.json", [row for row in scores if row["model"] in models])
     accounts[ROWS_NOW] = sum(each.num_rows_now for each in done.values())
+    accounts[NUM_UNITS] = len(questions) * len(models)
     return {**accounts, "throughput": {model: each.throughput for model, each in done.items()}}
 
 

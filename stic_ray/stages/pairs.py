@@ -15,7 +15,7 @@ from stic_ray.core.rundir import REJECTED_FAMILY
 from stic_ray.core.schemas import DECISIONS, INFUSED, PAIRS, Reason
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.verification import RulesConfig
-from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
+from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, images_used
 from stic_ray.engines.opening import open_counter
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.preferences import NO_CANDIDATES
@@ -202,9 +202,9 @@ def _check(step: StepRun) -> None:
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
-    if not sizes.num_images:
+    num_images = images_used(config, sizes, config.candidates.num_images)
+    if not num_images:
         return None
-    num_images = min(sizes.num_images, config.candidates.num_images or sizes.num_images)
     answers = BYTES_PER_TEXT_TOKEN * 2 * min(sizes.num_answer_tokens, config.candidates.max_new_tokens)
     return Work(num_images, storage_bytes=num_images * config.rules.num_pairs * (sizes.image_bytes + answers))
 

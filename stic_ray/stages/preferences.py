@@ -15,7 +15,7 @@ from stic_ray.core.rundir import REJECTED_FAMILY
 from stic_ray.core.schemas import PAIRS, REJECTED, table_of
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
-from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, pair_tokens
+from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, images_used, pair_tokens
 from stic_ray.engines.base import Answer, AnsweredPrompt, Request, Sampling
 from stic_ray.engines.opening import open_trained
 from stic_ray.method.images import decode_for_storage
@@ -206,7 +206,8 @@ def _check(step: StepRun) -> None:
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
-    if not sizes.num_images:
+    num_images = images_used(config, sizes, config.preferences.num_images)
+    if not num_images:
         return None
     shares = config.preferences.shares
     num_requests = 2 - sum(shares.get(kind, 0.0) for kind in TEXT_NEGATIVES)
@@ -218,7 +219,7 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
         reads += pair_tokens(sizes.num_prompt_tokens, writes, shared_prefix=True)
     stored = sizes.image_bytes + BYTES_PER_TEXT_TOKEN * 2 * writes
     requests = ((num_requests, reads / num_requests, writes),)
-    return Work(sizes.num_images, requests, storage_bytes=sizes.num_images * stored)
+    return Work(num_images, requests, storage_bytes=num_images * stored)
 
 
 PREFERENCES = Stage(

@@ -19,7 +19,7 @@ from stic_ray.core.rundir import REJECTED_FAMILY
 from stic_ray.core.schemas import EXPORTED_QUESTIONS, INFUSED, QUESTIONS, Reason
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
-from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, SHORT_ANSWER_TOKENS, Sizes, Work
+from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, SHORT_ANSWER_TOKENS, Sizes, Work, images_used
 from stic_ray.engines.base import Answer, Request, Sampling
 from stic_ray.engines.opening import open_trained
 from stic_ray.method.images import decode_for_storage
@@ -215,7 +215,7 @@ class Questioner:
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
     settings = config.questions
-    num_images = min(filter(None, (settings.num_images, sizes.num_images)), default=None)
+    num_images = images_used(config, sizes, settings.num_images)
     if not num_images:
         return None
     num_rows, num_answers = num_images * settings.num_questions, settings.num_answers

@@ -16,7 +16,7 @@ from stic_ray.core.rundir import REJECTED_FAMILY, read_shard
 from stic_ray.core.schemas import CANDIDATES, INDEX, STATEMENTS, Reason
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
-from stic_ray.core.workload import Sizes, Work
+from stic_ray.core.workload import Sizes, Work, images_used
 from stic_ray.engines.guarded import GuardedEngine
 from stic_ray.engines.opening import check_engine, named_model, open_trained
 from stic_ray.method.images import decode
@@ -203,12 +203,13 @@ def _check(step: StepRun) -> None:
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
     """Rows are scores; what all scorers ask the model about an image is spread over them."""
-    if not sizes.num_images:
+    num_images = images_used(config, sizes, config.candidates.num_images)
+    if not num_images:
         return None
     scorers = find_scorers(config.scores).values()
     per_image = config.candidates.num_candidates * len(scorers)
     asked = [request for scorer in scorers for request in scorer.requests(config, sizes)]
-    num_rows = sizes.num_images * per_image
+    num_rows = num_images * per_image
     requests = tuple((number / per_image, reads, writes) for number, reads, writes in asked)
     return Work(num_rows, requests, storage_bytes=num_rows * _SCORE_BYTES)
 

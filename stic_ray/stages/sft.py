@@ -56,7 +56,10 @@ def _work(config: RunConfig, sizes: Sizes) -> Work | None:
 
 
 def _work_on_images(config: RunConfig, sizes: Sizes) -> Work | None:
-    return _work_of(config, sizes, sizes.num_images, sizes.num_answer_tokens)
+    num_rows = sizes.num_images
+    if config.sft.mix and num_rows:  # with instruction data beside
+        num_rows = num_rows + sizes.num_instructions if sizes.num_instructions else None
+    return _work_of(config, sizes, num_rows, sizes.num_answer_tokens)
 
 
 def _work_of(config: RunConfig, sizes: Sizes, num_rows: float | None, num_answer_tokens: float) -> Work | None:

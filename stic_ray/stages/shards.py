@@ -18,6 +18,7 @@ from stic_ray.core.config import ActorsConfig
 from stic_ray.core.errors import SourceError, StageError
 from stic_ray.core.publishing import ShardRecord, all_families, delete_leftovers, published
 from stic_ray.core.rundir import FAILED_FAMILY, REJECTED_FAMILY, ROWS_NOW, STARTED, RunDir, row_counts
+from stic_ray.core.workload import NUM_ROWS_OUT
 from stic_ray.engines.guarded import Work
 from stic_ray.stages.windows import RowWorker, Tables
 
@@ -87,10 +88,14 @@ class Shards:
         return {**counts, ROWS_NOW: self.num_rows_now, "throughput": self.throughput}
 
     def accounts_by_image(self, num_images: int, family: str) -> dict[str, Any]:
-        """Return `accounts` where a row in is an image, whatever it gives; rows of `family` are counted beside."""
+        """Return `accounts` where a row in is an image, whatever it gives; rows of `family` are counted beside.
+
+        So are all rows that were left, which the throughput is of.
+        """
         num_ended = sum(self.rejected_by_reason.values()) + self.num_failed
         counts = row_counts(num_images, num_images - num_ended, self.rejected_by_reason, self.num_failed)
-        given = {f"num_{family}": self.num_rows.get(family, 0)}
+        num_out = sum(self.num_rows.values()) + self.num_failed
+        given = {f"num_{family}": self.num_rows.get(family, 0), NUM_ROWS_OUT: num_out}
         return {**counts, ROWS_NOW: self.num_rows_now, **given, "throughput": self.throughput}
 
 

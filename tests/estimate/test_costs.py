@@ -5,7 +5,7 @@ import pytest
 from stic_ray.core.devices import find_device
 from stic_ray.core.workload import ModelSize, pair_tokens, training_flops
 from stic_ray.estimate.known import cache_bytes_per_token
-from stic_ray.estimate.steps import Speed, generation_s
+from stic_ray.estimate.rates import Speed, generation_s
 
 SEVEN_B = ModelSize(num_parameters=7e9, num_image_tokens=600, cache_bytes_per_token=100_000)
 

@@ -9,40 +9,19 @@ import yaml
 
 from stic_ray.core.config import MAY_CHANGE, RunConfig
 from stic_ray.core.errors import ConfigError, RunError
-from stic_ray.core.overrides import apply_overrides
 from stic_ray.core.rundir import ESTIMATE, RunDir
 from stic_ray.core.steps import identity
 from stic_ray.estimate.known import measure, model_size
 from stic_ray.estimate.steps import StageEstimate, estimate_run, record_estimate, table
 from stic_ray.recipes import recipe, stic
+from tests.estimate.runs import configured, finished
 
 STEPS = stic(recipe("demo").config)
 NAMES = [step.name for step in STEPS]
 
 
-def configured(name: str = "llava16_7b", **settings: Any) -> RunConfig:
-    return apply_overrides(
-        recipe(name).config, [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
-    )
-
-
 def estimated(config: RunConfig, run: RunDir | None = None) -> dict[str, StageEstimate]:
     return {each.stage: each for each in estimate_run(config, stic(config), run, NAMES)}
-
-
-def finished(folder: Path, config: RunConfig, **manifests: dict[str, Any]) -> RunDir:
-    """A run with the manifests of some stages, as far as rates are read from them."""
-    run = RunDir.of(str(folder))
-    steps = stic(config)
-    record = {"config": config.model_dump(mode="json"), "steps": [step.record(config) for step in steps]}
-    run.write_text("config.yaml", yaml.safe_dump(record))
-    for step in steps:
-        if step.name in manifests:
-            num = config.workers.num_workers if step.stage.need(config).what == "workers" else config.actors.num_actors
-            made = {"made_with": {"processes": {"num": num}}, "config": identity(step, config)}
-            manifest = {"stage": step.stage.name, "num_rows_in": 100, "seconds": 50.0, **made, **manifests[step.name]}
-            (run / step.name).write_manifest(manifest)
-    return run
 
 
 def test_a_run_of_the_published_size_costs_hours_not_days() -> None:
