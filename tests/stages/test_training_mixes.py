@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,44 @@ def test_a_source_is_read_by_a_bounded_number_of_row_groups(sources: list[RunDir
     for index in range(len(dataset)):
         dataset[index]
         assert sum(len(passes._tables) for passes in dataset._passes) <= 16
+
+
+def row_groups_of(worker: int, micro_batch: int, dataset: MixedRows | ParquetRows) -> tuple[int, int, set[str]]:
+    """Return how many row groups one of 8 workers reads and has at once, and the sources of its rows in a few steps."""
+    kept = [passes._tables for passes in dataset._passes] if isinstance(dataset, MixedRows) else [dataset._tables]
+    plain = DataLoader(dataset, batch_size=micro_batch, collate_fn=list)
+    own = prepare_data_loader(plain, num_processes=8, process_index=worker, put_on_device=False)
+    held: set[tuple[int, int]] = set()
+    num_read, most, kinds = 0, 0, set[str]()
+    for place in chain.from_iterable(own.batch_sampler or ()):
+        row = dataset[place]
+        kinds |= {row["messages"][0]["content"].split()[0]} if place < 4 * 32 else set()
+        now = {(number, group) for number, tables in enumerate(kept) for group in tables}
+        num_read, most, held = num_read + len(now - held), max(most, len(now)), now
+    return num_read, most, kinds
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> list[RunDir]:
+    """Two sources of 40 row groups each."""
+    folder = tmp_path_factory.mktemp("halves")
+    return [write_source(folder, name, [5] * 320, with_image=False, shard=8) for name in ("one", "other")]
+
+
+@pytest.mark.parametrize(
+    ("weight", "micro_batch", "num_read", "most"), [(1, 4, 10, 2), (1, 2, 20, 4), (3, 4, 13, 4), (3, 2, 24, 6)]
+)
+def test_a_worker_reads_about_as_few_row_groups_as_without_a_mix(
+    weight: int, micro_batch: int, num_read: int, most: int, halves: list[RunDir], tmp_path: Path
+) -> None:
+    """Of 80 row groups; and every worker has rows of both sources."""
+    config = mixed(tmp_path, mix={"one": weight, "other": 1}, num_steps=20, global_batch=32)
+    rows, trained = planned(config, *halves), index(config, *halves).trained
+    for worker in range(8):
+        found = row_groups_of(worker, micro_batch, MixedRows(rows, ["messages", "image"], 0))
+        assert found[0] <= num_read and found[1] <= most and found[2] == {"one", "other"}
+        without = ParquetRows(trained, ["messages", "image"], global_batch=32)
+        assert row_groups_of(worker, micro_batch, without)[:2] == (10, 2)
 
 
 def test_without_a_mix_all_rows_come_once_an_epoch_in_the_order_of_one_source(

@@ -54,6 +54,15 @@ class Passes(ParquetRows):
             self.set_epoch(number_of_pass)
         return self[index]
 
+    @property
+    def num_lanes(self) -> int:
+        """Lanes that the rows come from in turn."""
+        return self._num_lanes
+
+    def lanes(self, number: int) -> np.ndarray:
+        """Return the lanes of the first so many rows, counted over all passes."""
+        return np.arange(number) % self.num_rows % self._num_lanes
+
     def values(self, values: Sequence[np.ndarray]) -> Iterator[list[int]]:
         """Yield values of the rows, given by row group, as the rows come: a list for each pass, without an end."""
         places = self._places(np.arange(self.num_rows))
@@ -77,9 +86,11 @@ class MixedRows(Dataset[Example]):
         self._passes = passes_of(rows, columns, seed, image)
         self._sources = rows.plan.sources
         self._numbers = np.empty(len(self._sources), dtype=np.int64)
-        for number in range(len(self._passes)):
-            is_own = self._sources == number
-            self._numbers[is_own] = np.arange(is_own.sum())
+        global_batch = len(self._sources) // rows.plan.num_steps
+        for number, passes in enumerate(self._passes):
+            own = np.flatnonzero(self._sources == number)
+            # A worker has the same places of every batch: in the order of their lanes, its rows stay in a few of these.
+            self._numbers[own] = np.lexsort((passes.lanes(len(own)), own // global_batch))
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -171,9 +182,9 @@ def _plan_mix(config: RunConfig, rows: Rows, lengths: Lengths) -> tuple[Account,
     """Return what is read of each source of a mix, and the source of each row."""
     settings, num_sources = config.sft, len(rows.num_groups)
     num_steps = None if settings.num_tokens else num_steps_of(settings, rows)
+    passes = passes_of(rows, [], config.seed)
     streams = [
-        chain.from_iterable(passes.values(own))
-        for passes, own in zip(passes_of(rows, [], config.seed), _by_source(rows, lengths), strict=True)
+        chain.from_iterable(each.values(own)) for each, own in zip(passes, _by_source(rows, lengths), strict=True)
     ]
     by_tokens = settings.mix_unit == "tokens"
     typical = float(np.concatenate(lengths).mean()) if by_tokens else 1.0
@@ -197,9 +208,21 @@ def _plan_mix(config: RunConfig, rows: Rows, lengths: Lengths) -> tuple[Account,
         account.num_steps += 1
     account.asked = [target / sum(targets) for target in targets]
     sources = np.array(drawn, dtype=np.int16).reshape(account.num_steps, -1)
-    # Sources that take turns would else be one worker's each.
-    shuffled = np.random.default_rng(seed_for(config.seed, "places in a batch", "mix")).permuted(sources, axis=1)
-    return account, shuffled.reshape(-1)
+    return account, _in_lanes(sources, passes, seed_for(config.seed, "places in a batch", "mix")).reshape(-1)
+
+
+def _in_lanes(sources: np.ndarray, passes: Sequence[Passes], seed: int) -> np.ndarray:
+    """Return the sources of each batch (steps x rows), in the order of the lanes that their rows come from.
+
+    A worker has the same places of every batch, and so reads about the same lanes of every source. In one lane the
+    sources come by chance: if they took turns, one worker could have all rows of a source.
+    """
+    generator, positions = np.random.default_rng(seed), np.empty(sources.shape)
+    for number, each in enumerate(passes):
+        is_own = sources == number
+        lanes = each.lanes(int(is_own.sum()))
+        positions[is_own] = (lanes + generator.random(len(lanes))) / each.num_lanes
+    return np.take_along_axis(sources, positions.argsort(axis=1), axis=1)
 
 
 def _plan_epochs(config: RunConfig, rows: Rows, lengths: Lengths) -> Account:
