@@ -90,8 +90,16 @@ class Captions:
         stem = PurePosixPath(image.name).stem
         if self.ending is None:
             return self.missing(stem)
-        file = image.folder / f"{stem}.{self.ending}"
+        # To list the folder, for endings like .tXt, would take too long where it has a million files.
+        endings = (self.ending, self.ending.upper(), self.ending.capitalize())
+        usual, *others = (image.folder / f"{stem}.{ending}" for ending in endings)
+        found = self._in_file(usual, patience)
+        if isinstance(found, str) or patience.read(usual, usual.exists):
+            return found
+        other = next((file for file in others if patience.read(file, file.exists)), None)
+        return self._in_file(other, patience) if other else self.missing(stem)
 
+    def _in_file(self, file: Location, patience: Patience) -> str | Rejected:
         def read() -> bytes:
             with file.open() as stream:
                 check_file_size(stream.size())
@@ -100,11 +108,11 @@ class Captions:
         try:
             return self.of_content(patience.read(file, read), file.name)
         except Rejected as rejected:
-            return rejected if patience.read(file, file.exists) else self.missing(stem)
+            return rejected
 
     def is_file(self, name: PurePosixPath) -> bool:
         """Whether a file of a folder is one with a caption, and so no image."""
-        return self.ending is not None and name.suffix == f".{self.ending}"
+        return self.ending is not None and name.suffix.lower() == f".{self.ending}"
 
 
 def _as_caption(value: Any, what: str) -> str:

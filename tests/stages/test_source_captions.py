@@ -231,11 +231,28 @@ def test_a_spoiled_file_beside_a_picture(spoil: Callable[[Path], object], reason
     assert captions_of(found_in(source, **TXT)) == {**dict(enumerate(TEXTS)), 2: reason}
 
 
+@pytest.mark.parametrize("settings", [TXT, JSON], ids=["text", "JSON"])
+def test_endings_of_files_are_told_apart_from_images_in_capitals_too(
+    settings: Mapping[str, str], tmp_path: Path
+) -> None:
+    """As cameras name them; in a tar the same names give the same captions."""
+    files = {}
+    for number in range(6):
+        spell = (str.lower, str.upper, str.capitalize)[number % 3]
+        name, caption = ("json", json.dumps({"caption": TEXTS[number]})) if settings is JSON else ("txt", TEXTS[number])
+        files |= {f"IMG_{number}.PNG": PICTURES[number], f"IMG_{number}.{spell(name)}": caption.encode()}
+    (tmp_path / "folder").mkdir()
+    for name, content in files.items():
+        (tmp_path / "folder" / name).write_bytes(content)
+    for source in (tmp_path / "folder", tar_of(tmp_path / "a.tar", list(files.items()))):
+        assert captions_of(found_in(source, **settings)) == dict(enumerate(TEXTS))
+
+
 def test_captions_in_a_bucket(endpoint: str) -> None:
     folder = Location.of(f"s3://pictures/captions?endpoint_override={endpoint}&scheme=http&region=us-east-1")
     for number in range(3):
         (folder / f"{number}.png").write(PICTURES[number])
-        (folder / f"{number}.txt").write(TEXTS[number].encode())
+        (folder / f"{number}.{'TXT' if number == 2 else 'txt'}").write(TEXTS[number].encode())
     (folder / "1.txt").delete()
     captions = Captions.of(PoolConfig(source=folder.uri, **TXT))
     reading = Reading("image", 10**6, options=folder.uri.partition("?")[2], captions=captions)
