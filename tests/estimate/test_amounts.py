@@ -53,7 +53,7 @@ def test_a_training_counts_the_rows_that_it_is_given() -> None:
 
 def test_instruction_data_of_a_mix_is_trained_on_beside_a_corpus() -> None:
     found = amounts("vila2", {"sft.mix": {"corpus": 3, "infusion": 1}, "captions.num_images": 200})
-    assert found["infusion"] and found["sft_1"] == 200 + found["infusion"]
+    assert found["infusion"] and found["sft_2"] == 200 + found["infusion"]
 
 
 def test_a_finished_step_says_what_the_training_behind_it_is_given(tmp_path: Path) -> None:
