@@ -127,7 +127,7 @@ def _specialists(config: RunConfig) -> tuple[Step, ...]:
     steps: list[Step] = []
     alone = {"sft.mix": {}, "sft.mix_end": {}, "sft.mix_unit": "rows", "sft.num_steps": None, "sft.num_tokens": None}
     captions = {f"captions:{number}": in_round(CAPTIONS_STAGE.name, number) for number in rounds}
-    for name, each in specialists.items():
+    for name, each in specialists:
         task = {"infusion.source": each.source, "infusion.images": each.images}
         task |= {"infusion.num_rows": None, "infusion.describe": False}
         asked = {"kind": f"{SPECIALIST}{name}", "questions": each.questions, "pattern": each.pattern}

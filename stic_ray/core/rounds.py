@@ -1,11 +1,11 @@
 """The sections of the configuration about captions that a model writes anew, and about rounds of self-training."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
-from stic_ray.core.section import Count, Section, Temperature
+from stic_ray.core.section import Count, Pattern, Section, Temperature
 
 CaptionPart = Literal["step_by_step", "plain", "describe"]
 SELF = "self"
@@ -39,7 +39,7 @@ class CaptionsConfig(Section):
     num_answers: Count = 1
     """How often each is written; of several, the most frequent answer is kept, where `majority` of them agree."""
     majority: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    pattern: str | None = None
+    pattern: Pattern | None = None
     """Regular expression that a caption must match somewhere, as "[0-9]" for a count."""
 
     @field_validator("kind")
@@ -48,15 +48,6 @@ class CaptionsConfig(Section):
         if not _KIND.fullmatch(kind):
             raise ValueError(f"is '{kind}'; valid are {SELF}, and {SPECIALIST}NAME with letters, digits, _ and -")
         return kind
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_pattern(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"is no regular expression of Python: {error}") from error
-        return pattern
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -91,8 +82,17 @@ class Specialist(Section):
     """What it is asked about each image; its answers become further turns."""
     num_answers: Count = 1
     """As `captions.num_answers`, with `captions.majority`."""
-    pattern: str | None = None
+    pattern: Pattern | None = None
     """As `captions.pattern`."""
+
+
+def _in_order(given: Any) -> Any:
+    """Return a mapping as pairs ordered by name; the rest is pydantic's."""
+    return tuple(sorted(given.items())) if isinstance(given, dict) else given
+
+
+Specialists = Annotated[tuple[tuple[str, Specialist], ...], BeforeValidator(_in_order), PlainSerializer(dict)]
+"""Specialists by name."""
 
 
 class RoundsConfig(Section):
@@ -104,7 +104,7 @@ class RoundsConfig(Section):
     """Share of the pool's images that each round asks about, drawn anew in each."""
     restart: Literal["base", "previous"] = "base"
     """What each round trains: the base model again (VILA²), or what the round before left."""
-    specialists: dict[str, Specialist] = Field(default_factory=dict)
+    specialists: Specialists = ()
     """By name; they are trained from the last round's model, and the base model from what they add. Recipe `vila2`."""
     stop_metric: str | None = None
     """`BENCHMARK METRIC`, as in scores.json: no further round once this has not grown, the interval of its difference
@@ -112,10 +112,10 @@ class RoundsConfig(Section):
 
     @field_validator("specialists")
     @classmethod
-    def _are_names(cls, given: dict[str, Specialist]) -> dict[str, Specialist]:
-        if wrong := [name for name in given if not _KIND.fullmatch(SPECIALIST + name)]:
+    def _are_names(cls, given: Specialists) -> Specialists:
+        if wrong := [name for name, _ in given if not _KIND.fullmatch(SPECIALIST + name)]:
             raise ValueError(f"has '{wrong[0]}'; names have letters, digits, _ and -")
-        return dict(sorted(given.items()))
+        return given
 
     @field_validator("stop_metric")
     @classmethod

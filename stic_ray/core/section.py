@@ -1,8 +1,10 @@
 """What every section of the configuration is made of."""
 
+import re
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,6 +32,18 @@ def _weights(given: Any) -> Any:
 
 Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_weights), PlainSerializer(dict)]
 """Weights by name, {claims: 2, consistency: 1}; names alone, [claims, consistency], weigh 1."""
+
+
+def _compiled(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is no regular expression of Python: {error}") from error
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiled)]
+"""A regular expression."""
 
 
 class Section(BaseModel):

@@ -1,11 +1,10 @@
 """The sections of the configuration about which answer is right: candidates, scores, and rules over them."""
 
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from stic_ray.core.section import Count, Positive, Section, Share, Temperature, Weights
+from stic_ray.core.section import Count, Pattern, Positive, Section, Share, Temperature, Weights
 
 PromptPart = Literal["step_by_step", "plain", "hallucination"]
 Likelihood = Literal["log_p", "image_logratio", "implicit_reward"]
@@ -62,7 +61,7 @@ class ScoresConfig(Section):
     """What is compared with the picture: the answer up to the model's limit, or each sentence, then their mean."""
     repetition_ngram: Count = 3
     """Words in a run that `repetition` looks for again."""
-    pattern: str | None = None
+    pattern: Pattern | None = None
     """Regular expression of which `pattern` counts the matches; each is one less."""
     column_source: str | None = None
     """Parquet file, or folder of such files, for `column`: with `image_id`, and `number` for scores of answers."""
@@ -75,15 +74,6 @@ class ScoresConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError("name each of them once")
         return names
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_pattern(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"is no regular expression of Python: {error}") from error
-        return pattern
 
 
 class RulesConfig(Section):
