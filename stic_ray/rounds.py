@@ -98,12 +98,12 @@ def recaption_and_retrain(config: RunConfig) -> tuple[Step, ...]:
         )
 
     def body(number: int, model: dict[str, str]) -> Sequence[Step]:
-        captions, corpus, sft = (in_round(name, number) for name in ("captions", "corpus", "sft"))
-        all_captions = {f"captions:{n}": in_round("captions", n) for n in range(1, number + 1)}
+        captions, corpus, sft = (in_round(stage.name, number) for stage in (CAPTIONS_STAGE, CORPUS_STAGE, SFT))
+        all_captions = {f"captions:{n}": in_round(CAPTIONS_STAGE.name, n) for n in range(1, number + 1)}
         start = model if config.rounds.restart == "previous" else {}
         return (
-            Step(CAPTIONS_STAGE, captions, {"index": "pool", **model}, {"captions.round": number}),
-            Step(CORPUS_STAGE, corpus, {"index": "pool", **all_captions}),
+            Step(CAPTIONS_STAGE, captions, {"index": POOL.name, **model}, {"captions.round": number}),
+            Step(CORPUS_STAGE, corpus, {"index": POOL.name, **all_captions}),
             Step(SFT_ON_IMAGES, sft, {**_rows(config, corpus), **start}),
         )
 
@@ -138,7 +138,7 @@ def _specialists(config: RunConfig) -> tuple[Step, ...]:
             Step(
                 CAPTIONS_STAGE,
                 f"answers_{name}",
-                {"index": "pool", "model": f"specialist_{name}"},
+                {"index": POOL.name, "model": f"specialist_{name}"},
                 {"rounds.image_share": 1.0, **{f"captions.{key}": value for key, value in asked.items()}},
             ),
         ]
@@ -147,7 +147,7 @@ def _specialists(config: RunConfig) -> tuple[Step, ...]:
     earlier = {EARLIER: EVALUATION.name} if BASE in config.evaluation.models else {}
     return (
         *steps,
-        Step(CORPUS_STAGE, "corpus_specialists", {"index": "pool", **captions}),
+        Step(CORPUS_STAGE, "corpus_specialists", {"index": POOL.name, **captions}),
         Step(SFT_ON_IMAGES, trained, _rows(config, "corpus_specialists")),
         Step(EVALUATION, "evaluation_specialists", {trained: trained, **earlier}, {"evaluation.models": [trained]}),
     )
