@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray._private import state
 
-from stic_ray.core.errors import StageError
+from stic_ray.core.errors import StageError, type_and_message
 from stic_ray.core.placement import TASK_CPUS, Need, format_machines, num_places
 from stic_ray.stages.cluster import nodes
 
@@ -82,29 +82,39 @@ def _watch(stage: str, need: Need, timeout_s: float, ended: threading.Event, gav
     """Look until the stage has ended; where it waits too long, put the reason into `gave_up` and interrupt it."""
     since_s = logged_s = None
     while not ended.wait(_LOOK_EVERY_S):
-        now_s, lack = time.monotonic(), _lack(need)
+        now_s = time.monotonic()
+        try:
+            lack, there, be_quiet_s = _lack(need), f"The cluster has {format_machines(nodes())}", quiet_s(need)
+        except Exception as error:  # a head that is busy; without a watch the stage could wait for ever
+            logger.warning("%s: what it waits for cannot be seen now: %s", stage, type_and_message(error))
+            continue
         if lack is None:
             if logged_s is not None:
                 logger.info("%s: has a place now, goes on", stage)
             since_s = logged_s = None
             continue
         since_s = now_s if since_s is None else since_s
-        waited_s, there = now_s - since_s, f"The cluster has {format_machines(nodes())}"
+        waited_s = now_s - since_s
         if waited_s >= timeout_s:
             section = "" if need.what == "tasks" else f" or ask for less in {need.what}.*"
             gave_up.append(
                 f"{stage} waited {timeout_s:g} s (cluster.resource_timeout_s) for {need}: {lack}. {there}. "
                 f"Start nodes that fit{section}, and run the same command again."
             )
-            main = threading.main_thread().ident
-            assert main is not None, "it has begun"
-            signal.pthread_kill(main, signal.SIGINT)  # that thread itself, so that what it waits in is interrupted
-            while not ended.wait(_INTERRUPT_EVERY_S):
-                signal.pthread_kill(main, signal.SIGINT)
+            _interrupt(ended)
             return
-        if waited_s >= quiet_s(need) and (logged_s is None or now_s - logged_s >= _LOG_EVERY_S):
+        if waited_s >= be_quiet_s and (logged_s is None or now_s - logged_s >= _LOG_EVERY_S):
             logged_s = now_s
             logger.info("%s: has waited %.0f s for %s: %s. %s", stage, waited_s, need, lack, there)
+
+
+def _interrupt(ended: threading.Event) -> None:
+    """Interrupt the main thread itself, so that what it waits in ends, until the stage has ended."""
+    main = threading.main_thread().ident
+    assert main is not None, "it has begun"
+    signal.pthread_kill(main, signal.SIGINT)
+    while not ended.wait(_INTERRUPT_EVERY_S):
+        signal.pthread_kill(main, signal.SIGINT)
 
 
 def quiet_s(need: Need) -> float:

@@ -124,6 +124,27 @@ def test_an_interrupt_that_a_finalizer_swallows_comes_again(monkeypatch: pytest.
     assert len(asked) == 2
 
 
+def test_a_head_that_does_not_answer_once_ends_no_watch(
+    monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(processes, "_LOOK_EVERY_S", 0.1)
+    answers, nodes = [False, False, True], processes.nodes
+
+    def busy_at_first() -> Any:
+        if len(answers) > 1 and not answers.pop(0):
+            raise RuntimeError("deadline exceeded")
+        return nodes()
+
+    monkeypatch.setattr(processes, "nodes", busy_at_first)
+    with (
+        pytest.raises(StageError, match="captions waited 0 s .* no node is large enough"),
+        processes.watched("captions", Need("tasks", 1, {"CPU": 99.0}), timeout_s=0.0),
+    ):
+        threading.Event().wait(60.0)
+        raise AssertionError("it was not interrupted")
+    assert "captions: what it waits for cannot be seen now: RuntimeError: deadline exceeded" in log.text
+
+
 @pytest.mark.parametrize(
     ("what", "num", "gpus", "has_room"),
     [("actors", 1, 2, True), ("actors", 9, 1, True), ("actors", 1, 3, False), ("workers", 2, 1, True)]
