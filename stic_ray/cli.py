@@ -149,7 +149,8 @@ def print_plan(config: RunConfig, steps: Steps, address: str, names: Sequence[st
     print(f"run: {run.uri if run else address}{note}", *plan(config, steps, run, names), sep="\n")
     machines = machines_for(config)
     print(machines)
-    names = [name for name in names if not run or name not in left_out_of(steps, run)]
+    unwanted = left_out_of(steps, run) if run else set()
+    names = [name for name in names if name not in unwanted]
     needs = needs_of(config, steps, names)
     if machines.may_grow and (missing := unplaced(needs, machines)):
         print(f"to be started first: {format_unplaced(missing, machines)}")

@@ -12,7 +12,7 @@ from stic_ray.core.errors import RunError
 from stic_ray.core.placement import Machines, format_selector
 from stic_ray.core.resources import accumulation_steps
 from stic_ray.core.rundir import NOTES_FAMILY, RECORD_FAMILY, STARTED, RunDir
-from stic_ray.core.steps import CONFIG, Step, Steps, left_out, left_out_of, read_from, read_record
+from stic_ray.core.steps import CONFIG, Step, Steps, left_out_of, left_out_of_record, read_from, read_record
 from stic_ray.pipeline import REPORT, check_names
 from stic_ray.report.formats import duration, number
 
@@ -78,7 +78,7 @@ def run_status(run: RunDir) -> list[str]:
     record = read_record(run)
     if not record.steps:
         raise RunError(f"No run at '{run.uri}': it has no {CONFIG}.")
-    unwanted = left_out([(step["name"], step.get("only_after", "")) for step in record.steps], run)
+    unwanted = left_out_of_record(record, run)
     lines = [
         f"{step['name']:<12} "
         + (f"left out    {step['only_after']}" if step["name"] in unwanted else _step(run / step["name"], step))

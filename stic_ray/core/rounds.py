@@ -10,8 +10,6 @@ from stic_ray.core.section import Count, Pattern, Section, Temperature
 CaptionPart = Literal["step_by_step", "plain", "describe"]
 SELF = "self"
 """Kind of captions that a model writes about any image."""
-ORIGINAL = "original"
-"""Kind of captions that came with the images."""
 SPECIALIST = "specialist:"
 """How the kinds begin of captions that answer a task."""
 

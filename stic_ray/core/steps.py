@@ -97,16 +97,15 @@ def names_in(source: str) -> tuple[str, ...]:
 
 
 def read_from(source: str, run: RunDir) -> str:
-    """Return what an input reads: of several steps the one that is finished, or all of them where none is."""
-    made = [name for name in names_in(source) if (run / name).manifest]
-    return made[0] if made else source
+    """Return what an input reads: of several steps the first that is finished, or all of them where none is."""
+    names = names_in(source)
+    return next((name for name in names if (run / name).manifest), source) if len(names) > 1 else source
 
 
 def place_of(source: str, run: RunDir) -> RunDir:
     """Return the folder that an input names: a step of the run, or a folder outside of it."""
-    names = names_in(source)
-    places = [run / name for name in names]
-    return next((place for place in places if place.manifest), places[0]) if names else RunDir.of(source)
+    names = names_in(read_from(source, run))
+    return run / names[0] if names else RunDir.of(source)
 
 
 @dataclass(frozen=True)
@@ -225,6 +224,11 @@ def left_out(steps: Iterable[tuple[str, str]], run: RunDir) -> set[str]:
 def left_out_of(steps: Steps, run: RunDir) -> set[str]:
     """Return the steps of a run that are not made."""
     return left_out([(step.name, step.only_after) for step in steps], run)
+
+
+def left_out_of_record(record: "Record", run: RunDir) -> set[str]:
+    """Return the same from what config.yaml holds; runs of an earlier version have nothing to leave out."""
+    return left_out([(step["name"], step.get("only_after", "")) for step in record.steps], run)
 
 
 def needs_of(config: RunConfig, steps: Steps, names: Collection[str]) -> dict[str, Need]:

@@ -3,14 +3,14 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from stic_ray.core.errors import RunError
 from stic_ray.core.rundir import ESTIMATE, RunDir, read_shard
 from stic_ray.core.schemas import REJECTED
-from stic_ray.core.steps import left_out, read_from, read_record
+from stic_ray.core.steps import left_out_of_record, read_from, read_record
 from stic_ray.report.candidates import collect_candidates
 from stic_ray.report.formats import shortened
 from stic_ray.report.gallery import collect_gallery
@@ -56,7 +56,7 @@ def collect(run: RunDir, *, num_gallery_pairs: int = 24) -> dict[str, Any]:
     steps = {step["name"]: step for step in record.steps}
     manifests = {name: (run / name).manifest for name in steps}
     found = {name: manifest for name, manifest in manifests.items() if manifest is not None}
-    statuses = _statuses(steps, run)
+    statuses = _statuses(steps, found, left_out_of_record(record, run), run)
     scored = [name for name, step in steps.items() if step["writes"] == SCORES]
     scores_status = next((statuses[name] for name in scored), "not run")
     scores = collect_scores([run / name for name in scored], record.config, list(steps))
@@ -106,14 +106,17 @@ def _verdicts(steps: Mapping[str, Mapping[str, Any]], run: RunDir) -> list[dict[
     return [each for each in found if each]
 
 
-def _statuses(steps: Mapping[str, Mapping[str, Any]], run: RunDir) -> dict[str, str]:
+def _statuses(
+    steps: Iterable[str], finished: Collection[str], unwanted: Collection[str], run: RunDir
+) -> dict[str, str]:
     """Return how far each step is."""
-    unwanted = left_out([(name, step.get("only_after", "")) for name, step in steps.items()], run)
-    found = {}
-    for name in steps:
-        begun = "left out" if name in unwanted else "not finished" if (run / name).location.exists() else "not run"
-        found[name] = "finished" if (run / name).manifest is not None else begun
-    return found
+
+    def status(name: str) -> str:
+        if name in finished or name in unwanted:
+            return "finished" if name in finished else "left out"
+        return "not finished" if (run / name).location.exists() else "not run"
+
+    return {name: status(name) for name in steps}
 
 
 def _rules_of(config: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, Any]:
