@@ -1,6 +1,10 @@
 """What several systems of one run scored, over runs of several seeds: measures and differences, with intervals."""
 
-from collections.abc import Mapping, Sequence
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from experiments.toyworld_results import MEASURES
 from stic_ray.core.config import EvaluationConfig
@@ -53,3 +57,16 @@ def table(systems: Mapping[str, Mapping[str, float | None]]) -> str:
     return "\n".join(
         f"{name:<22} F1 {row['f1']:.3f} [{row['f1_low']:.3f}, {row['f1_high']:.3f}]" for name, row in systems.items()
     )
+
+
+def write_results(results: Callable[[Sequence[RunDir]], dict[str, Any]], out: str, description: str | None) -> None:
+    """Write the results of the runs that the command line names, and print them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, help="run directories of the experiment, one a seed")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    options = parser.parse_args()
+    found = results([RunDir.of(run) for run in options.runs])
+    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for name, row in found.get("gate", {}).items():
+        print(f"{name:<22} F1 {row['f1']:.3f}  recovered {row['recovered'] or 0:.0%}")
+    print(table(found["systems"]))

@@ -3,13 +3,10 @@
 python -m experiments.toyworld_systems_results --runs studies/toyworld_systems/seed0 ...
 """
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from experiments.comparison import CONFIG, compared, table, values_of
+from experiments.comparison import CONFIG, compared, values_of, write_results
 from experiments.toyworld_systems import DAR, SYSTEMS
 from stic_ray.core.rundir import RunDir
 from stic_ray.study.results import DIRECT
@@ -29,10 +26,4 @@ def results(runs: Sequence[RunDir]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="run directories of experiments/toyworld_systems.py")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/toyworld_systems.json"))
-    options = parser.parse_args()
-    found = results([RunDir.of(run) for run in options.runs])
-    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(table(found["systems"]))
+    write_results(results, "docs/results/toyworld_systems.json", __doc__)

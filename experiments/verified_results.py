@@ -3,14 +3,11 @@
 python -m experiments.verified_results --runs studies/verified/seed0 studies/verified/seed1 studies/verified/seed2
 """
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.comparison import CONFIG, compared, table, values_of
+from experiments.comparison import CONFIG, compared, values_of, write_results
 from experiments.verified import OWN, SYSTEMS, TRUTH
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import SCORES
@@ -77,12 +74,4 @@ def _picks(run: RunDir) -> dict[str, dict[Question, float]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="run directories of experiments/verified.py")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/verified.json"))
-    options = parser.parse_args()
-    found = results([RunDir.of(run) for run in options.runs])
-    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, row in found["gate"].items():
-        print(f"{name:<22} F1 {row['f1']:.3f}  recovered {row['recovered'] or 0:.0%}")
-    print(table(found["systems"]))
+    write_results(results, "docs/results/verified.json", __doc__)

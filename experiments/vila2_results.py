@@ -3,13 +3,10 @@
 python -m experiments.vila2_results --runs studies/vila2/seed0 studies/vila2/seed1 studies/vila2/seed2
 """
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from experiments.comparison import CONFIG, Values, compared, table, values_of
+from experiments.comparison import CONFIG, Values, compared, values_of, write_results
 from experiments.vila2 import CONTROLS, ROUNDS, SYSTEMS
 from stic_ray.core.rundir import RunDir
 from stic_ray.core.schemas import PREDICTIONS
@@ -55,10 +52,4 @@ def _values(run: RunDir, model: str) -> Values:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="run directories of experiments/vila2.py")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/vila2.json"))
-    options = parser.parse_args()
-    found = results([RunDir.of(run) for run in options.runs])
-    options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(table(found["systems"]))
+    write_results(results, "docs/results/vila2.json", __doc__)
