@@ -19,6 +19,11 @@ def open_trained(config: RunConfig, checkpoint: Location | None) -> GuardedEngin
     return open_engine(config.model, config.actors, checkpoint.local_copy() if checkpoint else None)
 
 
+def with_log_probabilities(model: ModelConfig) -> ModelConfig:
+    """Return the model with an engine that says how likely texts are: vLLM's figures with images have been wrong."""
+    return model.model_copy(update={"engine": "transformers"}) if model.engine == "vllm" else model
+
+
 def _load_engine(model: ModelConfig, actors: ActorsConfig, checkpoint: Path | None) -> Engine:
     if model.engine == "fake":
         return FakeEngine(model.path, actors.batch_size)

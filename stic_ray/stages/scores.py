@@ -18,7 +18,7 @@ from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import Sizes, Work, images_used
 from stic_ray.engines.guarded import GuardedEngine
-from stic_ray.engines.opening import check_engine, named_model, open_trained
+from stic_ray.engines.opening import check_engine, named_model, open_trained, with_log_probabilities
 from stic_ray.method.images import decode
 from stic_ray.stages.fetch import fetch_indexed, fetched, with_images
 from stic_ray.stages.ordering import index_shards
@@ -162,9 +162,7 @@ def _open_model(config: RunConfig, role: str, checkpoint: Location | None) -> Gu
 
 def model_of(config: RunConfig, role: str) -> ModelConfig:
     """Return the model of a role: the run's, or the one that the settings name; always with an engine that scores."""
-    model, name = config.model, getattr(config.scores, role)
-    if model.engine == "vllm":
-        model = model.model_copy(update={"engine": "transformers"})
+    model, name = with_log_probabilities(config.model), getattr(config.scores, role)
     return named_model(model, name) if name else model
 
 

@@ -18,7 +18,7 @@ from stic_ray.core.schemas import INFUSED
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, SHORT_ANSWER_TOKENS, Sizes, Work
-from stic_ray.engines.opening import open_trained
+from stic_ray.engines.opening import open_trained, with_log_probabilities
 from stic_ray.stages.rated import shards_by_number
 from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
 from stic_ray.stages.windows import Rows
@@ -32,7 +32,7 @@ def build_text_logps(step: StepRun) -> dict[str, Any]:
 
     Raises SourceError where there are no rows.
     """
-    config = _with_scoring_engine(step.config)
+    config = step.config.model_copy(update={"model": with_log_probabilities(step.config.model)})
     found = {family: shards_by_number(step.inputs["rows"], family) for family in _FAMILIES}
     numbers = sorted({number for shards in found.values() for number in shards})
     if not numbers:
@@ -84,13 +84,6 @@ def _load_shard(task: ShardTask) -> pa.Table:
     """Return all rows of a number, whether they were scored before or not."""
     wanted = pa.schema([field for field in INFUSED if field.name != _COLUMN])
     return pa.concat_tables([read_shard(Location.of(uri), wanted) for uri in task.payload["shards"]])
-
-
-def _with_scoring_engine(config: RunConfig) -> RunConfig:
-    """Return the configuration with an engine that says how likely each token is, which vLLM is not asked for."""
-    if config.model.engine != "vllm":
-        return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"engine": "transformers"})})
 
 
 def _work(config: RunConfig, sizes: Sizes) -> Work | None:
