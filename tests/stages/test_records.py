@@ -31,9 +31,9 @@ def values_of(path: Path) -> list[dict[str, Any] | None]:
     [
         *((name, LINES) for name in ("rows.json", "rows.jsonl", "rows.JSONL", "rows.ndjson", "rows.txt", "rows")),
         ("rows.jsonl", json.dumps(ROWS).encode()),
-        ("rows.jsonl.gz", gzip.compress(LINES)),
-        ("rows.json.gz", gzip.compress(LINES[:50]) + gzip.compress(LINES[50:])),
-        ("rows.json", gzip.compress(json.dumps(ROWS).encode())),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)),
+        ("rows.json.gz", gzip.compress(LINES[:50], mtime=0) + gzip.compress(LINES[50:], mtime=0)),
+        ("rows.json", gzip.compress(json.dumps(ROWS).encode(), mtime=0)),
         ("rows.jsonl.bz2", bz2.compress(LINES)),
         ("rows.jsonl.zst", pa.Codec("zstd").compress(LINES, asbytes=True)),
     ],
