@@ -1,11 +1,11 @@
 """The sections of the configuration about captions that a model writes anew, and about rounds of self-training."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
-from stic_ray.core.section import Count, Pattern, Section, Temperature
+from stic_ray.core.section import Count, Pattern, Section, Temperature, in_order
 
 CaptionPart = Literal["step_by_step", "plain", "describe"]
 SELF = "self"
@@ -84,12 +84,7 @@ class Specialist(Section):
     """As `captions.pattern`."""
 
 
-def _in_order(given: Any) -> Any:
-    """Return a mapping as pairs ordered by name; the rest is pydantic's."""
-    return tuple(sorted(given.items())) if isinstance(given, dict) else given
-
-
-Specialists = Annotated[tuple[tuple[str, Specialist], ...], BeforeValidator(_in_order), PlainSerializer(dict)]
+Specialists = Annotated[tuple[tuple[str, Specialist], ...], BeforeValidator(in_order), PlainSerializer(dict)]
 """Specialists by name."""
 
 

@@ -22,12 +22,17 @@ Temperature = Annotated[float, Field(ge=0.0, le=5.0)]
 """Of sampling; 0 is greedy decoding."""
 
 
+def in_order(given: Any) -> Any:
+    """Return a mapping as pairs ordered by name, which cannot be changed; the rest is pydantic's."""
+    return tuple(sorted(given.items())) if isinstance(given, dict) else given
+
+
 def _weights(given: Any) -> Any:
     """Return a mapping of weights, or names of weight 1, as pairs ordered by name; the rest is pydantic's."""
     names = [given] if isinstance(given, str) else given
     if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
         given = dict.fromkeys(names, 1.0)
-    return tuple(sorted(given.items())) if isinstance(given, dict) else given
+    return in_order(given)
 
 
 Weights = Annotated[tuple[tuple[str, float], ...], BeforeValidator(_weights), PlainSerializer(dict)]

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from stic_ray.core.config import RunConfig
-from stic_ray.core.errors import ModelError, Rejected
 from stic_ray.core.placement import Need, actors_need, without_gpus
 from stic_ray.core.rounds import SPECIALIST
 from stic_ray.core.rundir import read_shard
-from stic_ray.core.schemas import CAPTIONS, INFUSED, PROVENANCE, Reason
+from stic_ray.core.schemas import CAPTIONS, INFUSED, PROVENANCE
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.storage import Location
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work
@@ -27,6 +26,7 @@ from stic_ray.method.captions import Target, newest, recaptions_of, target_of
 from stic_ray.method.images import decode_for_storage
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetch_indexed, fetched, indexed_tasks, num_images_of, read_indexed, with_images
+from stic_ray.stages.lengths import check_length, sequence_length
 from stic_ray.stages.rated import shards_by_number
 from stic_ray.stages.shards import ShardJob, ShardTask, check_written, run_shards
 from stic_ray.stages.tasks import map_tasks
@@ -125,14 +125,8 @@ class _Writer:
         target = target_of(image_id, row["caption"], row["recaption"], self.config.corpus, seed)
         messages = [*_turn(filed_under(image_id, seed, self.prompts), target.text), *_specialist_turns(row["captions"])]
         picture, stored = decode_for_storage(fetched(row))
-        try:
-            length = self.counter.count_text_tokens(messages, with_image=True)
-        except ModelError as error:
-            raise Rejected(Reason.BAD_CONVERSATION, str(error)) from error
-        length += self.counter.count_added_tokens([picture])[0]
-        limit = self.config.sft.max_length_tokens
-        if length > limit:
-            raise Rejected(Reason.TOO_LONG, f"{length} tokens, more than sft.max_length_tokens={limit}")
+        length = sequence_length(self.counter, messages, self.counter.count_added_tokens([picture])[0])
+        check_length(length, self.config.sft.max_length_tokens, "sft.max_length_tokens")
         return _Described(row, target, messages, stored, length)
 
     def answer(self, prepared: Sequence[_Described]) -> Sequence[None]:

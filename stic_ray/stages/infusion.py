@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from stic_ray.core.config import ANSWER_SETTINGS, IMAGE_SETTINGS, RunConfig
-from stic_ray.core.errors import ModelError, Rejected
+from stic_ray.core.errors import Rejected
 from stic_ray.core.placement import Need, actors_need, without_gpus
 from stic_ray.core.randomness import seed_for
 from stic_ray.core.schemas import INFUSED, Reason
@@ -28,6 +28,7 @@ from stic_ray.method.infusion import Messages, description_prompt, infuse
 from stic_ray.method.prompts import PromptSet, load_prompts
 from stic_ray.stages.fetch import fetched
 from stic_ray.stages.instructions import image_folder, index_instructions, load_instructions, read_instructions
+from stic_ray.stages.lengths import check_length, sequence_length
 from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
 
@@ -119,14 +120,9 @@ class Infuser:
                 limit = f"infusion.max_new_tokens={settings.max_new_tokens}"
                 raise Rejected(Reason.TRUNCATED_ANSWER, f"the description was cut off at {limit}")
             messages = infuse(messages, description.text, self.prompts)
-        try:
-            length = self.counter.count_text_tokens(messages, with_image=prepared.picture is not None)
-        except ModelError as error:
-            raise Rejected(Reason.BAD_CONVERSATION, str(error)) from error
-        length += num_added_tokens
-        limit = self.config.sft.max_length_tokens
-        if length > limit:
-            raise Rejected(Reason.TOO_LONG, f"{length} tokens, more than sft.max_length_tokens={limit}")
+        has_image = prepared.picture is not None
+        length = sequence_length(self.counter, messages, num_added_tokens, with_image=has_image)
+        check_length(length, self.config.sft.max_length_tokens, "sft.max_length_tokens")
         row = {
             "id": prepared.id,
             "image": prepared.stored,

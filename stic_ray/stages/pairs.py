@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from stic_ray.core.config import DRAWN, RunConfig
-from stic_ray.core.errors import ModelError, Rejected, SourceError
+from stic_ray.core.errors import SourceError
 from stic_ray.core.placement import Need, actors_need, without_gpus
 from stic_ray.core.rundir import REJECTED_FAMILY
-from stic_ray.core.schemas import DECISIONS, INFUSED, PAIRS, Reason
+from stic_ray.core.schemas import DECISIONS, INFUSED, PAIRS
 from stic_ray.core.steps import Stage, StepRun
 from stic_ray.core.verification import RulesConfig
 from stic_ray.core.workload import BYTES_PER_TEXT_TOKEN, Sizes, Work, images_used
@@ -22,6 +22,7 @@ from stic_ray.method.preferences import NO_CANDIDATES
 from stic_ray.method.ratings import Cut, RatedAnswer
 from stic_ray.method.rules import Choice, Decision, decide
 from stic_ray.stages.fetch import fetched, num_drawn
+from stic_ray.stages.lengths import check_length, sequence_length
 from stic_ray.stages.rated import answers_of, check_scorers, cut_of_the_pool, load_rated, rated_tasks
 from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
@@ -88,8 +89,7 @@ class Taker:
 
         def check(answer: RatedAnswer) -> None:
             length = lengths[answer.number] = self._count(candidates[answer.number])
-            if length > limit:
-                raise Rejected(Reason.TOO_LONG, f"{length} tokens, more than {setting}={limit}")
+            check_length(length, limit, setting)
 
         answers = answers_of(row["candidates"], self.config)
         rules, seed = self.config.rules, self.config.seed
@@ -122,11 +122,7 @@ class Taker:
         return {self.config.rules.makes: made, "decisions": decided}
 
     def _count(self, candidate: Mapping[str, Any]) -> int:
-        try:
-            length = self.counter.count_text_tokens(_messages(candidate), with_image=True)
-        except ModelError as error:
-            raise Rejected(Reason.BAD_CONVERSATION, str(error)) from error
-        return length + candidate["num_added_tokens"]
+        return sequence_length(self.counter, _messages(candidate), candidate["num_added_tokens"])
 
 
 def _messages(candidate: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -27,6 +27,7 @@ from stic_ray.method.media import PLACEHOLDER
 from stic_ray.method.prompts import PromptSet, fill, load_prompts
 from stic_ray.method.questions import Majority, check_majority, majority_of, read_questions
 from stic_ray.stages.fetch import fetched, indexed_tasks, load_drawn, num_drawn
+from stic_ray.stages.lengths import check_length
 from stic_ray.stages.shards import ShardJob, check_written, run_shards
 from stic_ray.stages.windows import Rows
 
@@ -159,15 +160,14 @@ class Questioner:
         """Return a kept question as `sft` trains on it. Raises Rejected for any other."""
         if isinstance(asked.question, Rejected):
             raise asked.question
-        settings, limit = self.config.questions, self.config.sft.max_length_tokens
+        settings = self.config.questions
         check_majority(majority, settings.majority, settings.max_share)
         messages = [
             {"role": "user", "content": self._brief(asked.question)},
             {"role": "assistant", "content": majority.answer or ""},
         ]
         length = self.engine.count_text_tokens(messages, with_image=True) + asked.written.num_added_tokens
-        if length > limit:
-            raise Rejected(Reason.TOO_LONG, f"{length} tokens, more than sft.max_length_tokens={limit}")
+        check_length(length, self.config.sft.max_length_tokens, "sft.max_length_tokens")
         return {
             "id": f"{image.row['image_id']}-{number}",
             "image": {"bytes": image.stored, "path": image.row["path"]},
